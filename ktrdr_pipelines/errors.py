@@ -19,7 +19,7 @@ code of its first failure. No messages of IB are interpreted here: see `ib/codes
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class KtrdrError(Exception):
@@ -40,8 +40,10 @@ class KtrdrError(Exception):
         self.advice = advice
         self.code = code
         """IB's error code, when the failure came from IB."""
+        self.pauses_login = False
+        """True if every process of the login has to wait now (pacing, another session of the same login)."""
 
-    def while_doing(self, doing: str) -> KtrdrError:
+    def while_doing(self, doing: str) -> Self:
         """Say what was being done, once: the innermost, most precise description stays."""
         if not self.doing:
             self.doing = doing

@@ -224,7 +224,9 @@ def file_symbol(symbol: str) -> str:
         )
     name = "".join(c if _PLAIN.match(c) else "_" if c == " " else f"_{ord(c):02X}_" for c in symbol)
     if symbol_from_file(name) != symbol:
-        raise InputError(f"{symbol!r} cannot be written as a file name", advice="Choose another alias in the universe file.")
+        raise InputError(
+            f"{symbol!r} cannot be written as a file name", advice="Choose another alias in the universe file."
+        )
     return name
 
 
@@ -259,7 +261,8 @@ class Instrument:
         file_symbol(self.symbol)
         if self.sec_type not in SECURITY_TYPES:
             raise InputError(
-                f"{self.symbol}: unknown security type {self.sec_type!r}", advice=f"Use one of {', '.join(SECURITY_TYPES)}."
+                f"{self.symbol}: unknown security type {self.sec_type!r}",
+                advice=f"Use one of {', '.join(SECURITY_TYPES)}.",
             )
         if not self.ib_symbol:
             object.__setattr__(self, "ib_symbol", self.symbol)
@@ -272,11 +275,21 @@ class Instrument:
     @property
     def has_volume(self) -> bool:
         """False where IB sends -1 for the volume (anything but trades)."""
-        return self.what_to_show in ("TRADES", "ADJUSTED_LAST", "AGGTRADES") and self.sec_type not in ("IND", "CASH", "CFD")
+        return self.what_to_show in ("TRADES", "ADJUSTED_LAST", "AGGTRADES") and self.sec_type not in (
+            "IND",
+            "CASH",
+            "CFD",
+        )
 
 
-def stock(symbol: str, *, exchange: str = "SMART", currency: str = "USD", primary_exchange: str = "",
-          hours: Hours = Hours.REGULAR) -> Instrument:
+def stock(
+    symbol: str,
+    *,
+    exchange: str = "SMART",
+    currency: str = "USD",
+    primary_exchange: str = "",
+    hours: Hours = Hours.REGULAR,
+) -> Instrument:
     """A stock or ETF, TRADES, regular hours unless ``hours`` says otherwise."""
     return Instrument(symbol, "STK", exchange, currency, primary_exchange=primary_exchange, hours=hours)
 
@@ -291,8 +304,9 @@ def forex(pair: str) -> Instrument:
     if not match:
         raise InputError(f"{pair!r} is not a currency pair", advice="Write it like EURUSD.")
     base, quote = match.groups()
-    return Instrument(base + quote, "CASH", "IDEALPRO", quote, ib_symbol=base, what_to_show="MIDPOINT",
-                      hours=Hours.EXTENDED)
+    return Instrument(
+        base + quote, "CASH", "IDEALPRO", quote, ib_symbol=base, what_to_show="MIDPOINT", hours=Hours.EXTENDED
+    )
 
 
 @dataclass(frozen=True, slots=True)

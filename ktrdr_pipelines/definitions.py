@@ -1,0 +1,20 @@
+"""What Dagster loads: ``defs``. `build_defs` accepts overrides, so that tests and the command line swap the gateway, the
+data folder or the universe at the same door that production uses."""
+
+from collections.abc import Iterable
+
+import dagster as dg
+
+from ktrdr_pipelines.orchestration.build import build_definitions
+from ktrdr_pipelines.series import Series
+from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.universe import read_universe
+
+
+def build_defs(settings: Settings | None = None, universe: Iterable[Series] | None = None) -> dg.Definitions:
+    """The definitions for ``settings`` (default: environment and `.env`) and ``universe`` (default: the universe file)."""
+    settings = settings or load_settings()
+    return build_definitions(settings, universe if universe is not None else read_universe(settings.universe_path))
+
+
+defs = build_defs()

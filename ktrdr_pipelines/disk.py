@@ -1,0 +1,233 @@
+"""How a file is replaced so that a crash leaves the old one or the new one, and what to tell people when the disk refuses.
+
+`Disk` is the one seam between the store and the operating system: tests pass one whose n-th call fails or kills the
+process. What the bytes mean is in `csvfile.py` and `sidecar.py`; who may write, in `store.py` (the lock). No library: the
+atomic-write packages tried take the content as one string and cannot copy a range of the old file inside the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktrdr_pipelines.errors import StoreError
+
+_COPY_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """The bytes ``start`` to ``end`` of an open file."""
+
+    fd: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What identifies one version of a file: a write or an edit changes at least one of these."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> FileState:
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+class SourceChanged(Exception):
+    """The file being copied from was changed by another program meanwhile; nothing was replaced."""
+
+
+class Disk:
+    """The calls through which bytes reach the disk, as thin as can be."""
+
+    def create(self, path: Path, mode: int) -> int:
+        """A new file for writing; it must not exist."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        return os.write(fd, data)
+
+    def copy(self, target: int, source: int, offset: int, count: int) -> int:
+        """Append up to ``count`` bytes of ``source`` to ``target``; how many were. 0 means that ``source`` ended.
+
+        sendfile copies inside the kernel; where it cannot (macOS, odd file systems) the bytes go through memory.
+        """
+        try:
+            return os.sendfile(target, source, offset, min(count, _COPY_BYTES))
+        except OSError as failure:
+            if failure.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTSOCK):
+                raise
+        data = memoryview(os.pread(source, min(count, 1 << 20), offset))
+        written = 0
+        while written < len(data):
+            written += self.write(target, data[written:])
+        return written
+
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename over ``target``, atomically."""
+        source.replace(target)
+
+    def keep(self, source: Path, copy: Path) -> None:
+        """Give the file a second name that must not exist; a copy where the file system has no hard links."""
+        try:
+            os.link(source, copy)
+        except OSError as failure:
+            if failure.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+                raise
+            fd = self.create(copy, 0o666)
+            try:
+                _write_all(self, fd, source.read_bytes())
+                self.sync(fd)
+            except BaseException:
+                self.remove(copy)
+                raise
+            finally:
+                self.close(fd)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make renames in ``path`` last. Some network file systems cannot, and say EINVAL."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as failure:
+            if failure.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(fd)
+
+
+def _write_all(disk: Disk, fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[disk.write(fd, rest) :]
+
+
+def temporary_name(target: Path) -> Path:
+    """Where the new content of ``target`` grows. One name is enough: writers hold ``target``'s lock, and each begins by
+    removing what a dead one left."""
+    return target.with_name(f".{target.name}.new")
+
+
+def replace_file(
+    disk: Disk,
+    target: Path,
+    parts: Sequence[bytes | FileRange],
+    *,
+    still_valid: Callable[[], bool] | None = None,
+    examine: Callable[[int], None] | None = None,
+) -> FileState:
+    """Write ``parts`` one after the other as the new content of ``target``; the new file's state.
+
+    The bytes go to a temporary file in the same directory, are synced, and take the name in one step. When anything fails
+    before that step, ``target`` is as before and the temporary file is gone. ``examine`` may read the new content through its
+    descriptor before it takes the name. ``target``'s permissions are kept. Callers hold
+    the lock of ``target``.
+
+    Raises:
+        SourceChanged: ``still_valid``, asked last, says no, or a range ended early.
+        OSError: the disk refuses (`explain_refusal` turns it into a StoreError).
+    """
+    try:
+        mode = target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mode = None
+    temporary = temporary_name(target)
+    disk.remove(temporary)
+    fd = disk.create(temporary, 0o666)
+    try:
+        try:
+            if mode is not None:
+                os.fchmod(fd, mode)
+            for part in parts:
+                if isinstance(part, bytes):
+                    _write_all(disk, fd, part)
+                    continue
+                offset = part.start
+                while offset < part.end:
+                    copied = disk.copy(fd, part.fd, offset, part.end - offset)
+                    if not copied:
+                        raise SourceChanged
+                    offset += copied
+            disk.sync(fd)
+            state = FileState.of(os.fstat(fd))
+            if examine is not None:
+                examine(fd)
+        finally:
+            disk.close(fd)
+        if still_valid is not None and not still_valid():
+            raise SourceChanged
+        disk.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first failure is the one to report; a later write tidies up
+            disk.remove(temporary)
+        raise
+    disk.sync_directory(target.parent)
+    return state
+
+
+def state_of(path: Path) -> FileState | None:
+    """The state of the file at ``path``; None when there is none."""
+    try:
+        return FileState.of(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+_REFUSALS: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", "Free some space and run it again."),
+    errno.EDQUOT: ("your disk quota is used up", "Free some space and run it again."),
+    errno.EROFS: ("the file system is read-only", "Mount it writable, or set KTRDR_DATA_DIR to a directory that is."),
+    errno.EACCES: (
+        "permission denied",
+        "Make the directory and its files writable for you, or set KTRDR_DATA_DIR to one that is.",
+    ),
+    errno.EPERM: (
+        "the system does not permit it",
+        "Is the file immutable (lsattr)? Make it writable, or set KTRDR_DATA_DIR to another directory.",
+    ),
+    errno.ENAMETOOLONG: ("the file name is too long", "Give the symbol a shorter alias in the universe file."),
+    errno.EFBIG: ("the file would be larger than the system allows", "Raise the limit (ulimit -f) and run it again."),
+    errno.EIO: ("the disk reports an input/output error", "Check the disk; the system log says more."),
+    errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n) and run it again."),
+    errno.ENOTDIR: ("part of the path is not a directory", "Check KTRDR_DATA_DIR."),
+    errno.EISDIR: ("there is a directory in place of the file", "Move it away and run it again."),
+    errno.ENOENT: ("the directory is not there", "Check KTRDR_DATA_DIR, and that its disk is mounted."),
+}
+
+
+def explain_refusal(failure: OSError, path: Path, doing: str) -> StoreError:
+    """The StoreError for what the operating system said about ``path``."""
+    observed, advice = _REFUSALS.get(
+        failure.errno or 0, (f"the system says {failure.strerror or failure!s}", "Put that right and run it again.")
+    )
+    name = failure.filename if isinstance(failure.filename, str) else str(path)
+    return StoreError(f"{name}: {observed}", doing=doing, advice=f"{advice} Bars that were on disk are still there.")
+
+
+def keep_copy(disk: Disk, source: Path, suffix: str) -> Path:
+    """Keep ``source`` under its name with ``suffix``, numbered when that name is taken; the new path."""
+    copies = [source.with_name(f"{source.name}.{suffix}" + (f"-{n}" if n else "")) for n in range(100)]
+    for copy in copies:
+        try:
+            disk.keep(source, copy)
+        except FileExistsError:
+            continue
+        return copy
+    raise FileExistsError(errno.EEXIST, "a hundred copies exist already", str(copies[0]))

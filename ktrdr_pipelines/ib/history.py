@@ -1,0 +1,335 @@
+"""Ask IB for history as it wants to be asked: paced, one connection, retried.
+
+Between the use case (`load.py`) and the wire (`client.py`). The budget is `ledger.py`'s, the meaning of codes `codes.py`'s.
+Retries are tenacity's, with the specification's schedule: 3 after the first try, after 15, 30 and 60 s, for transient
+errors only. Nothing is decided here about which bars are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import tenacity
+
+from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError
+from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient, RawBars
+from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
+from ktrdr_pipelines.ib.leases import ClientIds, Lease, lease_client_id
+from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
+from ktrdr_pipelines.ib.pacing import Ask, Rule, bars_ask, contract_text, head_ask
+from ktrdr_pipelines.plan import Request
+from ktrdr_pipelines.series import Instrument, Series, format_instant
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROBE_AFTER_S = 30.0
+"""A connection unused for longer than this is asked for the time before it is trusted again."""
+
+
+@dataclass(frozen=True)
+class GatewayAddress:
+    """Where the gateway is and how to come to it; from the settings."""
+
+    host: str
+    port: int
+    client_id: int | None = None
+    client_ids: ClientIds = ClientIds.PERSON
+    connect_timeout_s: float = 15.0
+    request_timeout_s: float = 120.0
+    retry_waits_s: tuple[float, ...] = (15.0, 30.0, 60.0)
+    state_dir: Path = Path()
+    """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
+    ledger_url: str = ""
+
+    @property
+    def login(self) -> str:
+        """What all programs that share the budget agree on. The account would be better, but is known only once
+        connected, and asking is what has to be paced; two addresses of one login are rare."""
+        return f"{self.host}:{self.port}"
+
+
+@dataclass
+class Waiting:
+    """What a person should know while nothing seems to happen: told to ``on_wait``."""
+
+    reason: str
+    seconds: float
+    until: datetime
+
+
+@dataclass
+class IBHistory:
+    """Bars, contracts and the start of history from one gateway. Use as a context manager."""
+
+    address: GatewayAddress
+    on_wait: Callable[[Waiting], None] = lambda _: None
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        self._client: GatewayClient | None = None
+        self._lease: Lease | None = None
+        self._ledger_opened: Ledger | None = None
+        self._used_at = 0.0
+        self._account = ""
+        self._pinned: dict[Instrument, Instrument] = {}
+        self.requests_made = 0
+        self.retries = 0
+        self.pacing_wait_s = 0.0
+
+    def __enter__(self) -> IBHistory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect, give the client id back, close the ledger. Harmless when repeated."""
+        self._disconnect()
+        if self._ledger_opened is not None:
+            self._ledger_opened.close()
+            self._ledger_opened = None
+
+    @property
+    def source(self) -> Literal["simulator", "paper", "live"]:
+        """``simulator``, ``paper`` or ``live``, by the account id: IB's paper accounts begin with DU or DF."""
+        if self._account.startswith("SIM"):
+            return "simulator"
+        return "paper" if self._account.startswith(("DU", "DF")) else "live"
+
+    # -- what can be asked ------------------------------------------------------------------------------------------
+
+    def pin(self, instrument: Instrument) -> Instrument:
+        """``instrument`` with the conId that IB means by it.
+
+        Raises:
+            PermanentError: IB knows no such contract.
+            InputError: it knows several.
+        """
+        if instrument not in self._pinned:
+            doing = f"looking up {instrument.symbol} ({instrument.sec_type} {instrument.currency})"
+            details = self._details(instrument, doing)
+            try:
+                self._pinned[instrument] = pin_contract(instrument, choose_contract(instrument, details))
+            except KtrdrError as error:
+                raise error.while_doing(doing) from None
+        return self._pinned[instrument]
+
+    def discover(self, symbol: str) -> Instrument:
+        """What a symbol that no universe names means to IB: tried as CASH, then as STK.
+
+        Raises:
+            PermanentError: nothing of that name. InputError: several contracts, or no symbol at all.
+        """
+        tried = []
+        for candidate in list_candidates(symbol):
+            details = self._details(candidate, f"looking up {symbol} as {candidate.sec_type}")
+            if details:
+                return pin_contract(candidate, choose_contract(candidate, details))
+            tried.append(f"{candidate.sec_type} {candidate.ib_symbol} {candidate.currency}")
+        raise PermanentError(
+            f"IB knows no {symbol} (tried as {', '.join(tried)})",
+            doing="looking up a symbol",
+            advice="Check the spelling, or describe the instrument in the universe file.",
+            code=200,
+        )
+
+    def fetch(self, series: Series, request: Request) -> RawBars:
+        """The bars of one request, uncut. No bars only if IB said so; every failure is raised."""
+        instrument, timeframe = series.instrument, series.timeframe
+        doing = f"loading {series} {request.window}"
+        ask = bars_ask(
+            contract=_contract_text(instrument),
+            exchange=instrument.exchange,
+            what_to_show=instrument.what_to_show,
+            bar_size=timeframe.ib_bar_size,
+            duration=str(request.duration),
+            end=format_instant(request.end),
+            use_rth=instrument.use_rth,
+        )
+
+        def send(client: GatewayClient, on_sent: Callable[[], None]) -> RawBars:
+            return client.historical_bars(
+                instrument,
+                end=request.end,
+                duration=str(request.duration),
+                bar_size=timeframe.ib_bar_size,
+                intraday=timeframe.is_intraday,
+                doing=doing,
+                on_sent=on_sent,
+            )
+
+        return self._retry(doing, lambda: self._paced(ask, send))
+
+    def find_head(self, instrument: Instrument) -> datetime | None:
+        """IB's head timestamp: a hint of where history starts, or None. Counts as a history request."""
+        ask = head_ask(
+            contract=_contract_text(instrument),
+            exchange=instrument.exchange,
+            what_to_show=instrument.what_to_show,
+            use_rth=instrument.use_rth,
+        )
+        return self._retry(
+            f"asking for the start of history of {instrument.symbol}",
+            lambda: self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent)),
+        )
+
+    # -- connection -------------------------------------------------------------------------------------------------
+
+    def connect(self) -> GatewayClient:
+        """The connection: kept, probed when it was idle, or made anew with the next free client id.
+
+        Raises:
+            GatewayUnreachable: see `GatewayClient.connect`.
+        """
+        if self._client is not None:
+            try:
+                if not self._client.is_connected:
+                    raise GatewayUnreachable("the connection is gone")
+                if time.monotonic() - self._used_at > PROBE_AFTER_S:
+                    self._client.probe()
+                return self._client
+            except GatewayUnreachable:
+                self._disconnect()
+        taken: set[int] = set()
+        while True:
+            lease = lease_client_id(
+                self.address.client_ids,
+                self._state_dir("client_ids"),
+                preferred=self.address.client_id,
+                skip=taken,
+            )
+            client = GatewayClient(
+                self.address.host,
+                self.address.port,
+                lease.client_id,
+                connect_timeout_s=self.address.connect_timeout_s,
+                request_timeout_s=self.address.request_timeout_s,
+                now=self.now,
+            )
+            try:
+                client.connect()
+            except ClientIdInUse:
+                # Some other program's, or a zombie the gateway has not noticed yet.
+                taken.add(lease.client_id)
+                lease.release()
+                continue
+            except BaseException:
+                lease.release()
+                raise
+            self._client, self._lease = client, lease
+            self._account = client.account
+            self._used_at = time.monotonic()
+            return client
+
+    def _disconnect(self) -> None:
+        client, lease = self._client, self._lease
+        self._client = self._lease = None
+        if client is not None:
+            client.close()
+        if lease is not None:
+            lease.release()
+
+    def _state_dir(self, name: str) -> Path:
+        key = "".join(c if c.isalnum() else "_" for c in self.address.login)
+        return self.address.state_dir / "ib" / f"{name}_{key}"
+
+    # -- pacing and retries -----------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Ledger:
+        """The budget of this login, shared with every other process."""
+        if self._ledger_opened is None:
+            where = self.address.ledger_url or self.address.state_dir / "ib"
+            self._ledger_opened = open_ledger(where, self.address.login)
+        return self._ledger_opened
+
+    def _details(self, instrument: Instrument, doing: str) -> list[ContractInfo]:
+        # Not a history request: not counted against the budget.
+        return self._retry(doing, lambda: self.connect().contract_details(instrument))
+
+    def _paced(self, ask: Ask, send: Callable[[GatewayClient, Callable[[], None]], T]) -> T:
+        """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
+        client = self.connect()
+        told: dict[str, float] = {}
+
+        def waiting(seconds: float, rule: Rule, until_s: float) -> None:
+            until = datetime.fromtimestamp(until_s, UTC)
+            if seconds >= 1 and until_s - told.get("until", 0.0) >= 1:
+                told["until"] = until_s
+                self.on_wait(Waiting(f"pacing: {rule}", seconds, until))
+
+        with self.ledger.acquire(ask, sleep=self.sleep, on_wait=waiting) as grant:
+            self.pacing_wait_s += grant.waited_s
+            if grant.waited_s > PROBE_AFTER_S:
+                client.probe()
+
+            def on_sent() -> None:
+                grant.sent()
+                self.requests_made += 1
+
+            try:
+                return send(client, on_sent)
+            except KtrdrError as error:
+                if error.pauses_login:
+                    self.ledger.penalise(error.observed)
+                raise
+            finally:
+                self._used_at = time.monotonic()
+
+    def _retry(self, doing: str, attempt: Callable[[], T]) -> T:
+        waits = self.address.retry_waits_s
+        first_try_connected = self._client is not None
+
+        def should_retry(state: tenacity.RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome else None
+            if not isinstance(error, KtrdrError) or not error.retry_helps:
+                return False
+            # Nobody home at the very start: say so at once instead of after two minutes.
+            return not (isinstance(error, GatewayUnreachable) and not first_try_connected and state.attempt_number == 1)
+
+        def before_sleep(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            wait_s = state.next_action.sleep if state.next_action else 0.0
+            self.retries += 1
+            log.warning("%s: %s; try %d of %d in %g s", doing, error, state.attempt_number + 1, len(waits) + 1, wait_s)
+            tried.append(getattr(error, "observed", str(error)))
+            until = datetime.fromtimestamp(self.now().timestamp() + wait_s, UTC)
+            self.on_wait(Waiting(f"retry {state.attempt_number} of {len(waits)} after: {tried[-1]}", wait_s, until))
+
+        tried: list[str] = []
+        retrying = tenacity.Retrying(
+            retry=should_retry,
+            wait=lambda state: waits[min(state.attempt_number, len(waits)) - 1],
+            stop=tenacity.stop_after_attempt(len(waits) + 1),
+            sleep=self.sleep,
+            before_sleep=before_sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except KtrdrError as error:
+            if tried:
+                error.observed += f" (given up after {len(tried) + 1} tries: {'; '.join(_shorten(tried))})"
+            raise error.while_doing(doing) from None
+
+
+def _shorten(reasons: list[str]) -> list[str]:
+    """The different reasons, in order, each once."""
+    return list(dict.fromkeys(reasons))
+
+
+def _contract_text(instrument: Instrument) -> str:
+    return contract_text(
+        sec_type=instrument.sec_type,
+        ib_symbol=instrument.ib_symbol,
+        currency=instrument.currency,
+        expiry=instrument.expiry,
+    )

@@ -1,0 +1,68 @@
+"""Which process a ledger entry or a client id belongs to, and whether it still lives.
+
+A pid alone is not enough: pids are used again, and containers have pids of their own. Nothing here sends signals.
+psutil would tell the same, for one more dependency with binaries; only one number of one file is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process. ``host`` tells machines, boots and pid namespaces apart; ``started`` tells two users of one pid apart and
+    is empty where the system does not say."""
+
+    host: str
+    pid: int
+    started: str
+
+    def is_alive(self) -> bool | None:
+        """True or False for a process of this host; None for another host's, of which nothing can be known."""
+        if self.host != _host():
+            return None
+        if self.pid == os.getpid():
+            return self.started == _started(self.pid)
+        if not _exists(self.pid):
+            return False
+        return not self.started or _started(self.pid) == self.started
+
+
+def current_owner() -> Owner:
+    """This process."""
+    pid = os.getpid()
+    return Owner(_host(), pid, _started(pid))
+
+
+def _host() -> str:
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+    return f"{boot}/{namespace}"
+
+
+def _started(pid: int) -> str:
+    """Clock ticks from boot to the start of ``pid``; empty where unknown, as for a process that has ended unburied."""
+    try:
+        # The second field is the command in parentheses and may hold anything, so count from its end.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    is_zombie = fields[0] in "ZX"
+    return "" if is_zombie else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,428 @@
+"""The use case: plan, fetch, verify, write, report. Every door ends here, by way of the assets.
+
+What is missing and how to ask is decided in `plan.py`, how bars are judged in `bars.py`, how they are kept in the store,
+how IB is asked (pacing, retries, connection) in `ib/history.py`. Here is only the order of things, one request at a time:
+
+1. expected bar opens up to the last complete bar, minus held, minus proven empty: missing; nothing missing, nothing asked
+2. the fewest requests for what is missing
+3. each answer is cut, checked and written before the next request, so that an interruption loses one request at most
+4. an expected bar that an answer lacks is asked for again, in another shape; only a hole that two sources agree on (two
+   answers, or an answer and the head timestamp) is proven empty
+5. a failed window does not stop the others; at the end all failures are listed
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
+from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
+from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, TransientError
+from ktrdr_pipelines.intake import Prepared
+from ktrdr_pipelines.partitions import Partition, partitions_in
+from ktrdr_pipelines.plan import Request, find_gaps, missing_bars, plan_requests, refetch_requests
+from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.series import HistoryLimits, Instrument, Series, Window, format_instant
+from ktrdr_pipelines.sidecar import Evidence, ProvenEmpty, Source
+from ktrdr_pipelines.store import Store
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+MAX_CONFIRMATIONS = 5
+"""How often one window is asked again while each answer still brings bars that the ones before lacked."""
+
+
+class Answer(Protocol):
+    """Bars of one request as IB sent them; see `ib.client.RawBars`."""
+
+    @property
+    def opens_s(self) -> IntArray: ...
+    @property
+    def open(self) -> FloatArray: ...
+    @property
+    def high(self) -> FloatArray: ...
+    @property
+    def low(self) -> FloatArray: ...
+    @property
+    def close(self) -> FloatArray: ...
+    @property
+    def volume(self) -> FloatArray: ...
+    @property
+    def no_data_text(self) -> str: ...
+
+
+class History(Protocol):
+    """Where bars come from: IB behind pacing and retries (`ib/history.py`), or a fake."""
+
+    @property
+    def source(self) -> Source:
+        """Whose bars these are; known once `pin` was called."""
+
+    @property
+    def requests_made(self) -> int: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def pacing_wait_s(self) -> float: ...
+
+    def pin(self, instrument: Instrument) -> Instrument:
+        """The instrument with IB's conId and time zone."""
+
+    def fetch(self, series: Series, request: Request) -> Answer:
+        """One answer; raises a KtrdrError when there is none. Never an empty answer for a failure."""
+
+    def find_head(self, instrument: Instrument) -> datetime | None:
+        """IB's hint where history starts."""
+
+
+class Load:
+    """One load of one series. Iterate over `run` to drive it; `report` is true at every moment in between."""
+
+    def __init__(
+        self,
+        series: Series,
+        window: Window,
+        *,
+        store: Store,
+        history: Callable[[], History],
+        limits: HistoryLimits,
+        now: Callable[[], datetime],
+        recheck_last: bool = False,
+    ) -> None:
+        """``window`` is what was asked for (its end may lie in the future). ``history`` is called once something has to be
+        asked, not before. ``recheck_last``: if anything is asked at all, the last held bar is asked again (tail)."""
+        self.series, self.window = series, window
+        self._store, self._limits, self._now = store, limits, now
+        self._open_history = history
+        self._recheck_last = recheck_last
+        self.report = LoadReport(series, window, merged_file=str(store.csv_path(series)))
+
+    def run(self) -> Iterator[Event]:
+        """Drive the load, event by event. A window that fails is an event.
+
+        Raises:
+            KtrdrError: what makes the whole load impossible before anything was asked (an unreadable file, no calendar).
+        """
+        partitions = list(partitions_in(self.series.timeframe, self.window))
+        if not partitions:
+            return
+        # Completeness is judged by whole partitions, even if less of them was asked for.
+        span = Window(partitions[0].window.start, partitions[-1].window.end)
+        self._now_s = int(self._now().timestamp())
+        self._settle_files()
+        # Bars that are not complete yet tell which bars of an answer are still forming; only complete ones are asked for.
+        self._all_expected = expected_bars(self.series, _widen(span))
+        self._expected = expected_bars(self.series, span, complete_at_s=self._now_s)
+        self._is_missing = self._find_missing(span)
+        asked = _inside(self._expected.take(np.flatnonzero(self._is_missing)), self.window)
+        gaps = find_gaps(self._expected, asked)
+        requests = plan_requests(
+            self.series.timeframe,
+            self._with_last_held(asked),
+            self._limits,
+            expected=self._expected,
+            within=Window(self.window.start, max(self.window.start, min(self.window.end, self._now()))),
+        )
+        self.report.gaps_analyzed, self.report.requests_planned = len(gaps), len(requests)
+        yield Planned(gaps, requests)
+        for partition in partitions:
+            yield from self._report_if_complete(partition)
+        if requests:
+            try:
+                yield from self._fetch_all(requests, partitions)
+            finally:
+                self._finish()
+
+    # -- what is missing --------------------------------------------------------------------------------------------
+
+    def _settle_files(self) -> None:
+        """Adopt a foreign or edited file before it is counted, and say so."""
+        prepared = self._store.prepare(self.series, now=self._now())
+        self.report.notices += _describe_prepared(prepared)
+        self.report.cached_before = self._store.extent(self.series) is not None
+
+    def _find_missing(self, span: Window) -> npt.NDArray[np.bool_]:
+        """For each expected bar: is it neither held nor known to be empty?"""
+        held = self._store.held_opens(self.series, _widen(span))
+        empty = [Window(e.start, e.end) for e in self._store.read_sidecar(self.series).proven_empty]
+        missing = missing_bars(self._expected, held, empty, self.series.timeframe)
+        return np.isin(self._expected.opens, missing.opens)
+
+    def _with_last_held(self, asked: ExpectedBars) -> ExpectedBars:
+        """``asked`` and the last held bar, when the load continues after it: a bar that was stored a moment too early, or
+        revised since, would otherwise stay wrong for ever."""
+        extent = self._store.extent(self.series)
+        if not self._recheck_last or extent is None or not len(asked) or asked.opens[0] < extent.last_open_s:
+            return asked
+        wanted = np.isin(self._expected.opens, asked.opens) | (self._expected.opens == extent.last_open_s)
+        return self._expected.take(np.flatnonzero(wanted))
+
+    def _report_if_complete(self, partition: Partition) -> Iterator[Event]:
+        lo, hi = np.searchsorted(self._expected.opens, [partition.window.start_s, partition.window.end_s])
+        if not self._is_missing[lo:hi].any():
+            completed = self._describe(partition, self._expected.take(slice(int(lo), int(hi))))
+            self.report.completed.append(completed)
+            self._count_requests()
+            yield completed
+
+    def _describe(self, partition: Partition, expected: ExpectedBars) -> Completed:
+        held = self._store.held_opens(self.series, partition.window)
+        around = self._store.held_opens(self.series, _widen(partition.window))
+        return Completed(
+            partition=partition,
+            rows=len(held),
+            first_open=datetime.fromtimestamp(int(held[0]), UTC) if len(held) else None,
+            last_open=datetime.fromtimestamp(int(held[-1]), UTC) if len(held) else None,
+            is_unfinished=partition.window.end_s > self._now_s,
+            proven_empty=int((~match_held(expected, around, self.series.timeframe)).sum()),
+            unexpected=int(find_unexpected(expected, held, self.series.timeframe).sum()),
+        )
+
+    # -- asking -----------------------------------------------------------------------------------------------------
+
+    def _fetch_all(self, requests: Sequence[Request], partitions: Sequence[Partition]) -> Iterator[Event]:
+        everything = Window(requests[0].window.start, requests[-1].window.end)
+        try:
+            self._history = self._open_history()
+            self._counted = (self._history.requests_made, self._history.retries, self._history.pacing_wait_s)
+            self._series = Series(self._history.pin(self.series.instrument), self.series.timeframe)
+        except KtrdrError as error:
+            yield self._fail(everything, error)
+            return
+        self._head: datetime | None = None
+        self._head_is_asked = False
+        waiting = deque(requests)
+        skipped: list[Request] = []  # lie before IB's head timestamp, newest last
+        done = 0
+        while waiting:
+            request = waiting.popleft()
+            try:
+                rows = self._load_request(request)
+                waiting, skipped = self._skip_to_head(request, waiting, skipped)
+            except KtrdrError as error:
+                if _concerns_all(error):
+                    yield self._fail(Window(request.window.start, everything.end), error)
+                    return
+                yield self._fail(request.window, error)
+                continue
+            done += 1
+            self.report.segments_fetched += 1
+            self._count_requests()
+            yield Fetched(request, rows, done, len(requests))
+            for partition in partitions:
+                if partition.window.intersect(request.window):
+                    yield from self._report_if_complete(partition)
+        for request in skipped:
+            done += 1
+            self._prove_before_head(request)
+            yield Fetched(request, 0, done, len(requests))
+            for partition in partitions:
+                if partition.window.intersect(request.window):
+                    yield from self._report_if_complete(partition)
+
+    def _fail(self, window: Window, error: KtrdrError) -> Failure:
+        failure = Failure(window, error.while_doing(f"loading {self.series} {window}"))
+        self.report.failures.append(failure)
+        return failure
+
+    def _load_request(self, request: Request) -> int:
+        """Fetch, verify and write one planned request. Returns the number of rows that are new in the file."""
+        expected = _inside(self._expected, request.window)
+        evidence: list[Evidence] = []
+        rows = self._fetch_and_write(request, evidence)
+        holes = self._holes(expected)
+        asked = [request]
+        while len(holes) and not self._lie_before_head(holes, request, evidence):
+            if len(asked) > MAX_CONFIRMATIONS:
+                raise DataError(
+                    f"{len(asked)} answers each brought other bars and {len(holes)} are still missing",
+                    doing=f"loading {self.series} {request.window}",
+                    advice="What arrived is in the file; run the load again.",
+                )
+            again = refetch_requests(
+                self.series.timeframe, holes, self._limits, previous=asked, attempt=len(asked), until_s=self._now_s
+            )
+            for other in again:
+                rows += self._fetch_and_write(other, evidence)
+            asked += again
+            before, holes = holes, self._holes(holes)
+            if len(holes) == len(before):
+                break  # a second, differently shaped request agrees
+        self._prove(request.window, expected, holes, evidence)
+        return rows
+
+    def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
+        raw = self._history.fetch(self._series, request)
+        answer = self._normalise(raw, request.window)
+        text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
+        evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
+        if not len(answer.bars):
+            return 0
+        written = self._store.write(
+            self._series,
+            answer.bars,
+            answered=None,
+            source=self._history.source,
+            now=self._now(),
+        )
+        expected = _inside(self._expected, request.window)
+        self.report.fetched_bars += written.rows_added
+        self.report.revised_bars += written.rows_revised
+        self.report.unexpected_bars += int(
+            find_unexpected(expected, opens_of(answer.bars), self.series.timeframe).sum()
+        )
+        if written.rows_revised:
+            first = format_instant(written.revised_to["timestamp"].iloc[0].to_pydatetime())
+            self.report.notices.append(f"IB answers {written.rows_revised} held bars differently now, first {first}")
+        return written.rows_added
+
+    def _normalise(self, raw: Answer, window: Window) -> NormalisedAnswer:
+        columns = {"timestamp": raw.opens_s, "open": raw.open, "high": raw.high, "low": raw.low, "close": raw.close}
+        return normalise_answer(
+            {**columns, "volume": raw.volume}, self._series, window, now_s=self._now_s, closes=self._closes_of
+        )
+
+    def _closes_of(self, opens_s: IntArray) -> IntArray:
+        """When each bar is complete: by the calendar where it knows the bar, else at the latest that is thinkable."""
+        timeframe = self.series.timeframe
+        nominal = opens_s + timeframe.seconds + (0 if timeframe.is_intraday else LATEST_SESSION_END_S)
+        if not len(self._all_expected):
+            return nominal
+        at = np.minimum(np.searchsorted(self._all_expected.opens, opens_s), len(self._all_expected) - 1)
+        return np.where(self._all_expected.opens[at] == opens_s, self._all_expected.closes[at], nominal)
+
+    def _holes(self, expected: ExpectedBars) -> ExpectedBars:
+        """The bars of ``expected`` that are not in the file."""
+        if not len(expected):
+            return expected
+        held = self._store.held_opens(
+            self.series, _widen(Window.from_epoch(int(expected.opens[0]), int(expected.opens[-1]) + 1))
+        )
+        return expected.take(np.flatnonzero(~match_held(expected, held, self.series.timeframe)))
+
+    def _prove(self, window: Window, expected: ExpectedBars, holes: ExpectedBars, evidence: Sequence[Evidence]) -> None:
+        """Record that IB gave a verified answer for ``window``, and which of its bars are proven not to exist."""
+        proven = [
+            ProvenEmpty(start=gap.window.start, end=gap.window.end, opens=gap.opens, evidence=tuple(evidence))
+            for gap in find_gaps(expected, holes)
+        ]
+        self._store.write(
+            self._series,
+            empty_bars(),
+            answered=window,
+            proven_empty=proven,
+            source=self._history.source,
+            now=self._now(),
+            complete_until=datetime.fromtimestamp(int(expected.closes[-1]), UTC) if len(expected) else None,
+        )
+        self.report.proven_empty += len(holes)
+        lo, hi = np.searchsorted(self._expected.opens, [window.start_s, window.end_s])
+        self._is_missing[lo:hi] = False
+
+    # -- the start of history ---------------------------------------------------------------------------------------
+
+    def _lie_before_head(self, holes: ExpectedBars, request: Request, evidence: list[Evidence]) -> bool:
+        """True if ``holes`` are all older than anything held, and IB's head timestamp says too that they do not exist.
+
+        The head timestamp alone proves nothing (it can be too late), an answer alone neither; together they are two
+        sources. It is asked for once, and only when an answer is empty at its old end.
+        """
+        extent = self._store.extent(self.series)
+        if extent is not None and extent.first_open_s <= int(holes.opens[-1]):
+            return False
+        if not self._head_is_asked:
+            self._head_is_asked = True
+            self._head = self._history.find_head(self._series.instrument)
+        if self._head is None or int(self._head.timestamp()) < int(holes.closes[-1]):
+            return False
+        evidence.append(
+            Evidence(
+                asked_at=self._now(), duration="", end=request.end, text=f"head timestamp {self._head.isoformat()}"
+            )
+        )
+        return True
+
+    def _skip_to_head(
+        self, request: Request, waiting: deque[Request], skipped: list[Request]
+    ) -> tuple[deque[Request], list[Request]]:
+        """After an answer: what to ask next. Requests wholly before the head timestamp are skipped once one of them was
+        empty; if bars then begin right at the start of the first one after it, the head was too late: they are asked after
+        all, newest first."""
+        extent = self._store.extent(self.series)
+        if extent is None or extent.first_open_s >= request.window.end_s:
+            if self._head is not None:
+                skipped += [r for r in waiting if r.window.end <= self._head]
+                waiting = deque(r for r in waiting if r.window.end > self._head)
+            return waiting, skipped
+        if skipped:
+            expected = _inside(self._expected, request.window)
+            starts_at_once = len(expected) > 0 and not len(self._holes(expected.take(slice(0, 1))))
+            if starts_at_once:
+                waiting.appendleft(skipped[-1])
+                skipped = skipped[:-1]
+        return waiting, skipped
+
+    def _prove_before_head(self, request: Request) -> None:
+        expected = _inside(self._expected, request.window)
+        evidence = Evidence(
+            asked_at=self._now(), duration="", end=request.end,
+            text=f"before the start of history: IB's head timestamp is {self._head}, and the answers next to it begin later",
+        )  # fmt: skip
+        self._prove(request.window, expected, self._holes(expected), [evidence])
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def _count_requests(self) -> None:
+        if hasattr(self, "_history") and hasattr(self, "_counted"):
+            made, retries, waited_s = self._counted
+            self.report.ib_requests_made = self._history.requests_made - made
+            self.report.retries = self._history.retries - retries
+            self.report.pacing_wait_s = self._history.pacing_wait_s - waited_s
+
+    def _finish(self) -> None:
+        self._count_requests()
+        lo, hi = np.searchsorted(self._expected.opens, [self.window.start_s, self.window.end_s])
+        self.report.missing_bars = int(self._is_missing[lo:hi].sum())
+        if self.report.failures:
+            self.report.status = "partial" if self.report.segments_fetched else "failed"
+
+
+def _concerns_all(error: KtrdrError) -> bool:
+    """True if the next window cannot fare better: bad bars or an unanswered request concern one window; a refusal, an
+    unreachable gateway or a full disk concern all of them."""
+    if isinstance(error, GatewayUnreachable):
+        return True
+    return not isinstance(error, DataError | TransientError)
+
+
+def _describe_prepared(prepared: Prepared) -> list[str]:
+    """What was put right in the files before the load, as sentences."""
+    said = []
+    if (adopted := prepared.adopted) is not None:
+        kept = f"; the original is {adopted.backup}" if adopted.backup else ""
+        said.append(f"adopted a file made elsewhere: {adopted.rows} rows, {len(adopted.dropped)} refused{kept}")
+        said += [str(fault) for fault in adopted.dropped[:5]] + list(adopted.notices)
+    if prepared.corrupt_sidecar is not None:
+        said.append(f"the sidecar was unreadable and was built anew; the old one is {prepared.corrupt_sidecar}")
+    if prepared.changed_partitions:
+        said.append(f"edited since the last load: {', '.join(prepared.changed_partitions)}")
+    if prepared.csv_gone:
+        said.append("the CSV is gone; everything counts as never asked")
+    return said
+
+
+def _inside(bars: ExpectedBars, window: Window) -> ExpectedBars:
+    lo, hi = np.searchsorted(bars.opens, [window.start_s, window.end_s])
+    return bars.take(slice(int(lo), int(hi)))
+
+
+def _widen(window: Window) -> Window:
+    """Room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock grid)."""
+    return Window.from_epoch(max(0, window.start_s - 40 * 86400), window.end_s + 40 * 86400)

@@ -1,0 +1,120 @@
+"""Load one series for a person, in this process: what `ktrdr ib-load` does between parsing and printing.
+
+Finds the series (discovering an unknown one), turns the mode into a window, and executes the asset's run on the project's
+Dagster instance. There is no second way to fetch: every bar comes through the asset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from ktrdr_pipelines.discovery import estimate_history_start, find_series
+from ktrdr_pipelines.ib.history import IBHistory
+from ktrdr_pipelines.modes import Held, Mode, needs_history_start, parse_instant, resolve_window
+from ktrdr_pipelines.orchestration.door import Door
+from ktrdr_pipelines.orchestration.instance import open_instance
+from ktrdr_pipelines.orchestration.partitions import first_partition_start
+from ktrdr_pipelines.orchestration.resources import GatewayResource
+from ktrdr_pipelines.orchestration.runs import clip_to_partitions, execute_load
+from ktrdr_pipelines.progress import Progress
+from ktrdr_pipelines.report import LoadReport
+from ktrdr_pipelines.series import Series, Window, format_instant, parse_timeframe
+from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.universe import read_universe
+
+
+@dataclass
+class LoadResult:
+    """The report, and the Dagster runs that made it (none when there was nothing to load)."""
+
+    report: LoadReport
+    run_ids: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        """The report's plain values."""
+        return self.report.as_dict()
+
+
+def load_series(
+    symbol: str,
+    timeframe: str,
+    mode: str = "tail",
+    *,
+    start: str | None = None,
+    end: str | None = None,
+    progress: Progress | None = None,
+    settings: Settings | None = None,
+) -> LoadResult:
+    """Load the missing bars of ``symbol`` at ``timeframe``; see `modes.Mode` for ``mode``. Times are ISO 8601, start included,
+    end not, a bare date is its midnight UTC.
+
+    Raises:
+        KtrdrError: the input cannot be meant, or nothing could be begun. Windows that failed are in the report.
+    """
+    wanted_timeframe = parse_timeframe(timeframe)
+    wanted_mode = Mode(mode)
+    first = parse_instant(start, "start") if start else None
+    last = parse_instant(end, "end") if end else None
+    settings = settings or load_settings()
+    progress = progress or Progress(enabled=False)
+    now = datetime.now(UTC)
+    universe = read_universe(settings.universe_path)
+    address = GatewayResource.of(settings).address()
+    with IBHistory(address, on_wait=progress.show_wait) as history:
+        series = find_series(symbol, wanted_timeframe, universe, settings.universe_path, history)
+        store = Store(settings.data_dir)
+        extent = store.extent(series)
+        held = (
+            Held(datetime.fromtimestamp(extent.first_open_s, UTC), datetime.fromtimestamp(extent.last_open_s, UTC))
+            if extent
+            else None
+        )
+        # What is wrong with the dates is said before IB is asked anything.
+        earliest = first_partition_start(wanted_timeframe, settings)
+        window = resolve_window(
+            wanted_mode,
+            series,
+            held,
+            now=now,
+            start=first,
+            end=last,
+            history_start=earliest,
+            limits=settings.history_limits,
+        )
+        if needs_history_start(wanted_mode, held, first):
+            begin = estimate_history_start(series, history, earliest=earliest, now=now)
+            window = resolve_window(
+                wanted_mode, series, held, now=now, start=first, end=last, history_start=begin, limits=settings.history_limits
+            )  # fmt: skip
+        if window.is_empty:
+            return LoadResult(
+                LoadReport(series, window, merged_file=str(store.csv_path(series)), cached_before=bool(held))
+            )
+        clipped = clip_to_partitions(series, window, settings)
+        asked_before = history.requests_made
+        instance = open_instance(settings)
+        with instance:
+            door = Door(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
+            report, run_id = execute_load(
+                settings,
+                instance,
+                series,
+                clipped,
+                door=door,
+                origin="cli",
+                mode=mode,
+                recheck_last=wanted_mode is Mode.TAIL and held is not None,
+            )
+        report.ib_requests_made += asked_before
+        if clipped != window:
+            report.notices.append(_say_clipped(series, clipped, window))
+        return LoadResult(report, [run_id])
+
+
+def _say_clipped(series: Series, clipped: Window, window: Window) -> str:
+    return (
+        f"nothing before {format_instant(clipped.start)} was asked, where {series.timeframe} partitions begin; "
+        f"KTRDR_PARTITION_STARTS reaches back to {window.start:%Y-%m-%d}"
+    )

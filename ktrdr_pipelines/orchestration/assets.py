@@ -1,0 +1,142 @@
+"""The asset factory: one partitioned asset per series, key ``ohlcv/<symbol>/<timeframe>``.
+
+The shape (a generator with ``output_required=False`` that yields one materialization per finished partition and raises
+``Failure`` at the end) is the only one that marks exactly the right partitions (dagster_facts.md, 3). What a load does is
+`load.py`'s; what the UI shows is `metadata.py`'s and `checks.py`'s.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import dagster as dg
+from pydantic import Field
+
+from ktrdr_pipelines.errors import DataError, InputError, KtrdrError
+from ktrdr_pipelines.load import Load
+from ktrdr_pipelines.modes import parse_instant
+from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
+from ktrdr_pipelines.orchestration.door import current_door
+from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
+from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
+from ktrdr_pipelines.report import Completed, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.series import Series, Window
+
+GATEWAY_POOL = "ib_gateway"
+"""At most one step at a time talks to the gateway. The pacing budget is the ledger's, not this."""
+
+
+class LoadConfig(dg.Config):
+    """Run config of one load. Without it everything missing in the partitions of the run is asked for."""
+
+    start: str = Field(default="", description="Ask for nothing before this time (ISO 8601, UTC; included).")
+    end: str = Field(default="", description="Ask for nothing from this time on (ISO 8601, UTC; not included).")
+    recheck_last: bool = Field(
+        default=False, description="Ask again for the last held bar, if anything is asked (tail)."
+    )
+
+    def cut(self, window: Window) -> Window:
+        """``window`` without what this config leaves out.
+
+        Raises:
+            InputError: a malformed time, or nothing of the window is left.
+        """
+        start = max(window.start, parse_instant(self.start, "start")) if self.start else window.start
+        end = min(window.end, parse_instant(self.end, "end")) if self.end else window.end
+        if start >= end:
+            raise InputError(
+                f"start {self.start or window.start} and end {self.end or window.end} leave nothing of {window}",
+                doing="reading the run config",
+                advice="Widen them, or choose other partitions.",
+            )
+        return Window(start, end)
+
+
+def asset_key(series: Series) -> dg.AssetKey:
+    """``ohlcv/<symbol>/<timeframe>``; the symbol as in file names (`series.file_symbol`)."""
+    return dg.AssetKey(list(series.asset_path))
+
+
+def op_name(series: Series) -> str:
+    """The name under which run config addresses the asset: its key's parts joined with two underscores."""
+    return asset_key(series).to_python_identifier()
+
+
+def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.AssetsDefinition:
+    """The asset of one series."""
+    key = asset_key(series)
+    instrument, timeframe = series.instrument, series.timeframe
+
+    @dg.asset(
+        key=key,
+        partitions_def=partitions,
+        output_required=False,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        check_specs=specs_for(series, key),
+        pool=GATEWAY_POOL,
+        group_name=f"ohlcv_{timeframe.name}",
+        kinds={"csv", "pandas"},
+        owners=["team:ktrdr"],
+        tags={
+            "ktrdr/timeframe": timeframe.name,
+            "ktrdr/sec_type": instrument.sec_type,
+            "ktrdr/currency": instrument.currency,
+        },
+        description=describe_asset(series),
+        metadata={"dagster/column_schema": COLUMN_SCHEMA, "what_to_show": instrument.what_to_show},
+    )
+    def bars(
+        context: dg.AssetExecutionContext, config: LoadConfig, gateway: GatewayResource, storage: StoreResource
+    ) -> Iterator[dg.AssetMaterialization | dg.AssetCheckResult]:
+        windows = context.partition_time_window
+        window = config.cut(Window(windows.start.astimezone(UTC), windows.end.astimezone(UTC)))
+        store = storage.store()
+        load = Load(
+            series,
+            window,
+            store=store,
+            history=gateway.history,
+            limits=storage.history_limits,
+            now=lambda: datetime.now(UTC),
+            recheck_last=config.recheck_last,
+        )
+        door = current_door()
+        door.reports.append(load.report)
+        stopped: KtrdrError | None = None
+        try:
+            for event in load.run():
+                door.on_event(series, event)
+                if isinstance(event, Planned):
+                    context.log.info(
+                        f"{series} {window}: {len(event.gaps)} gaps, {len(event.requests)} requests planned"
+                    )
+                elif isinstance(event, Fetched):
+                    context.log.info(f"{event.done} of {event.planned}: {event.request}: {event.rows} new bars")
+                elif isinstance(event, Failure):
+                    context.log.error(f"{event.window}: {event.error}")
+                elif isinstance(event, Completed):
+                    closes = store.read_bars(series, event.partition.window)["close"].tolist()
+                    path = str(store.csv_path(series))
+                    yield dg.AssetMaterialization(
+                        key,
+                        partition=event.partition.key,
+                        metadata=describe_partition(event, load.report, closes, path),
+                    )
+        except KtrdrError as error:
+            stopped = error.while_doing(f"loading {series} {window}")
+            load.report.failures.append(Failure(window, stopped))
+            load.report.status = "failed"
+        yield evaluate_schema(load.report, stopped if isinstance(stopped, DataError) else None)
+        yield evaluate_completeness(load.report)
+        if load.report.failures:
+            raise _failure(load.report)
+
+    return bars
+
+
+def _failure(report: LoadReport) -> dg.Failure:
+    lines = [str(failure.error) for failure in report.failures]
+    return dg.Failure(
+        description=f"{len(lines)} windows of {report.series} failed:\n" + "\n".join(lines),
+        metadata={"report": dg.MetadataValue.json(dict(flatten(report)))},
+        allow_retries=False,
+    )

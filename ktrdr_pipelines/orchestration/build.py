@@ -1,0 +1,34 @@
+"""Assemble everything that Dagster sees from settings and universe: the one place where the parts meet."""
+
+import warnings
+from collections.abc import Iterable
+
+import dagster as dg
+
+from ktrdr_pipelines.orchestration.assets import make_asset
+from ktrdr_pipelines.orchestration.partitions import define_partitions
+from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
+from ktrdr_pipelines.series import Series, Timeframe
+from ktrdr_pipelines.settings import Settings
+
+
+def build_definitions(settings: Settings, universe: Iterable[Series]) -> dg.Definitions:
+    """Assets of every series in ``universe``, with the gateway and the data folder of ``settings``.
+
+    Assets of one timeframe share one partitions definition object. In-process executor: it saves four seconds a run and
+    lets one connection serve all series of a run.
+    """
+    partitions: dict[Timeframe, dg.TimeWindowPartitionsDefinition] = {}
+    assets: list[dg.AssetsDefinition] = []
+    with warnings.catch_warnings():
+        # BackfillPolicy on @asset is beta in the pinned release; tried and found working (dagster_facts.md, 3).
+        warnings.simplefilter("ignore", category=dg.BetaWarning)
+        for series in universe:
+            if series.timeframe not in partitions:
+                partitions[series.timeframe] = define_partitions(series.timeframe, settings)
+            assets.append(make_asset(series, partitions[series.timeframe]))
+    return dg.Definitions(
+        assets=dg.with_source_code_references(assets),
+        resources={"gateway": GatewayResource.of(settings), "storage": StoreResource.of(settings)},
+        executor=dg.in_process_executor,
+    )

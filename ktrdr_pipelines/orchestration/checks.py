@@ -1,0 +1,71 @@
+"""Asset checks: is every bar well formed (schema), is every expected bar there (completeness).
+
+They are evaluated by the asset itself, at the end of its run: a separate check would never execute, because the asset
+yields no output (dagster_facts.md, 3). The rules are `bars.py`'s and the calendar's; here they become Dagster's words.
+"""
+
+import dagster as dg
+
+from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.report import LoadReport
+from ktrdr_pipelines.series import Series, format_instant
+
+SCHEMA_CHECK = "bars_schema"
+COMPLETENESS_CHECK = "completeness"
+_SHOWN = 20
+
+
+def specs_for(series: Series, key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+    """The two checks of a series."""
+    return [
+        dg.AssetCheckSpec(
+            SCHEMA_CHECK,
+            asset=key,
+            description="Every bar of the loaded windows has finite positive prices, a high and low that bound the others, "
+            f"a volume that is not negative, and a strictly increasing UTC stamp on the {series.timeframe.name} grid.",
+        ),
+        dg.AssetCheckSpec(
+            COMPLETENESS_CHECK,
+            asset=key,
+            description="Every bar that the exchange calendar expects in the loaded window, up to the last complete one, "
+            "is held, or IB proved that it does not exist.",
+        ),
+    ]
+
+
+def evaluate_schema(report: LoadReport, unreadable: DataError | None) -> dg.AssetCheckResult:
+    """Failed when IB sent bars that break the rules (they were not written), or the file itself does."""
+    broken = [f.error for f in report.failures if isinstance(f.error, DataError)]
+    if unreadable is not None:
+        broken.append(unreadable)
+    rows = "\n\n".join(f"{error}\n{error.rows}" for error in broken[:_SHOWN])
+    return dg.AssetCheckResult(
+        check_name=SCHEMA_CHECK,
+        passed=not broken,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=f"{len(broken)} answers refused" if broken else "All bars keep the rules.",
+        metadata={"refused": len(broken), "bars": report.fetched_bars}
+        | ({"rows": dg.MetadataValue.md(f"```\n{rows}\n```")} if rows else {}),
+    )
+
+
+def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
+    """Failed when bars of the window are expected and neither held nor proven empty."""
+    failures = [
+        dg.TableRecord({"start": format_instant(f.window.start), "end": format_instant(f.window.end),
+                        "why": f.error.observed[:300]})
+        for f in report.failures[:_SHOWN]
+    ]  # fmt: skip
+    complete = report.missing_bars == 0 and not report.failures
+    return dg.AssetCheckResult(
+        check_name=COMPLETENESS_CHECK,
+        passed=complete,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description="Nothing is missing." if complete else f"{report.missing_bars} expected bars are missing.",
+        metadata={
+            "missing_bars": report.missing_bars,
+            "proven_empty": report.proven_empty,
+            "unexpected_bars": report.unexpected_bars,
+        }
+        | ({"failed_windows": dg.MetadataValue.table(failures)} if failures else {}),
+    )

@@ -1,0 +1,100 @@
+"""What an asset needs from outside: the gateway and the store. Resources only build the plain objects.
+
+The connection is made at the first request of a run, not before: a run with nothing missing needs no gateway. With the
+in-process executor one connection serves all series of a run and is closed at its end, on every path.
+"""
+
+from pathlib import Path
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
+from ktrdr_pipelines.ib.leases import ClientIds
+from ktrdr_pipelines.orchestration.door import current_door
+from ktrdr_pipelines.series import HistoryLimits
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store import Store
+
+_DAEMON_TAGS = ("dagster/backfill", "dagster/sensor_name", "dagster/schedule_name")
+
+
+class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """TWS or IB Gateway: where it is, how long to wait for it, how often to try again."""
+
+    host: str
+    port: int
+    client_id: int | None = None
+    connect_timeout_s: float = 15.0
+    request_timeout_s: float = 120.0
+    retry_waits_s: list[float] = Field(default_factory=lambda: [15.0, 30.0, 60.0])
+    state_dir: str
+    ledger_url: str = ""
+
+    _history: IBHistory | None = PrivateAttr(default=None)
+    _client_ids: ClientIds = PrivateAttr(default=ClientIds.PERSON)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "GatewayResource":
+        """From the settings."""
+        return cls(
+            host=settings.ib_host,
+            port=settings.ib_port,
+            client_id=settings.ib_client_id,
+            connect_timeout_s=settings.ib_connect_timeout_s,
+            request_timeout_s=settings.ib_request_timeout_s,
+            retry_waits_s=list(settings.ib_retry_waits_s),
+            state_dir=str(settings.dagster_home),
+            ledger_url=settings.ledger_url,
+        )
+
+    def address(self) -> GatewayAddress:
+        """The gateway as `ib/history.py` wants it; daemons never take the id that a person asked for."""
+        return GatewayAddress(
+            host=self.host,
+            port=self.port,
+            client_id=self.client_id if self._client_ids is ClientIds.PERSON else None,
+            client_ids=self._client_ids,
+            connect_timeout_s=self.connect_timeout_s,
+            request_timeout_s=self.request_timeout_s,
+            retry_waits_s=tuple(self.retry_waits_s),
+            state_dir=Path(self.state_dir),
+            ledger_url=self.ledger_url,
+        )
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Remember who started the run: people and daemons take client ids of different ranges."""
+        tags = context.run.tags if context.run else {}
+        is_daemon = any(tag in tags for tag in _DAEMON_TAGS)
+        self._client_ids = ClientIds.DAEMON if is_daemon else ClientIds.PERSON
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002 - Dagster's signature
+        """Close what this resource opened; a lent connection is its lender's."""
+        if self._history is not None:
+            self._history.close()
+            self._history = None
+
+    def history(self) -> IBHistory:
+        """The connection of this run: the one its door lent, else one of its own, made at the first request."""
+        door = current_door()
+        if door.history is not None:
+            return door.history
+        if self._history is None:
+            self._history = IBHistory(self.address(), on_wait=door.on_wait)
+        return self._history
+
+
+class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The folder of the CSV files, and the table of limits that requests are planned by."""
+
+    data_dir: str
+    history_limits: HistoryLimits = HistoryLimits.CLASSIC
+
+    @classmethod
+    def of(cls, settings: Settings) -> "StoreResource":
+        """From the settings."""
+        return cls(data_dir=str(settings.data_dir), history_limits=settings.history_limits)
+
+    def store(self) -> Store:
+        """The store of the folder."""
+        return Store(Path(self.data_dir))

@@ -1,0 +1,103 @@
+"""Execute one series' asset in this process, as a Dagster run like every other: visible in the UI, partitions and all.
+
+This is how the command line loads. Only the one asset is built, which keeps a command quick however large the universe.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+
+import dagster as dg
+
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
+from ktrdr_pipelines.orchestration.build import build_definitions
+from ktrdr_pipelines.orchestration.door import Door, lend
+from ktrdr_pipelines.orchestration.instance import owner_tags, reap_dead_runs
+from ktrdr_pipelines.orchestration.partitions import first_partition_start
+from ktrdr_pipelines.partitions import partition_at, partitions_in
+from ktrdr_pipelines.report import LoadReport
+from ktrdr_pipelines.series import Series, Window, format_instant
+from ktrdr_pipelines.settings import Settings
+
+_one_run_at_a_time = threading.Lock()
+"""Concurrent in-process runs in threads of one process deadlock on SQLite (dagster_facts.md, 8)."""
+
+
+def clip_to_partitions(series: Series, window: Window, settings: Settings) -> Window:
+    """``window`` from the first partition on.
+
+    Raises:
+        InputError: all of it lies before the first partition.
+    """
+    first = first_partition_start(series.timeframe, settings)
+    if window.end <= first:
+        raise InputError(
+            f"{series.timeframe} partitions begin {first:%Y-%m-%d}, after {window}",
+            advice=f'Set KTRDR_PARTITION_STARTS={{"{series.timeframe}": "{window.start:%Y-%m-%d}"}} to reach further back.',
+        )
+    return Window(max(window.start, first), window.end)
+
+
+def execute_load(
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    series: Series,
+    window: Window,
+    *,
+    door: Door,
+    origin: str,
+    mode: str,
+    recheck_last: bool = False,
+) -> tuple[LoadReport, str]:
+    """Materialize the partitions that ``window`` touches, asking for nothing outside of it. Returns report and run id.
+
+    Failed windows are in the report, nothing is raised for them.
+
+    Raises:
+        RuntimeError: the run failed for a reason that is not in the report: a bug, with its traceback.
+    """
+    partitions = list(partitions_in(series.timeframe, window))
+    first, last = partitions[0], partitions[-1]
+    # A window up to now ends inside the newest partition; one second later would be a partition that does not exist yet.
+    last = min(last, partition_at(series.timeframe, window.end), key=lambda p: p.window.start)
+    config = LoadConfig(
+        start=format_instant(window.start) if window.start > first.window.start else "",
+        end=format_instant(window.end) if window.end < last.window.end else "",
+        recheck_last=recheck_last,
+    )
+    tags = {**owner_tags(origin), "ktrdr/mode": mode, "ktrdr/series": series.name}
+    if first == last:
+        where: dict[str, object] = {"partition_key": first.key}
+    else:
+        where = {}
+        tags["dagster/asset_partition_range_start"] = first.key
+        tags["dagster/asset_partition_range_end"] = last.key
+    job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
+    with _one_run_at_a_time, lend(door):
+        reap_dead_runs(instance)
+        result = job.execute_in_process(
+            instance=instance,
+            asset_selection=[asset_key(series)],
+            raise_on_error=False,
+            tags=tags,
+            run_config={
+                "ops": {op_name(series): {"config": config.model_dump()}},
+                # People see progress and the report; Dagster's own log is in the UI.
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
+            **where,  # type: ignore[arg-type]
+        )
+    if not door.reports or (not result.success and not door.reports[-1].failures):
+        raise RuntimeError(f"run {result.run_id} failed:\n{_explain(result)}")
+    return door.reports[-1], result.run_id
+
+
+def _explain(result: dg.ExecuteInProcessResult) -> str:
+    errors = [
+        e.event_specific_data.error.to_string()  # type: ignore[union-attr]
+        for e in result.all_events
+        if e.is_failure and getattr(e.event_specific_data, "error", None)
+    ]
+    return "\n".join(errors) or "".join(traceback.format_stack(limit=3))

@@ -1,0 +1,168 @@
+"""Typed settings. The only reader of the environment and of `.env`; everything below receives values.
+
+Names: `IB_…` for the gateway, `KTRDR_…` for the rest; the environment wins over `.env` in the current directory, and
+that over the project's own `.env`. Each setting is described here and listed in README; a test holds the two together.
+IB's pacing rules are not settings.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+DEFAULT_PARTITION_STARTS: dict[str, date] = {
+    # Bars of 30 s and less reach back six months only (ib_facts.md, 5); the rest as far as people commonly ask.
+    **{name: date(2024, 1, 1) for name, t in TIMEFRAMES.items() if t.seconds <= 30},
+    **{name: date(2004, 1, 1) for name, t in TIMEFRAMES.items() if 30 < t.seconds < 86400},
+    **{name: date(1980, 1, 1) for name, t in TIMEFRAMES.items() if t.seconds >= 86400},
+}
+
+
+def _field(name: str, default: object, description: str, **bounds: object) -> object:
+    return Field(default=default, validation_alias=AliasChoices(name), description=description, **bounds)  # type: ignore[call-overload]
+
+
+class Settings(BaseSettings):
+    """All settings with their environment names, defaults and meanings. Build with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_file=(PROJECT_ROOT / ".env", ".env"), extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    ib_host: Annotated[str, _field("IB_HOST", "127.0.0.1", "Host of TWS or IB Gateway.", min_length=1)]
+    ib_port: Annotated[
+        int,
+        _field(
+            "IB_PORT", 4001, "Its API port: TWS 7496 live, 7497 paper; Gateway 4001 live, 4002 paper.", ge=1, le=65535
+        ),
+    ]
+    ib_client_id: Annotated[
+        int | None,
+        _field(
+            "IB_CLIENT_ID",
+            None,
+            "Client id to try first; without it the next free "
+            "one of 1 to 50 (200 to 299 for sensors and daemon backfills).",
+            ge=0,
+            le=999,
+        ),
+    ]
+    ib_connect_timeout_s: Annotated[
+        float, _field("IB_CONNECT_TIMEOUT", 15.0, "Seconds to wait for the gateway's greeting.", gt=0)
+    ]
+    ib_request_timeout_s: Annotated[
+        float,
+        _field(
+            "IB_REQUEST_TIMEOUT",
+            120.0,
+            "Seconds to wait for one answer before it is cancelled and counted as failed.",
+            gt=0,
+        ),
+    ]
+    ib_retry_waits_s: Annotated[
+        tuple[float, ...],
+        NoDecode,
+        _field(
+            "IB_RETRY_WAITS",
+            (15.0, 30.0, 60.0),
+            "Waits in seconds before each retry of a transient failure, separated by "
+            "commas; their number is the number of retries.",
+        ),
+    ]
+    data_dir: Annotated[Path, _field("KTRDR_DATA_DIR", PROJECT_ROOT / "data", "Folder of the CSV files.")]
+    universe_file: Annotated[
+        Path | None, _field("KTRDR_UNIVERSE", None, "Universe file; default `universe.yaml` in the data folder.")
+    ]
+    dagster_home: Annotated[
+        Path, _field("DAGSTER_HOME", PROJECT_ROOT / "dagster_home", "Dagster's records, and the pacing ledger.")
+    ]
+    ledger_url: Annotated[
+        str,
+        _field(
+            "KTRDR_LEDGER_URL",
+            "",
+            "SQLAlchemy URL of a PostgreSQL pacing ledger, for runs "
+            "spread over machines; default a SQLite file in DAGSTER_HOME.",
+        ),
+    ]
+    history_limits: Annotated[
+        HistoryLimits,
+        _field(
+            "KTRDR_HISTORY_LIMITS",
+            HistoryLimits.CLASSIC,
+            "Longest requests: `classic` (the specification's table) or `current` (IBKR's).",
+        ),
+    ]
+    partition_starts: Annotated[
+        dict[str, date],
+        _field(
+            "KTRDR_PARTITION_STARTS",
+            {},
+            'First partition by timeframe, as JSON: {"1m": "2010-01-01"}. Shared by all series.',
+        ),
+    ]
+
+    @field_validator("ib_retry_waits_s", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("ib_client_id", "universe_file", mode="before")
+    @classmethod
+    def _blank_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("partition_starts")
+    @classmethod
+    def _known_timeframes(cls, value: dict[str, date]) -> dict[str, date]:
+        unknown = sorted(set(value) - set(TIMEFRAMES))
+        if unknown:
+            raise ValueError(f"unknown timeframe {', '.join(unknown)}; there are {', '.join(TIMEFRAMES)}")
+        return {**DEFAULT_PARTITION_STARTS, **value}
+
+    @property
+    def universe_path(self) -> Path:
+        return self.universe_file or self.data_dir / "universe.yaml"
+
+    def partition_start(self, timeframe_name: str) -> date:
+        """First day (UTC) for which partitions of this timeframe exist."""
+        return self.partition_starts.get(timeframe_name, DEFAULT_PARTITION_STARTS[timeframe_name])
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Settings from the environment and `.env`; ``overrides`` (by field name) win.
+
+    Raises:
+        InputError: a value cannot be meant; names the variable and the reason.
+    """
+    try:
+        settings = Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise InputError(
+            f"{name}={first.get('input')!r}: {first['msg']}", doing="reading settings", advice="See README, Settings."
+        ) from None
+    except ValueError as error:  # SettingsError: a complex value that is no JSON
+        raise InputError(str(error), doing="reading settings", advice="See README, Settings.") from None
+    # Dagster insists on an absolute home; relative folders count from the current directory.
+    absolute = {
+        "data_dir": settings.data_dir.expanduser().absolute(),
+        "dagster_home": settings.dagster_home.expanduser().absolute(),
+    }
+    return settings.model_copy(update=absolute)
+
+
+def export_dagster_home(settings: Settings) -> None:
+    """Let child processes (webserver, daemon, runs) find the same Dagster home."""
+    os.environ["DAGSTER_HOME"] = str(settings.dagster_home)

@@ -1,0 +1,325 @@
+"""What is known about a CSV beside its bars: the sidecar's model, its JSON, and how knowledge is added or withdrawn.
+
+Pinned instrument, source, start of history, answered windows, proven-empty ranges, and per partition rows and checksum.
+Pure: `store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
+withdrawn. See design, section 4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
+
+from ktrdr_pipelines.errors import InputError, StoreError
+from ktrdr_pipelines.partitions import partition_from_key
+from ktrdr_pipelines.series import Instrument, Series, Timeframe, Window, format_instant, require_utc
+
+VERSION = 1
+"""The format this program writes. A higher number in a file means a newer program: hands off."""
+
+_KEPT_EVIDENCE = 5
+
+Instant = Annotated[datetime, AfterValidator(require_utc), PlainSerializer(format_instant)]
+Source = Literal["simulator", "paper", "live"]
+VolumeUnit = Literal["shares", "lots", "none", "unknown"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Pinned(_Model):
+    """The instrument as it was when bars were first written; ``con_id`` is 0 until known."""
+
+    con_id: int = 0
+    symbol: str
+    ib_symbol: str
+    sec_type: str
+    exchange: str
+    primary_exchange: str = ""
+    currency: str
+    expiry: str = ""
+    what_to_show: str
+    hours: str
+    volume_unit: VolumeUnit = "unknown"
+
+    @classmethod
+    def of(cls, instrument: Instrument, volume_unit: VolumeUnit = "unknown") -> Pinned:
+        return cls(
+            con_id=instrument.con_id,
+            symbol=instrument.symbol,
+            ib_symbol=instrument.ib_symbol,
+            sec_type=instrument.sec_type,
+            exchange=instrument.exchange,
+            primary_exchange=instrument.primary_exchange,
+            currency=instrument.currency,
+            expiry=instrument.expiry,
+            what_to_show=instrument.what_to_show,
+            hours=str(instrument.hours),
+            volume_unit=volume_unit if instrument.has_volume else "none",
+        )
+
+
+class HistoryStart(_Model):
+    """The first bar IB has, and how that is known ("head timestamp", "proven by an empty year before")."""
+
+    open: Instant
+    known_by: str
+
+
+class Span(_Model):
+    """A half-open window as it stands in JSON."""
+
+    start: Instant
+    end: Instant
+
+    @property
+    def window(self) -> Window:
+        return Window(self.start, self.end)
+
+
+class Evidence(_Model):
+    """One request by which IB showed that there is nothing: when it was asked, for what, and what came back."""
+
+    asked_at: Instant
+    duration: str
+    end: Instant
+    code: int = 0
+    text: str = ""
+
+
+class ProvenEmpty(Span):
+    """A range with ``opens`` expected opens, all of them proven to have no bar."""
+
+    opens: int
+    evidence: tuple[Evidence, ...] = ()
+
+
+class PartitionMark(_Model):
+    """Rows of one partition and the CRC-32 of their bytes in the CSV."""
+
+    rows: int
+    crc32: str
+
+
+class FileMark(_Model):
+    """Size and time of change of the CSV as last written by us: anything else means that somebody edited it."""
+
+    size: int
+    mtime_ns: int
+
+
+class Sidecar(_Model):
+    """Everything the sidecar holds; the defaults are those of a missing one."""
+
+    version: Literal[1] = 1
+    series: str = ""
+    updated_at: Instant | None = None
+    instrument: Pinned | None = None
+    source: Source | None = None
+    history_start: HistoryStart | None = None
+    sparse: bool = False
+    """IB leaves out bars without trades: only unusual holes of this series are worth a second request."""
+    answered: tuple[Span, ...] = ()
+    """Disjoint, sorted windows in which IB gave a verified answer, with or without bars."""
+    proven_empty: tuple[ProvenEmpty, ...] = ()
+    file: FileMark | None = None
+    partitions: dict[str, PartitionMark] = {}
+
+    @property
+    def answered_windows(self) -> tuple[Window, ...]:
+        return tuple(span.window for span in self.answered)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole CSV."""
+        return sum(mark.rows for mark in self.partitions.values())
+
+
+# ---------------------------------------------------------------------------------------------------- JSON
+
+
+class UnreadableSidecar(Exception):
+    """The text is no sidecar. The store decides whether that is an error or the moment to build it anew."""
+
+
+def parse_sidecar(text: str, name: str) -> Sidecar:
+    """The sidecar in ``text``; ``name`` is its file's, for messages.
+
+    Raises:
+        UnreadableSidecar: not JSON, or not a sidecar.
+        StoreError: written by a newer version of this program; it is left alone.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as failure:
+        raise UnreadableSidecar(f"it is not JSON ({failure})") from failure
+    if not isinstance(data, dict):
+        raise UnreadableSidecar("it is not a JSON object")
+    version = data.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise StoreError(
+            f"{name} was written by a newer version of ktrdr (its format is {version}, this program knows {VERSION})",
+            advice="Update ktrdr, or move that file away: its bars stay, what was known about gaps is asked again.",
+        )
+    try:
+        return Sidecar.model_validate(data)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UnreadableSidecar(f"{where}: {first['msg']}") from failure
+
+
+def render_sidecar(sidecar: Sidecar) -> bytes:
+    """JSON for people: sorted keys, one line for each window, range and partition."""
+    data = sidecar.model_dump(mode="json")
+    lines = [f"  {json.dumps(key)}: {_render_value(data[key])}" for key in sorted(data)]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _render_value(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        inner = [f"    {json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}" for key in sorted(value)]
+        return "{\n" + ",\n".join(inner) + "\n  }"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"    {json.dumps(item, sort_keys=True)}" for item in value) + "\n  ]"
+    return json.dumps(value)
+
+
+# ---------------------------------------------------------------------------------------------------- identity
+
+
+def pin(sidecar: Sidecar, series: Series, source: Source, volume_unit: VolumeUnit | None) -> Sidecar:
+    """``sidecar`` with ``series`` and ``source`` pinned: the first write decides, later ones fill in what was unknown.
+
+    Raises:
+        StoreError: another conId, kind, currency, expiry, hours or what-to-show than the file holds, or a simulator's bars
+            beside real ones. The message says what the file holds and what was offered.
+    """
+    offered = Pinned.of(series.instrument, volume_unit or "unknown")
+    held = sidecar.instrument
+    if held is not None:
+        differing = [
+            f"{label} {getattr(held, name)} (offered: {getattr(offered, name)})"
+            for name, label in _IDENTITY.items()
+            if getattr(held, name) != getattr(offered, name)
+            and not (name in ("con_id", "expiry") and not (getattr(held, name) and getattr(offered, name)))
+        ]
+        if differing:
+            raise StoreError(
+                f"the file holds {', '.join(differing)}",
+                doing=f"writing bars of {series}",
+                advice=f"A file never mixes these: move {series.name}.csv and {series.name}.meta.json away, or give the "
+                "other one its own symbol in the universe file.",
+            )
+        unit = offered.volume_unit if offered.volume_unit != "unknown" else held.volume_unit
+        offered = held.model_copy(
+            update={
+                "con_id": held.con_id or offered.con_id,
+                "expiry": held.expiry or offered.expiry,
+                "volume_unit": unit,
+            }
+        )
+    if sidecar.source is not None and (sidecar.source == "simulator") != (source == "simulator"):
+        kinds = {"simulator": "simulated bars"}
+        raise StoreError(
+            f"the file holds {kinds.get(sidecar.source, 'real bars')} (source: {sidecar.source}), and "
+            f"{kinds.get(source, 'real bars')} were offered (source: {source})",
+            doing=f"writing bars of {series}",
+            advice="Simulated and real bars never share a file: set KTRDR_DATA_DIR to another directory for one of them.",
+        )
+    return sidecar.model_copy(update={"series": str(series), "instrument": offered, "source": sidecar.source or source})
+
+
+_IDENTITY = {
+    "symbol": "symbol",
+    "con_id": "conId",
+    "sec_type": "kind",
+    "currency": "currency",
+    "expiry": "expiry",
+    "what_to_show": "what to show",
+    "hours": "hours",
+}
+
+
+# ---------------------------------------------------------------------------------------------------- knowledge
+
+
+def add_answered(spans: Sequence[Span], window: Window, until: datetime) -> tuple[Span, ...]:
+    """``spans`` with ``window``, cut at ``until`` and to whole seconds inwards, merged into disjoint sorted windows."""
+    start = datetime.fromtimestamp(math.ceil(window.start.timestamp()), UTC)
+    end = datetime.fromtimestamp(math.floor(min(window.end, until).timestamp()), UTC)
+    if start >= end:
+        return tuple(spans)
+    merged: list[Span] = []
+    for span in sorted([*spans, Span(start=start, end=end)], key=lambda s: (s.start, s.end)):
+        if merged and span.start <= merged[-1].end:
+            merged[-1] = Span(start=merged[-1].start, end=max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def subtract_windows(spans: Sequence[Span], windows: Iterable[Window]) -> tuple[Span, ...]:
+    """``spans`` without any instant of ``windows``."""
+    cuts = sorted(windows)
+    kept: list[Span] = []
+    for span in spans:
+        start = span.start
+        for cut in cuts:
+            if cut.end <= start or cut.start >= span.end:
+                continue
+            if start < cut.start:
+                kept.append(Span(start=start, end=cut.start))
+            start = max(start, cut.end)
+        if start < span.end:
+            kept.append(Span(start=start, end=span.end))
+    return tuple(kept)
+
+
+def add_proven_empty(ranges: Sequence[ProvenEmpty], new: Iterable[ProvenEmpty]) -> tuple[ProvenEmpty, ...]:
+    """``ranges`` with ``new`` ones, sorted: a range that a new one covers is replaced, its evidence kept with the new."""
+    kept = list(ranges)
+    for fresh in new:
+        covered = [old for old in kept if fresh.window.covers(old.window)]
+        evidence = list(dict.fromkeys(e for r in (*covered, fresh) for e in r.evidence))[-_KEPT_EVIDENCE:]
+        kept = [old for old in kept if old not in covered]
+        if not any(old.window.covers(fresh.window) for old in kept):
+            kept.append(fresh.model_copy(update={"evidence": tuple(evidence)}))
+    return tuple(sorted(kept, key=lambda r: (r.start, r.end)))
+
+
+def drop_disproved(ranges: Sequence[ProvenEmpty], opens_s: Sequence[int]) -> tuple[ProvenEmpty, ...]:
+    """``ranges`` without those in which bars have turned up (``opens_s`` sorted)."""
+    kept = []
+    position = 0
+    for item in sorted(ranges, key=lambda r: r.start):
+        while position < len(opens_s) and opens_s[position] < item.window.start_s:
+            position += 1
+        if position == len(opens_s) or opens_s[position] >= item.window.end_s:
+            kept.append(item)
+    return tuple(kept)
+
+
+def withdraw_partitions(
+    sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark]
+) -> tuple[Sidecar, tuple[str, ...]]:
+    """``sidecar`` corrected to the partitions ``found`` in the CSV, and the keys of those that had been changed.
+
+    Where a recorded partition is gone or has other bytes, rows may have been lost: its answered windows are withdrawn, so
+    that its missing opens are asked for again. Partitions that were not recorded take nothing away.
+    """
+    changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
+    windows = []
+    for key in changed:
+        try:
+            windows.append(partition_from_key(timeframe, key).window)
+        except InputError:  # a key that somebody typed claims nothing
+            continue
+    answered = subtract_windows(sidecar.answered, windows)
+    return sidecar.model_copy(update={"answered": answered, "partitions": dict(found)}), changed

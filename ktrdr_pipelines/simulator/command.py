@@ -1,0 +1,208 @@
+"""``ktrdr simulator``: run the simulated gateway by hand. Parses, starts, prints one line; the gateway is in `server.py`.
+
+Everything heavy is imported inside the function, so that ``ktrdr --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ktrdr_pipelines.simulator.market import Market
+
+DEFAULT_PORT = 4001
+"""The project's default for a gateway (`IB_PORT`), so that ``ktrdr`` finds the simulator without being told."""
+
+
+@click.command(
+    name="simulator",
+    epilog="Example: `ktrdr simulator --port 0 --replay recordings/` prints the port it got and serves until Ctrl-C.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=DEFAULT_PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free port."
+)
+@click.option(
+    "--replay",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Serve recorded bars from a folder of SYMBOL_TF.csv files instead of synthetic ones.",
+)
+@click.option(
+    "--faults", type=click.Path(path_type=Path), metavar="FILE", help="Misbehave as the YAML or JSON list in FILE says."
+)
+@click.option(
+    "--log",
+    "log_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Append each request to FILE, a JSON object a line.",
+)
+@click.option(
+    "--judge/--no-judge", default=True, show_default=True, help="Refuse requests that break IB's pacing rules."
+)
+@click.option(
+    "--now",
+    metavar="ISO",
+    help="Start the gateway's clock at this instant (2024-03-05T15:00:00Z; a bare date is its midnight UTC) instead of now.",
+)
+@click.option("--freeze", is_flag=True, help="With --now: keep the clock there.")
+@click.option("--seed", default=0, show_default=True, help="Choose another synthetic market.")
+@click.option(
+    "--durations",
+    type=click.Choice(["sessions", "strict", "calendar"]),
+    default="sessions",
+    show_default=True,
+    help="How D, W, M and Y are counted.",
+)
+@click.option("--zone", default="America/New_York", show_default=True, help="The gateway's own time zone.")
+@click.option("--latency", default=0.0, show_default=True, metavar="SECONDS", help="Delay of every history answer.")
+def simulator_command(
+    host: str,
+    port: int,
+    replay: Path | None,
+    faults: Path | None,
+    log_path: Path | None,
+    judge: bool,
+    now: str | None,
+    freeze: bool,
+    seed: int,
+    durations: str,
+    zone: str,
+    latency: float,
+) -> None:
+    """Run a simulated IB gateway until Ctrl-C.
+
+    It speaks the real protocol on a real socket, serves made-up or recorded bars, and answers bad, unknown or too
+    frequent requests as IB does. Its account is SIM0000001.
+    """
+    import asyncio
+
+    from ktrdr_pipelines.errors import KtrdrError
+    from ktrdr_pipelines.simulator.durations import DurationRule
+    from ktrdr_pipelines.simulator.faults import read_faults
+
+    try:
+        check_zone(zone)
+        rules = read_faults(faults) if faults else []
+        clock = make_clock(now, freeze=freeze)
+        market = open_market(replay, seed)
+        asyncio.run(
+            run_gateway(
+                market,
+                log_path,
+                host=host,
+                port=port,
+                faults=rules,
+                clock=clock,
+                judge=judge,
+                zone=zone,
+                durations=DurationRule(durations),
+                latency_s=latency,
+            )
+        )
+    except KtrdrError as error:
+        click.echo(f"Error: {error}", err=True)
+        raise SystemExit(error.exit_code) from error
+
+
+def check_zone(zone: str) -> None:
+    """Raises:
+    InputError: no such time zone."""
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+    from ktrdr_pipelines.errors import InputError
+
+    try:
+        ZoneInfo(zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise InputError(f"unknown time zone {zone!r}", advice="Write it like America/New_York.") from error
+
+
+def make_clock(now: str | None, *, freeze: bool) -> Callable[[], float]:
+    """The gateway's clock: the system's, or one that starts (and with ``freeze`` stays) at ``now``.
+
+    Raises:
+        InputError: ``now`` is not an instant.
+    """
+    import time
+    from datetime import UTC, datetime
+
+    from ktrdr_pipelines.errors import InputError
+
+    if now is None:
+        if freeze:
+            raise InputError("--freeze needs --now")
+        return time.time
+    try:
+        instant = datetime.fromisoformat(now)
+    except ValueError as error:
+        raise InputError(f"{now!r} is not an instant", advice="Write it like 2024-03-05T15:00:00Z.") from error
+    start = (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
+    if freeze:
+        return lambda: start
+    started = time.monotonic()
+    return lambda: start + time.monotonic() - started
+
+
+def open_market(replay: Path | None, seed: int) -> Market:
+    """The recorded market in ``replay``, else the synthetic one.
+
+    Raises:
+        InputError: no recordings there.
+    """
+    if replay is not None:
+        from ktrdr_pipelines.simulator.replay import ReplayMarket
+
+        return ReplayMarket(replay)
+    from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+
+    return SyntheticMarket(seed)
+
+
+async def run_gateway(market: Market, log_path: Path | None, **options: object) -> None:
+    """Serve until SIGINT or SIGTERM, then close every connection and return.
+
+    Raises:
+        InputError: the address or the log file cannot be had.
+    """
+    import asyncio
+    import contextlib
+    import json
+    import signal
+
+    from ktrdr_pipelines.errors import InputError
+    from ktrdr_pipelines.simulator.gateway import RequestRecord
+    from ktrdr_pipelines.simulator.server import SimulatedGateway
+
+    with contextlib.ExitStack() as stack:
+        on_record: Callable[[RequestRecord], None] | None = None
+        if log_path is not None:
+            try:
+                log = stack.enter_context(log_path.open("a", encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"cannot write the log {log_path}: {error}") from error
+
+            def write(record: RequestRecord) -> None:
+                log.write(json.dumps(record.to_dict()) + "\n")
+                log.flush()
+
+            on_record = write
+        gateway = SimulatedGateway(market, on_record=on_record, **options)  # type: ignore[arg-type]
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Windows loops have no signal handlers; Ctrl-C arrives there as KeyboardInterrupt.
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(number, stopping.set)
+        async with gateway:
+            kind = "recorded bars" if type(market).__name__ == "ReplayMarket" else "synthetic bars"
+            click.echo(
+                f"simulated gateway listening on {gateway.host}:{gateway.port}, {kind} of {len(market.listings)} instruments,"
+                f" account {gateway.gateway.account}"
+            )
+            await stopping.wait()

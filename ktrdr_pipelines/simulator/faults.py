@@ -1,0 +1,289 @@
+"""Scripted misbehaviour: rules that spoil chosen answers. A rule matches requests and is one step of two kinds: it transforms
+the answer, or it plans how the answer is delivered. Rules are tried in order and all that match apply.
+
+A file of rules is YAML or JSON, a list of mappings with the fields of `FaultRule`:
+``[{kind: pacing, nth: [1]}, {kind: hole, symbol: AAPL, rows: 7}]``. What a real gateway does is in `history.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.simulator import refusals
+from ktrdr_pipelines.simulator.history import Answer
+from ktrdr_pipelines.simulator.market import Bars
+from ktrdr_pipelines.simulator.refusals import Refusal
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How an answer reaches the client. ``drop_after`` bytes the connection breaks; ``silent`` answers never come, unless
+    ``after_cancel`` says that they come when the client has given up."""
+
+    delay_s: float = 0.0
+    silent: bool = False
+    drop_after: int | None = None
+    after_cancel: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What rules can match on. ``kind`` is history, schedule or head; ``number`` counts requests of all kinds from 1."""
+
+    kind: str
+    number: int
+    client_id: int
+    symbol: str
+    local_symbol: str
+    exchange: str
+    bar_size: str
+    duration: str
+    end: str
+    what: str
+    use_rth: bool
+
+
+@dataclass(frozen=True)
+class FaultRule:
+    """One fault. Empty conditions match everything.
+
+    ``nth``: of the requests that fit the other conditions, only these (from 1). ``times``: at most so often (0: always).
+    ``when``: a further test, from Python only. ``rows``, ``after_bytes``, ``code``, ``text``, ``seconds``, ``factor``,
+    ``part`` are the amounts of the kinds that use them.
+    """
+
+    kind: str
+    nth: tuple[int, ...] = ()
+    times: int = 0
+    on: str = "history"
+    symbol: str = ""
+    bar_size: str = ""
+    duration: str = ""
+    end: str = ""
+    what: str = ""
+    client_id: int | None = None
+    rows: int = 1
+    after_bytes: int = 200
+    code: int = 162
+    text: str = f"{refusals.SERVICE}unexpected failure"
+    seconds: float = 1.0
+    factor: float = 1.01
+    part: str = "first"
+    when: Callable[[Asked], bool] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"unknown fault {self.kind!r}", advice=f"Use one of {', '.join(sorted(KINDS))}.")
+
+    def fits(self, asked: Asked) -> bool:
+        """True if every condition but ``nth`` and ``times`` holds."""
+        symbol = asked.local_symbol if self.symbol == asked.local_symbol else asked.symbol
+        tests = (
+            (self.on, asked.kind),
+            (self.symbol, symbol),
+            (self.bar_size, asked.bar_size),
+            (self.duration, asked.duration),
+            (self.end, asked.end),
+            (self.what, asked.what),
+        )
+        return (
+            all(wanted in ("", given) for wanted, given in tests)
+            and self.client_id in (None, asked.client_id)
+            and (self.when is None or self.when(asked))
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """An answer on its way through the rules, with the rule at hand."""
+
+    rule: FaultRule
+    asked: Asked
+    answer: Answer
+    delivery: Delivery
+
+
+def _refuse(make: Callable[[Step], Refusal]) -> Callable[[Step], Step]:
+    def apply(step: Step) -> Step:
+        refused = replace(step.answer, refusal=make(step), bars=None, sessions=None, head=None)
+        return replace(step, answer=refused)
+
+    return apply
+
+
+def _deliver(change: Callable[[FaultRule, Delivery], Delivery]) -> Callable[[Step], Step]:
+    return lambda step: replace(step, delivery=change(step.rule, step.delivery))
+
+
+def _spoil(change: Callable[[FaultRule, Bars], Bars]) -> Callable[[Step], Step]:
+    """Faults of bars: an answer without bars stays as it is."""
+
+    def apply(step: Step) -> Step:
+        bars = step.answer.bars
+        if bars is None or not len(bars):
+            return step
+        return replace(step, answer=replace(step.answer, bars=change(step.rule, bars)))
+
+    return apply
+
+
+def _middle(rule: FaultRule, bars: Bars) -> tuple[int, int]:
+    first = max(0, (len(bars) - rule.rows) // 2)
+    return first, min(len(bars), first + rule.rows)
+
+
+def _take_part(rule: FaultRule, bars: Bars) -> Bars:
+    half = (len(bars) + 1) // 2
+    return bars.take(slice(0, half) if rule.part == "first" else slice(half, None))
+
+
+def _cut_hole(rule: FaultRule, bars: Bars) -> Bars:
+    first, stop = _middle(rule, bars)
+    return bars.take(np.r_[0:first, stop : len(bars)])
+
+
+def _repeat(rule: FaultRule, bars: Bars) -> Bars:
+    first, stop = _middle(rule, bars)
+    return bars.take(np.r_[0:stop, first : len(bars)])
+
+
+def _swap(rule: FaultRule, bars: Bars) -> Bars:
+    order = np.arange(len(bars))
+    first, stop = _middle(replace(rule, rows=max(2, rule.rows)), bars)
+    order[first:stop] = order[first:stop][::-1]
+    return bars.take(order)
+
+
+def _contradict(rule: FaultRule, bars: Bars) -> Bars:
+    first, stop = _middle(rule, bars)
+    twice = _repeat(rule, bars)
+    again = slice(stop, stop + (stop - first))
+    return _scale(twice, again, rule.factor, ("open", "high", "low", "close"))
+
+
+def _scale(bars: Bars, rows: slice, factor: float, columns: tuple[str, ...]) -> Bars:
+    changed = {}
+    for name in columns:
+        column = getattr(bars, name).copy()
+        column[rows] = column[rows] * factor
+        changed[name] = column
+    return replace(bars, **changed, decimals=None)
+
+
+def _poison(value: float) -> Callable[[FaultRule, Bars], Bars]:
+    def change(rule: FaultRule, bars: Bars) -> Bars:
+        close = bars.close.copy()
+        close[slice(*_middle(rule, bars))] = value
+        return replace(bars, close=close)
+
+    return change
+
+
+def _turn_upside_down(rule: FaultRule, bars: Bars) -> Bars:
+    rows = slice(*_middle(rule, bars))
+    high, low = bars.high.copy(), bars.low.copy()
+    high[rows], low[rows] = low[rows].copy() - 0.01, high[rows].copy() + 0.01
+    return replace(bars, high=high, low=low)
+
+
+def _shift(rule: FaultRule, bars: Bars) -> Bars:
+    return replace(bars, stamp=bars.stamp + int(rule.seconds))
+
+
+KINDS: dict[str, Callable[[Step], Step]] = {
+    "pacing": _refuse(lambda _: refusals.PACING),
+    "error": _refuse(lambda step: Refusal(step.rule.code, step.rule.text)),
+    "no_data_lie": _refuse(
+        lambda step: refusals.report_no_data(step.asked.local_symbol, step.asked.exchange, step.asked.what)
+    ),
+    "silent": _deliver(lambda _, delivery: replace(delivery, silent=True)),
+    "late": _deliver(lambda _, delivery: replace(delivery, silent=True, after_cancel=True)),
+    "slow": _deliver(lambda rule, delivery: replace(delivery, delay_s=rule.seconds)),
+    "drop_after": _deliver(lambda rule, delivery: replace(delivery, drop_after=rule.after_bytes)),
+    "partial": _spoil(_take_part),
+    "hole": _spoil(_cut_hole),
+    "duplicate": _spoil(_repeat),
+    "out_of_order": _spoil(_swap),
+    "conflict": _spoil(_contradict),
+    "nan": _spoil(_poison(float("nan"))),
+    "infinite": _spoil(_poison(float("inf"))),
+    "high_below_low": _spoil(_turn_upside_down),
+    "shift": _spoil(_shift),
+}
+"""Every fault by name. Rows are taken from the middle of the answer; ``shift`` moves all stamps by ``seconds``."""
+
+
+class FaultBook:
+    """The rules with their counts. One for all clients of a gateway."""
+
+    def __init__(self, rules: Iterable[FaultRule] = ()) -> None:
+        self._rules = list(rules)
+        self._matched = [0] * len(self._rules)
+        self._applied = [0] * len(self._rules)
+
+    def add(self, rule: FaultRule) -> None:
+        """Add a rule while the gateway runs; it counts requests from now on."""
+        self._matched.append(0)
+        self._applied.append(0)
+        self._rules.append(rule)
+
+    def clear(self) -> None:
+        """Behave from now on."""
+        self._rules, self._matched, self._applied = [], [], []
+
+    def apply(self, asked: Asked, answer: Answer) -> tuple[Answer, Delivery, tuple[str, ...]]:
+        """The answer as spoilt, how to deliver it, and the names of the faults that were applied."""
+        names: list[str] = []
+        if not self._rules:
+            return answer, Delivery(), ()
+        step = Step(self._rules[0], asked, answer, Delivery())
+        for i, rule in enumerate(self._rules):
+            if not rule.fits(asked):
+                continue
+            self._matched[i] += 1
+            if (rule.nth and self._matched[i] not in rule.nth) or (rule.times and self._applied[i] >= rule.times):
+                continue
+            self._applied[i] += 1
+            step = KINDS[rule.kind](replace(step, rule=rule))
+            names.append(rule.kind)
+        return step.answer, step.delivery, tuple(names)
+
+
+_ALLOWED = {f.name for f in fields(FaultRule)} - {"when"}
+
+
+def read_faults(path: Path) -> list[FaultRule]:
+    """The rules in a YAML or JSON file.
+
+    Raises:
+        InputError: unreadable, not a list of mappings, or a field or kind that does not exist.
+    """
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read faults from {path}: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path} is not a list of faults", advice="Write it like: [{kind: pacing, nth: [1]}]")
+    return [_make_rule(path, entry) for entry in entries]
+
+
+def _make_rule(path: Path, entry: dict[str, Any]) -> FaultRule:
+    unknown = sorted(set(entry) - _ALLOWED)
+    if unknown or "kind" not in entry:
+        raise InputError(
+            f"{path}: fault {entry!r} has " + (f"unknown fields {', '.join(unknown)}" if unknown else "no kind"),
+            advice=f"Fields are {', '.join(sorted(_ALLOWED))}.",
+        )
+    nth = entry.get("nth", ())
+    try:
+        return FaultRule(**{**entry, "nth": tuple(nth) if isinstance(nth, list | tuple) else (int(nth),)})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: fault {entry!r}: {error}") from error

@@ -1,0 +1,207 @@
+"""What all connections of one simulated gateway share: market, pacing judge, faults, client ids, the log of requests.
+
+No sockets and no clock of its own: every call is told the time. Sessions are in `session.py`, sockets in `server.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ktrdr_pipelines.simulator import refusals
+from ktrdr_pipelines.simulator.durations import DurationRule, RequestLimits
+from ktrdr_pipelines.simulator.faults import Asked, Delivery, FaultBook, FaultRule
+from ktrdr_pipelines.simulator.history import Answer, HistoryRules, check_request, find_head, look_up
+from ktrdr_pipelines.simulator.judge import PacingJudge
+from ktrdr_pipelines.simulator.market import Listing, Market
+from ktrdr_pipelines.simulator.messages import MAX_VERSION, HeadRequest, HistoryRequest
+from ktrdr_pipelines.simulator.refusals import RequestRefusedError
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One line of the log. ``time`` is epoch seconds, ``kind`` history, schedule, head or cancel; ``outcome`` is "bars",
+    "sessions", "head", "silent", "cancelled" or the error's code and text; ``pacing`` the rule broken, ``faults`` what was
+    applied. ``first`` and ``last`` are the stamps sent, in epoch seconds (0: none)."""
+
+    time: float
+    kind: str
+    client_id: int
+    req_id: int
+    symbol: str = ""
+    con_id: int = 0
+    sec_type: str = ""
+    exchange: str = ""
+    bar_size: str = ""
+    end: str = ""
+    duration: str = ""
+    what: str = ""
+    use_rth: bool = False
+    outcome: str = ""
+    bars: int = 0
+    first: int = 0
+    last: int = 0
+    pacing: str = ""
+    faults: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An answer and how to deliver it."""
+
+    answer: Answer
+    delivery: Delivery
+
+
+class Gateway:
+    """Shared state. ``on_record`` is called with each `RequestRecord` as it is made; ``latency_s`` delays every answer.
+
+    ``server_version`` caps the protocol version offered, for trying old layouts. ``judge`` None: pacing is not judged.
+    """
+
+    max_clients = 32
+    max_open_requests = 50
+    max_messages_per_s = 50
+
+    def __init__(
+        self,
+        market: Market,
+        *,
+        judge: PacingJudge | None = None,
+        faults: Iterable[FaultRule] = (),
+        zone: str = "America/New_York",
+        durations: DurationRule = DurationRule.SESSIONS,
+        limits: RequestLimits = RequestLimits.CURRENT,
+        account: str = "SIM0000001",
+        server_version: int = MAX_VERSION,
+        latency_s: float = 0.0,
+        on_record: Callable[[RequestRecord], None] | None = None,
+    ) -> None:
+        self.market = market
+        self.judge = judge
+        self.faults = FaultBook(faults)
+        self.rules = HistoryRules(zone, durations, limits)
+        self.account = account
+        self.server_version = server_version
+        self.latency_s = latency_s
+        self.requests: list[RequestRecord] = []
+        self.client_ids: set[int] = set()
+        self.open_requests = 0
+        self._on_record = on_record
+        self._number = 0
+
+    def record(self, record: RequestRecord) -> None:
+        """Add a line to the log."""
+        self.requests.append(record)
+        if self._on_record:
+            self._on_record(record)
+
+    def plan_history(self, client_id: int, request: HistoryRequest, now: float) -> Planned:
+        """Judge, look up and spoil one history or schedule request."""
+        kind = "schedule" if request.what == "SCHEDULE" else "history"
+        record = RequestRecord(
+            time=now,
+            kind=kind,
+            client_id=client_id,
+            req_id=request.req_id,
+            symbol=request.contract.symbol,
+            con_id=request.contract.con_id,
+            sec_type=request.contract.sec_type,
+            exchange=request.contract.exchange,
+            bar_size=request.bar_size,
+            end=request.end,
+            duration=request.duration,
+            what=request.what,
+            use_rth=request.use_rth,
+        )
+        local_symbol = request.contract.local_symbol
+        try:
+            if self.open_requests >= self.max_open_requests:
+                raise RequestRefusedError(refusals.TOO_MANY_OPEN)
+            lookup = check_request(self.market, request, int(now), self.rules)
+            local_symbol = lookup.name
+            record = _with_listing(record, lookup.listing, lookup.exchange)
+            self._judge(record)
+            answer = look_up(self.market, lookup, int(now), self.rules)
+        except RequestRefusedError as refused:
+            answer = Answer(refusal=refused.refusal)
+            record = replace(record, pacing=refused.detail)
+        return self._finish(record, local_symbol, answer)
+
+    def plan_head(self, client_id: int, request: HeadRequest, now: float) -> Planned:
+        """Judge and look up one head timestamp; it counts as a history request."""
+        record = RequestRecord(
+            time=now,
+            kind="head",
+            client_id=client_id,
+            req_id=request.req_id,
+            symbol=request.contract.symbol,
+            con_id=request.contract.con_id,
+            sec_type=request.contract.sec_type,
+            exchange=request.contract.exchange,
+            what=request.what,
+            use_rth=request.use_rth,
+        )
+        local_symbol = request.contract.local_symbol
+        try:
+            listing, exchange, head = find_head(self.market, request)
+            local_symbol = listing.local_symbol or listing.symbol
+            record = _with_listing(record, listing, exchange)
+            self._judge(record)
+            if head is None or head > now:
+                raise RequestRefusedError(refusals.report_no_data(local_symbol, exchange, request.what))
+            answer = Answer(head=head)
+        except RequestRefusedError as refused:
+            answer = Answer(refusal=refused.refusal)
+            record = replace(record, pacing=refused.detail)
+        return self._finish(record, local_symbol, answer)
+
+    def _judge(self, record: RequestRecord) -> None:
+        if self.judge is None:
+            return
+        group = (record.con_id, record.exchange, record.what)
+        identity = (*group, record.kind, record.end, record.bar_size, record.duration, record.use_rth)
+        broken = self.judge.judge(record.time, group, identity, weight=2 if record.what == "BID_ASK" else 1)
+        if broken:
+            raise RequestRefusedError(refusals.PACING, broken)
+
+    def _finish(self, record: RequestRecord, local_symbol: str, answer: Answer) -> Planned:
+        self._number += 1
+        asked = Asked(
+            kind=record.kind,
+            number=self._number,
+            client_id=record.client_id,
+            symbol=record.symbol,
+            local_symbol=local_symbol,
+            exchange=record.exchange,
+            bar_size=record.bar_size,
+            duration=record.duration,
+            end=record.end,
+            what=record.what,
+            use_rth=record.use_rth,
+        )
+        answer, delivery, faults = self.faults.apply(asked, answer)
+        self.record(_with_outcome(replace(record, faults=faults), answer, delivery))
+        return Planned(answer, replace(delivery, delay_s=delivery.delay_s + self.latency_s))
+
+
+def _with_listing(record: RequestRecord, listing: Listing, exchange: str) -> RequestRecord:
+    return replace(record, symbol=listing.symbol, con_id=listing.con_id, sec_type=listing.sec_type, exchange=exchange)
+
+
+def _with_outcome(record: RequestRecord, answer: Answer, delivery: Delivery) -> RequestRecord:
+    if delivery.silent:
+        return replace(record, outcome="silent")
+    if answer.refusal:
+        return replace(record, outcome=f"{answer.refusal.code} {answer.refusal.text}")
+    if answer.bars is not None:
+        stamps = answer.bars.stamp
+        first, last = (int(stamps[0]), int(stamps[-1])) if len(stamps) else (0, 0)
+        return replace(record, outcome="bars", bars=len(stamps), first=first, last=last)
+    if answer.sessions is not None:
+        return replace(record, outcome="sessions", bars=len(answer.sessions))
+    return replace(record, outcome="head", first=answer.head or 0)

@@ -1,0 +1,278 @@
+"""The sockets: an asyncio server that drives one `Session` per connection, and a thread to run it in. Little else.
+
+What is answered is decided in `session.py` and `gateway.py`. ``async with SimulatedGateway(market)`` in a running loop,
+``with run_in_thread(market)`` everywhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines.simulator.gateway import Gateway, RequestRecord
+from ktrdr_pipelines.simulator.judge import PacingJudge
+from ktrdr_pipelines.simulator.market import Market
+from ktrdr_pipelines.simulator.refusals import Refusal
+from ktrdr_pipelines.simulator.session import Action, Close, Send, Session, Wait
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 16
+
+
+class SimulatedGateway:
+    """A gateway listening on ``host`` and ``port`` (0: the system chooses; see `port` after `start`).
+
+    ``clock`` gives epoch seconds and defaults to the system's; it decides what "now" is for bars, pacing and current time,
+    while delays of answers are real seconds. ``judge`` True judges pacing by the specification, None or False does not.
+    Other keyword arguments are `Gateway`'s: ``zone``, ``durations``, ``limits``, ``account``, ``latency_s``, ...
+    """
+
+    def __init__(
+        self,
+        market: Market,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        clock: Callable[[], float] = time.time,
+        judge: bool | PacingJudge | None = True,
+        faults: Iterable[FaultRule] = (),
+        **options: Any,
+    ) -> None:
+        if isinstance(judge, bool):
+            judge = PacingJudge() if judge else None
+        self.host = host
+        self.gateway = Gateway(market, judge=judge, faults=faults, **options)
+        self._wanted_port = port
+        self._clock = clock
+        self._server: asyncio.Server | None = None
+        self._connections: dict[_Connection, None] = {}
+
+    @property
+    def port(self) -> int:
+        """The port listened on, 0 before `start`."""
+        return int(self._server.sockets[0].getsockname()[1]) if self._server and self._server.sockets else 0
+
+    @property
+    def requests(self) -> list[RequestRecord]:
+        """Every history, schedule and head request so far, and cancels, oldest first."""
+        return self.gateway.requests
+
+    @property
+    def violations(self) -> list[tuple[float, str]]:
+        """Pacing violations so far: time and rule broken."""
+        return self.gateway.judge.violations if self.gateway.judge else []
+
+    async def start(self) -> Self:
+        """Listen.
+
+        Raises:
+            InputError: the address cannot be had (port in use, no such host).
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: _Connection(self.gateway, self._clock, self._connections), self.host, self._wanted_port
+            )
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"cannot listen on {self.host}:{self._wanted_port}: {error}",
+                advice="Choose another port, or 0 for any.",
+            ) from error
+        return self
+
+    async def serve(self) -> None:
+        """Run until cancelled, then close everything."""
+        if self._server is None:
+            await self.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Stop listening and drop all clients. Safe to call twice."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        for connection in list(self._connections):
+            connection.abort()
+        await server.wait_closed()
+
+    def disconnect_clients(self) -> None:
+        """Drop every connection at once, as a restart does, and go on listening. Call from the gateway's own thread."""
+        for connection in list(self._connections):
+            connection.abort()
+
+    def broadcast(self, code: int, text: str) -> None:
+        """Send a notice to every client (1100, 2105, ...). Call from the gateway's own thread."""
+        for connection in list(self._connections):
+            connection.perform(connection.session.broadcast(Refusal(code, text)))
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+
+class _Connection(asyncio.Protocol):
+    """One socket and its session."""
+
+    def __init__(self, gateway: Gateway, clock: Callable[[], float], connections: dict[_Connection, None]) -> None:
+        self.session = Session(gateway)
+        self._clock = clock
+        self._connections = connections
+        self._transport: asyncio.Transport | None = None
+        self._timers: set[asyncio.TimerHandle] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._connections[self] = None
+
+    def data_received(self, data: bytes) -> None:
+        self.perform(self.session.receive(data, self._clock()))
+
+    def pause_writing(self) -> None:
+        # A client that does not read gets no further requests served: otherwise its answers would pile up here.
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self._connections.pop(self, None)
+        self.session.release()
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self.session.release()
+
+    def perform(self, actions: list[Action]) -> None:
+        """Carry out actions in order; neighbouring sends go out in one write."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        pending: list[bytes] = []
+        for action in actions:
+            if isinstance(action, Send):
+                pending.append(action.data)
+            elif isinstance(action, Wait):
+                self._set_timer(action)
+            elif isinstance(action, Close):
+                logger.info("closing client %s: %s", self.session.client_id, action.reason)
+                transport.write(b"".join(pending))
+                transport.close()
+                return
+        if pending:
+            transport.write(b"".join(pending))
+
+    def _set_timer(self, wait: Wait) -> None:
+        def wake() -> None:
+            self._timers.discard(timer)
+            self.perform(self.session.wake(wait.token))
+
+        timer = asyncio.get_running_loop().call_later(wait.delay_s, wake)
+        self._timers.add(timer)
+
+
+class GatewayThread:
+    """A `SimulatedGateway` in a thread with a loop of its own. A context manager; attributes are the gateway's.
+
+    Arguments are those of `SimulatedGateway`. Leaving the block stops the gateway and ends the thread.
+    """
+
+    def __init__(self, market: Market, **options: Any) -> None:
+        self.server = SimulatedGateway(market, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="simulated-gateway", daemon=True)
+        self._started = threading.Event()
+        self._failure: Exception | None = None
+        self.port = 0
+
+    @property
+    def host(self) -> str:
+        return self.server.host
+
+    @property
+    def requests(self) -> list[RequestRecord]:
+        return self.server.requests
+
+    @property
+    def violations(self) -> list[tuple[float, str]]:
+        return self.server.violations
+
+    def call(self, function: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+        """Run ``function`` in the gateway's thread and return its result, e.g. ``call(gateway.server.disconnect_clients)``."""
+
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout_s)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self.server.start())
+            self.port = self.server.port
+        except InputError as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(self.server.stop())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+
+    def start(self, timeout_s: float = 30.0) -> Self:
+        """Start the thread and wait until the gateway listens.
+
+        Raises:
+            InputError: the address cannot be had.
+            TransientError: the thread did not start in time.
+        """
+        self._thread.start()
+        if not self._started.wait(timeout_s):
+            raise TransientError(f"the simulated gateway did not start within {timeout_s:g} s")
+        if self._failure is not None:
+            self._thread.join()
+            self._loop.close()
+            raise self._failure
+        return self
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Stop the gateway and end the thread. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def run_in_thread(market: Market, **options: Any) -> GatewayThread:
+    """``with run_in_thread(SyntheticMarket()) as gateway: connect(gateway.host, gateway.port)``."""
+    return GatewayThread(market, **options)

@@ -1,0 +1,183 @@
+"""Putting new rows into the middle of a large sorted CSV, and marking its partitions.
+
+Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `disk.Disk`; who
+may write, and what is remembered about it, is in `store.py`. Why not pandas or polars: reading, merging and writing a file of
+two million rows takes them 1 to 12 s and 0.6 to 1 GB (``dependency_facts``; `benchmarks/bench_splice.py` measures it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ktrdr_pipelines.bars import COLUMNS, Rule, bars_from_columns, opens_of
+from ktrdr_pipelines.csvfile import (
+    HEADER,
+    MalformedFile,
+    checksum,
+    count_lines,
+    find_row,
+    parse_rows,
+    read_range,
+    render_rows,
+    scan_opens,
+)
+from ktrdr_pipelines.disk import Disk, FileRange, FileState, replace_file, state_of
+from ktrdr_pipelines.partitions import partition_at
+from ktrdr_pipelines.series import Timeframe, Window
+from ktrdr_pipelines.sidecar import PartitionMark
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The union of held and new bars."""
+
+    bars: pd.DataFrame
+    added: int
+    revised_from: pd.DataFrame
+    """Held bars whose stamp came again with other values, as they were."""
+    revised_to: pd.DataFrame
+    """The same bars as they are now."""
+
+
+def merge_bars(held: pd.DataFrame, new: pd.DataFrame, *, held_wins: bool = False) -> Merged:
+    """Both tables' bars, sorted; where both have a stamp the new values count (the held ones with ``held_wins``).
+
+    Nothing is ever removed: held bars that ``new`` lacks stay.
+    """
+    held_s, new_s = opens_of(held), opens_of(new)
+    held_v, new_v = held[list(COLUMNS[1:])].to_numpy(), new[list(COLUMNS[1:])].to_numpy()
+    at = np.searchsorted(held_s, new_s)
+    known = np.zeros(len(new_s), np.bool_)
+    inside = at < len(held_s)
+    known[inside] = held_s[at[inside]] == new_s[inside]
+    differs = known.copy()
+    differs[known] = (held_v[at[known]] != new_v[known]).any(axis=1)
+    values = held_v.copy()
+    if not held_wins:
+        values[at[differs]] = new_v[differs]
+    opens_s = np.concatenate([held_s, new_s[~known]])
+    order = np.argsort(opens_s, kind="stable")
+    columns = np.concatenate([values, new_v[~known]])[order].T
+    return Merged(
+        bars=bars_from_columns(opens_s[order], *columns),
+        added=int((~known).sum()),
+        revised_from=held.iloc[at[differs]].reset_index(drop=True),
+        revised_to=new.iloc[np.flatnonzero(differs)].reset_index(drop=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Spliced:
+    """What a splice did. ``state`` is the file's state afterwards, None when there is no file."""
+
+    merged: Merged
+    state: FileState | None
+    marks: dict[str, PartitionMark]
+    """Every partition the new bars fall into, as it is now."""
+    held_in_window: int
+
+
+def splice_bars(
+    disk: Disk,
+    path: Path,
+    bars: pd.DataFrame,
+    timeframe: Timeframe,
+    rules: Sequence[Rule],
+    *,
+    window: Window | None,
+    held_wins: bool = False,
+) -> Spliced:
+    """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
+
+    The file is replaced only when a byte of it changes. ``held_in_window`` counts the rows of ``window`` afterwards.
+
+    Raises:
+        MalformedFile: a row that was looked at is none of ours.
+        SourceChanged: another program changed the file meanwhile; nothing was written.
+        OSError: the disk refuses; nothing was written.
+    """
+    opens_s = opens_of(bars)
+    first_s, last_s = int(opens_s[0]), int(opens_s[-1])
+    try:
+        source: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        source = None
+    try:
+        before = None if source is None else FileState.of(os.fstat(source))
+        size = before.size if before else 0
+        low, high, held = 0, 0, bars.iloc[:0]
+        if source is not None and size:
+            low, high = find_row(source, size, first_s), find_row(source, size, last_s + 1)
+            held, faults = parse_rows(read_range(source, low, high), rules)
+            if faults:
+                raise MalformedFile(faults[0][2], low + faults[0][1])
+        merged = merge_bars(held, bars, held_wins=held_wins)
+        counted: list[int] = []
+        marks: dict[str, PartitionMark] = {}
+
+        def examine(fd: int) -> None:
+            new_size = os.fstat(fd).st_size
+            start = find_row(fd, new_size, partition_at(timeframe, _instant(first_s)).window.start_s)
+            end = find_row(fd, new_size, partition_at(timeframe, _instant(last_s)).window.end_s)
+            marks.update(mark_partitions(fd, timeframe, start, end))
+            if window is not None:
+                counted.append(count_rows(fd, new_size, window))
+
+        if source is not None and size and not merged.added and (held_wins or merged.revised_to.empty):
+            examine(source)
+            return Spliced(merged, before, marks, sum(counted))
+        rows = render_rows(merged.bars)
+        if source is None or not size:
+            parts: list[bytes | FileRange] = [HEADER, rows]
+        else:
+            parts = [FileRange(source, 0, low), rows, FileRange(source, high, size)]
+        state = replace_file(disk, path, parts, still_valid=lambda: state_of(path) == before, examine=examine)
+        return Spliced(merged, state, marks, sum(counted))
+    finally:
+        if source is not None:
+            os.close(source)
+
+
+def count_rows(fd: int, size: int, window: Window) -> int:
+    """Rows of ``window`` in a sorted file."""
+    return count_lines(fd, find_row(fd, size, window.start_s), find_row(fd, size, window.end_s))
+
+
+def mark_partitions(fd: int, timeframe: Timeframe, start: int, end: int) -> dict[str, PartitionMark]:
+    """Rows and checksum of each partition between two offsets, which must be bounds of partitions.
+
+    Raises:
+        MalformedFile: a line does not begin with a stamp, or stamps do not strictly increase.
+    """
+    return mark_located(fd, locate_partitions(fd, timeframe, start, end))
+
+
+def mark_located(fd: int, places: Mapping[str, tuple[int, int, int]]) -> dict[str, PartitionMark]:
+    """The marks of partitions found by `locate_partitions`."""
+    return {key: PartitionMark(rows=rows, crc32=checksum(fd, low, high)) for key, (rows, low, high) in places.items()}
+
+
+def locate_partitions(fd: int, timeframe: Timeframe, start: int, end: int) -> dict[str, tuple[int, int, int]]:
+    """Partition key -> rows, first offset, end offset; otherwise like `mark_partitions`."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for opens_s, offsets in scan_opens(fd, start, end):
+        i = 0
+        while i < len(opens_s):
+            partition = partition_at(timeframe, _instant(int(opens_s[i])))
+            j = int(np.searchsorted(opens_s, partition.window.end_s))
+            rows, low, _ = found.get(partition.key, (0, int(offsets[i]), 0))
+            found[partition.key] = (rows + j - i, low, end)
+            i = j
+    bounds = [*[low for _, low, _ in found.values()][1:], end]
+    return {key: (rows, low, high) for (key, (rows, low, _)), high in zip(found.items(), bounds, strict=True)}
+
+
+def _instant(second: int) -> datetime:
+    return datetime.fromtimestamp(second, UTC)

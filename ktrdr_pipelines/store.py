@@ -1,0 +1,439 @@
+"""One CSV per series and its sidecar: reading windows, writing answers, noticing what others did to the files.
+
+Layout and dtypes: `bars.py` describes the table, `csvfile.py` the bytes, `sidecar.py` what is known beside them. Promises:
+writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new one; the
+sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers hold a lock beside the CSV, readers need
+none. The clock is passed in. See design, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ktrdr_pipelines.adopt import read_foreign
+from ktrdr_pipelines.bars import Int64Array, empty_bars, latest_complete_open_s, opens_of, rules_for, validate_bars
+from ktrdr_pipelines.csvfile import (
+    HEADER,
+    MalformedFile,
+    RowFault,
+    count_lines,
+    find_row,
+    first_and_last_open,
+    parse_rows,
+    read_range,
+    render_rows,
+    scan_opens,
+)
+from ktrdr_pipelines.disk import Disk, FileState, SourceChanged, state_of
+from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.files import SeriesFiles, bad_rows, explained, fault_at, is_as_written, mark_of, opened
+from ktrdr_pipelines.intake import Adopted, Prepared, changing_all_the_time, settle
+from ktrdr_pipelines.series import Series, Window, require_utc
+from ktrdr_pipelines.sidecar import (
+    HistoryStart,
+    ProvenEmpty,
+    Sidecar,
+    Source,
+    UnreadableSidecar,
+    VolumeUnit,
+    add_answered,
+    add_proven_empty,
+    drop_disproved,
+    pin,
+    withdraw_partitions,
+)
+from ktrdr_pipelines.splice import Spliced, count_rows, mark_partitions, merge_bars, splice_bars
+from ktrdr_pipelines.verify import Problem, verify_files
+
+_TRIES_AGAINST_EDITORS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """First and last bar open of a CSV, epoch seconds UTC; both are held."""
+
+    first_open_s: int
+    last_open_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one write did. Counts are rows; ``rows_held_in_window`` is about the answered window, afterwards."""
+
+    rows_added: int
+    rows_revised: int
+    rows_held_in_window: int
+    path: Path
+    revised_from: pd.DataFrame
+    """Held bars that came again with other values, as they were; ``revised_to`` as they are now."""
+    revised_to: pd.DataFrame
+    partitions: tuple[str, ...]
+    """Keys of the partitions the bars fall into."""
+    prepared: Prepared
+
+
+def utc_now() -> datetime:
+    """The wall clock, for callers that bring none."""
+    return datetime.now(UTC)
+
+
+class Store:
+    """The directory of CSVs and sidecars.
+
+    ``lock_timeout_s`` is how long a writer waits for another one of the same series. ``clock`` only names the copies made by
+    reads that meet a foreign file; everything else is told ``now``. ``disk`` is the seam for tests.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        lock_timeout_s: float = 60.0,
+        clock: Callable[[], datetime] = utc_now,
+        disk: Disk | None = None,
+    ) -> None:
+        self.data_dir = Path(data_dir)
+        self._clock = clock
+        self._files = SeriesFiles(self.data_dir, lock_timeout_s, disk or Disk())
+        self._trusted: dict[Path, FileState] = {}
+        """CSVs seen to be sorted from end to end, in the state in which they were."""
+        self._views: dict[Path, tuple[FileState | None, FileState | None, Sidecar]] = {}
+
+    def csv_path(self, series: Series) -> Path:
+        """``AAPL_1h.csv`` in the data directory; where a link leads, if it is one."""
+        return self._files.csv(series)
+
+    def sidecar_path(self, series: Series) -> Path:
+        """``AAPL_1h.meta.json`` in the data directory."""
+        return self._files.sidecar(series)
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def read_bars(self, series: Series, window: Window | None = None) -> pd.DataFrame:
+        """The bars of ``window`` (all without one), exactly as written; empty when there are none.
+
+        Reads only the bytes of the window. A foreign file is adopted first.
+
+        Raises:
+            DataError: rows are malformed, unsorted or break the rules; the message names their lines.
+            StoreError: the disk refuses.
+        """
+        doing = f"reading bars of {series}" + (f" {window}" if window else "")
+        with self._opened(series, doing) as file:
+            if file is None:
+                return empty_bars()
+            fd, state = file
+            start, end = _find_window(fd, state.size, window)
+            bars, faults = parse_rows(read_range(fd, start, end), rules_for(series))
+            if not faults:
+                return bars
+            before = count_lines(fd, 0, start)
+            shown = [fault_at(fd, start + offset, why, before + row + 1) for row, offset, why in faults[:10]]
+            raise bad_rows(self.csv_path(series), shown, len(faults), doing)
+
+    def held_opens(self, series: Series, window: Window | None = None) -> Int64Array:
+        """Opens of the bars held in ``window`` (all without one), epoch seconds, strictly increasing. Reads stamps only.
+
+        Raises:
+            DataError: a line has no stamp or is out of order; the message names it.
+            StoreError: the disk refuses.
+        """
+        with self._opened(series, f"reading what is held of {series}" + (f" {window}" if window else "")) as file:
+            if file is None:
+                return np.empty(0, np.int64)
+            fd, state = file
+            chunks = [opens_s for opens_s, _ in scan_opens(fd, *_find_window(fd, state.size, window))]
+            return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+
+    def extent(self, series: Series) -> Extent | None:
+        """First and last open, None without bars. Looks at the first and the last line only."""
+        with self._opened(series, f"reading the extent of {series}", whole=False) as file:
+            ends = first_and_last_open(file[0], file[1].size) if file else None
+            return Extent(*ends) if ends else None
+
+    def read_sidecar(self, series: Series) -> Sidecar:
+        """What is known of ``series``, corrected to the CSV as it is now; defaults when there is no sidecar.
+
+        When the CSV was edited, answered windows of the changed partitions are left out (on disk they are corrected by the
+        next `prepare` or `write`).
+
+        Raises:
+            DataError: the sidecar is unreadable; the next load builds a new one and keeps a copy.
+            StoreError: it is a newer program's, or the disk refuses.
+        """
+        path, csv = self.sidecar_path(series), self.csv_path(series)
+        doing = f"reading what is known of {series}"
+        with explained(path, doing):
+            states = (state_of(path), state_of(csv))
+        cached = self._views.get(path)
+        if cached is not None and cached[:2] == states:
+            return cached[2]
+        try:
+            sidecar = self._files.load_sidecar(series, doing)
+        except UnreadableSidecar as failure:
+            raise DataError(
+                f"{path} is unreadable: {failure}",
+                doing=doing,
+                advice="The next load keeps a copy and builds a new one from the CSV; no bar is lost.",
+            ) from None
+        if not is_as_written(sidecar, states[1]):
+            sidecar = self._correct_view(series, sidecar, doing)
+        self._views[path] = (*states, sidecar)
+        return sidecar
+
+    def verify(self, series: Series, window: Window | None = None) -> list[Problem]:
+        """Everything wrong with the CSV in the partitions that ``window`` touches (all without one); empty when all is well.
+
+        Reads all rows: malformed, unsorted or rule-breaking lines, and partitions whose rows are not those last written. An
+        unreadable sidecar is a problem of its own. Changes nothing.
+        """
+        return verify_files(self._files, series, window)
+
+    # ------------------------------------------------------------------------------------------------ writing
+
+    def prepare(self, series: Series, *, now: datetime, assume_utc: bool = False) -> Prepared:
+        """The first step of a load: adopt a foreign or edited CSV, rebuild a broken sidecar, take note of edits.
+
+        Nearly free when nobody touched the files, and then nothing is written. Done by `write` as well.
+
+        Raises:
+            DataError: the CSV is no bar file, or has stamps without a zone (unless ``assume_utc``); it was left alone.
+            StoreError: the disk or the lock refuses, or the sidecar is a newer program's.
+        """
+        doing = f"preparing the files of {series}"
+        with explained(self.csv_path(series), doing):
+            state = state_of(self.csv_path(series))
+        try:
+            if is_as_written(self._files.load_sidecar(series, doing), state):
+                return Prepared()
+        except UnreadableSidecar:
+            pass  # settled below, under the lock
+        with self._files.locked(series, doing):
+            return settle(self._files, series, require_utc(now, "now"), doing, assume_utc=assume_utc)[1]
+
+    def write(
+        self,
+        series: Series,
+        bars: pd.DataFrame,
+        *,
+        answered: Window | None,
+        source: Source,
+        now: datetime,
+        proven_empty: Sequence[ProvenEmpty] = (),
+        volume_unit: VolumeUnit | None = None,
+        complete_until: datetime | None = None,
+    ) -> Written:
+        """Add ``bars`` to the CSV, and what is known since to the sidecar.
+
+        Same stamp: the new values count, the old ones are in the result. Held bars that ``bars`` lacks stay. ``answered`` is
+        the window in which the answer was verified to be all there is (None claims nothing); ``proven_empty`` the ranges
+        with expected opens and no bars. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
+        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``.
+
+        When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
+        replaced, the bars are kept and only the claims are lost.
+
+        Raises:
+            DataError: ``bars`` break the schema, or the file there is no bar file; nothing was touched.
+            StoreError: the disk or the lock refuses, or the file holds something else (`sidecar.pin`).
+        """
+        now = require_utc(now, "now")
+        validate_bars(bars, series, answered)
+        doing = f"writing bars of {series}" + (f" {answered}" if answered else "")
+        last_complete_s = latest_complete_open_s(series.timeframe, now.timestamp())
+        until = require_utc(complete_until or datetime.fromtimestamp(last_complete_s + 1, UTC), "complete_until")
+        with self._files.locked(series, doing):
+            sidecar, spliced, prepared = self._splice(series, bars, answered, source, now, doing, volume_unit)
+            claims = [claim for claim in proven_empty if claim.start < until]
+            ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
+            update = {
+                "updated_at": now,
+                "answered": add_answered(sidecar.answered, answered, until) if answered else sidecar.answered,
+                "proven_empty": ranges,
+                "partitions": {**sidecar.partitions, **spliced.marks},
+                "file": mark_of(spliced.state),
+            }
+            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+        merged = spliced.merged
+        return Written(
+            rows_added=merged.added,
+            rows_revised=len(merged.revised_to),
+            rows_held_in_window=spliced.held_in_window,
+            path=self.csv_path(series),
+            revised_from=merged.revised_from,
+            revised_to=merged.revised_to,
+            partitions=tuple(spliced.marks),
+            prepared=prepared,
+        )
+
+    def note(
+        self, series: Series, *, now: datetime, history_start: HistoryStart | None = None, sparse: bool | None = None
+    ) -> None:
+        """Remember where the history of ``series`` begins, or that IB leaves out its empty bars. None changes nothing."""
+        doing = f"noting what is known of {series}"
+        with self._files.locked(series, doing):
+            sidecar, _ = settle(self._files, series, require_utc(now, "now"), doing)
+            update: dict[str, object] = {"updated_at": now, "series": str(series)}
+            if history_start is not None:
+                update["history_start"] = history_start
+            if sparse is not None:
+                update["sparse"] = sparse
+            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+
+    def adopt(self, series: Series, path: Path | None = None, *, now: datetime, assume_utc: bool = False) -> Adopted:
+        """Make a file that something else wrote the CSV of ``series``, or part of it.
+
+        Without ``path`` the series' own CSV is converted where it is, the original kept as ``AAPL_1h.csv.bak-<time>``. With
+        one, its bars are added to what is held, which wins where both have a stamp with different values (those rows are
+        reported as dropped); the file at ``path`` is left as it is. Nothing is claimed to be complete: gaps are gaps.
+
+        Raises:
+            DataError: no bar file, stamps without a zone (unless ``assume_utc``), not one good row; it was left alone.
+            StoreError: the disk or the lock refuses.
+        """
+        now = require_utc(now, "now")
+        doing = f"adopting {(path or self.csv_path(series)).name} as {series}"
+        with self._files.locked(series, doing):
+            _, prepared = settle(self._files, series, now, doing, assume_utc=assume_utc)
+            if path is None or path.resolve() == self.csv_path(series).resolve():
+                return prepared.adopted or Adopted(self._files.load_sidecar(series, doing).rows, (), (), None)
+            with explained(path, doing):
+                found = read_foreign(path.read_bytes(), series, path.name, assume_utc=assume_utc)
+            if not len(found.bars):
+                return Adopted(0, found.dropped, found.notices, None)
+            sidecar, spliced, _ = self._splice(series, found.bars, None, None, now, doing, held_wins=True)
+            update = {
+                "updated_at": now,
+                "proven_empty": drop_disproved(sidecar.proven_empty, opens_of(found.bars).tolist()),
+                "partitions": {**sidecar.partitions, **spliced.marks},
+                "file": mark_of(spliced.state),
+            }
+            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+        lost = render_rows(spliced.merged.revised_to).decode().splitlines()
+        conflicts = tuple(RowFault(0, text, "the file already holds another bar with this timestamp") for text in lost)
+        return Adopted(spliced.merged.added, (*found.dropped, *conflicts), found.notices, None)
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _splice(
+        self,
+        series: Series,
+        bars: pd.DataFrame,
+        window: Window | None,
+        source: Source | None,
+        now: datetime,
+        doing: str,
+        volume_unit: VolumeUnit | None = None,
+        *,
+        held_wins: bool = False,
+    ) -> tuple[Sidecar, Spliced, Prepared]:
+        """Settle, check identity and splice, again when another program changes the CSV in between."""
+        path = self.csv_path(series)
+        prepared, recheck = Prepared(), False
+        for _ in range(_TRIES_AGAINST_EDITORS):
+            sidecar, done = settle(self._files, series, now, doing, recheck=recheck)
+            prepared = done if done != Prepared() else prepared
+            if source is not None:
+                sidecar = pin(sidecar, series, source, volume_unit)
+            try:
+                if not len(bars):
+                    return sidecar, _splice_nothing(path, bars, window), prepared
+                spliced = splice_bars(
+                    self._files.disk,
+                    path,
+                    bars,
+                    series.timeframe,
+                    rules_for(series),
+                    window=window,
+                    held_wins=held_wins,
+                )
+            except SourceChanged:
+                continue
+            except MalformedFile:  # an edit that kept the size and the time of change
+                recheck = True
+                continue
+            return sidecar, spliced, prepared
+        raise changing_all_the_time(path, doing)
+
+    @contextmanager
+    def _opened(self, series: Series, doing: str, *, whole: bool = True) -> Iterator[tuple[int, FileState] | None]:
+        """The CSV, open for reading, adopted first if it is foreign; None when there is nothing in it.
+
+        Bisecting is right in a sorted file only. So with ``whole``, a file that is not as the sidecar says it was written
+        is read once from end to end.
+        """
+        path = self.csv_path(series)
+        with explained(path, doing):
+            with opened(path) as file:
+                is_foreign = file is not None and not _looks_normal(*file)
+            if is_foreign:
+                self.prepare(series, now=self._clock())
+            with opened(path) as file:
+                if file is None:
+                    yield None
+                    return
+                fd, state = file
+                try:
+                    if whole and not self._is_trusted(series, state, doing):
+                        for _ in scan_opens(fd, len(HEADER), state.size):
+                            pass
+                        self._trusted[path] = state
+                    yield file
+                except MalformedFile as failure:
+                    raise bad_rows(path, [fault_at(fd, failure.offset, failure.why)], 1, doing) from None
+
+    def _is_trusted(self, series: Series, state: FileState, doing: str) -> bool:
+        if self._trusted.get(self.csv_path(series)) == state:
+            return True
+        try:
+            trusted = is_as_written(self._files.load_sidecar(series, doing), state)
+        except UnreadableSidecar:
+            return False
+        if trusted:
+            self._trusted[self.csv_path(series)] = state
+        return trusted
+
+    def _correct_view(self, series: Series, sidecar: Sidecar, doing: str) -> Sidecar:
+        """``sidecar`` without claims about partitions that are not as it says."""
+        path = self.csv_path(series)
+        with explained(path, doing), opened(path) as file:
+            if file is None:
+                nothing: dict[str, object] = {"answered": (), "proven_empty": (), "partitions": {}, "file": None}
+                return sidecar.model_copy(update=nothing) if sidecar.partitions else sidecar
+            try:
+                found = mark_partitions(file[0], series.timeframe, len(HEADER), file[1].size)
+            except MalformedFile:
+                found = {}
+            return withdraw_partitions(sidecar, series.timeframe, found)[0]
+
+
+def _looks_normal(fd: int, state: FileState) -> bool:
+    try:
+        first_and_last_open(fd, state.size)
+    except MalformedFile:
+        return False
+    return True
+
+
+def _find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
+    """Offsets of the first row of ``window`` and of the first after it."""
+    if window is None:
+        return len(HEADER), size
+    return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)
+
+
+def _splice_nothing(path: Path, bars: pd.DataFrame, window: Window | None) -> Spliced:
+    """What a splice without bars amounts to: nothing changes, the window's rows are counted."""
+    merged = merge_bars(bars, bars)
+    with opened(path) as file:
+        if file is None:
+            return Spliced(merged, None, {}, 0)
+        fd, state = file
+        return Spliced(merged, state, {}, count_rows(fd, state.size, window) if window else 0)

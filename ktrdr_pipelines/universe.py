@@ -1,0 +1,242 @@
+"""The universe file: which series exist, with what is particular to each; adding one.
+
+`data/universe.yaml` lists instruments and their timeframes. Without a file there is a small default universe. Which
+contract IB means by a symbol is found by `ib/contracts.py`; here are only the people's own words about it.
+
+```yaml
+series:
+  - symbol: AAPL                  # a US stock unless it says otherwise
+    timeframes: [1h, 1d]
+    hours: extended               # default: regular for stocks, everything for other kinds
+  - symbol: EURUSD
+    sec_type: CASH
+    timeframes: [1m, 1h]
+```
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ktrdr_pipelines.errors import InputError, StoreError
+from ktrdr_pipelines.series import (
+    TIMEFRAMES,
+    Hours,
+    Instrument,
+    Series,
+    Timeframe,
+    file_symbol,
+    forex,
+    parse_timeframe,
+)
+
+_DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
+_DEFAULT_WHAT = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
+_DEFAULT_EXCHANGE = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
+
+
+class Entry(BaseModel):
+    """One instrument of the universe file. Fields left out take the defaults of its kind."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    symbol: str
+    timeframes: list[str] = Field(min_length=1)
+    sec_type: Literal["STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD"] = "STK"
+    exchange: str | None = None
+    primary_exchange: str = ""
+    currency: str | None = None
+    ib_symbol: str = ""
+    expiry: str = ""
+    what_to_show: str | None = None
+    hours: Hours | None = None
+    con_id: int = 0
+    calendar: str = ""
+
+    def instrument(self) -> Instrument:
+        """The instrument with the defaults of its kind filled in (IB's what-to-show, exchange, hours)."""
+        if self.sec_type == "CASH":
+            pair = forex(self.symbol)
+            symbol, ib_symbol, currency = pair.symbol, pair.ib_symbol, pair.currency
+        else:
+            symbol, ib_symbol, currency = self.symbol, self.ib_symbol or self.symbol, self.currency or "USD"
+        exchange = self.exchange or _DEFAULT_EXCHANGE.get(self.sec_type)
+        if exchange is None:
+            raise InputError(f"{self.symbol}: a {self.sec_type} needs an exchange")
+        default_hours = Hours.REGULAR if self.sec_type == "STK" else Hours.EXTENDED
+        return Instrument(
+            symbol=symbol,
+            sec_type=self.sec_type,
+            exchange=exchange,
+            currency=currency,
+            ib_symbol=ib_symbol,
+            primary_exchange=self.primary_exchange,
+            expiry=self.expiry,
+            what_to_show=self.what_to_show or _DEFAULT_WHAT.get(self.sec_type, "TRADES"),
+            hours=self.hours or default_hours,
+            con_id=self.con_id,
+            calendar=self.calendar,
+        )
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    series: list[Entry]
+
+
+def entry_for(instrument: Instrument, timeframes: Iterable[str]) -> Entry:
+    """The universe entry that describes ``instrument``, without the fields that are defaults of its kind."""
+    full = {
+        "symbol": instrument.symbol, "sec_type": instrument.sec_type, "exchange": instrument.exchange,
+        "primary_exchange": instrument.primary_exchange, "currency": instrument.currency,
+        "ib_symbol": instrument.ib_symbol, "expiry": instrument.expiry, "what_to_show": instrument.what_to_show,
+        "hours": instrument.hours, "con_id": instrument.con_id, "calendar": instrument.calendar,
+    }  # fmt: skip
+    kind = {"symbol": instrument.symbol, "sec_type": instrument.sec_type, "timeframes": ["1d"]}
+    plain = Entry.model_validate(kind | {"exchange": instrument.exchange}).instrument()
+    said = {k: v for k, v in full.items() if k == "con_id" or v != getattr(plain, k)}
+    if instrument.sec_type != "STK":
+        said["sec_type"] = instrument.sec_type
+    if instrument.exchange != _DEFAULT_EXCHANGE.get(instrument.sec_type):
+        said["exchange"] = instrument.exchange
+    said = {k: v for k, v in said.items() if v}
+    return Entry.model_validate(said | {"symbol": instrument.symbol, "timeframes": list(timeframes)})
+
+
+@dataclass(frozen=True)
+class Universe:
+    """Every series that exists, by symbol. Build with `read_universe`."""
+
+    entries: tuple[Entry, ...]
+
+    def __iter__(self) -> Iterator[Series]:
+        for entry in self.entries:
+            instrument = entry.instrument()
+            for name in entry.timeframes:
+                yield Series(instrument, parse_timeframe(name))
+
+    def find_instrument(self, symbol: str) -> Instrument | None:
+        """The instrument called ``symbol`` (case counts as typed first, then as upper case; ``EUR.USD`` is ``EURUSD``)."""
+        for wanted in (symbol, symbol.upper(), symbol.upper().replace(".", "").replace("/", "")):
+            for entry in self.entries:
+                instrument = entry.instrument()
+                if wanted == instrument.symbol:
+                    return instrument
+        return None
+
+    def find(self, symbol: str, timeframe: Timeframe) -> Series | None:
+        """The series, or None when the universe has no such instrument or not at this timeframe."""
+        instrument = self.find_instrument(symbol)
+        series = Series(instrument, timeframe) if instrument else None
+        return series if series and series in set(self) else None
+
+
+DEFAULT_UNIVERSE = Universe((
+    *(Entry(symbol=s, timeframes=list(_DEFAULT_TIMEFRAMES)) for s in ("AAPL", "MSFT", "SPY", "GOOG")),
+    Entry(symbol="EURUSD", sec_type="CASH", timeframes=list(_DEFAULT_TIMEFRAMES)),
+))  # fmt: skip
+
+
+def parse_universe(text: str, origin: str = "universe file") -> Universe:
+    """A universe from YAML text.
+
+    Raises:
+        InputError: malformed YAML, an unknown field or timeframe, or a series named twice; says which and where.
+    """
+    doing = f"reading {origin}"
+    try:
+        raw: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"not YAML{where}", doing=doing, advice="Mend the line, or restore the file.") from None
+    try:
+        entries = tuple(_File.model_validate(raw if raw is not None else {"series": []}).series)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise InputError(f"{where}: {first['msg']}", doing=doing, advice="See README, The universe file.") from None
+    seen: set[tuple[str, str]] = set()
+    for entry in entries:
+        try:
+            instrument = entry.instrument()
+            timeframes = [parse_timeframe(name) for name in entry.timeframes]
+        except InputError as error:
+            raise error.while_doing(f"{doing}, {entry.symbol}") from None
+        for timeframe in timeframes:
+            key = (file_symbol(instrument.symbol), timeframe.name)
+            # Two symbols that differ in case only would share a file on some file systems.
+            if (folded := (key[0].lower(), key[1])) in seen:
+                raise InputError(
+                    f"{instrument.symbol} {timeframe.name} is listed twice",
+                    doing=doing,
+                    advice="Remove one of the two.",
+                )
+            seen.add(folded)
+    return Universe(entries)
+
+
+def read_universe(path: Path) -> Universe:
+    """The universe of ``path``; the default universe when there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return DEFAULT_UNIVERSE
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot be read: {error}", doing=f"reading {path}", advice="Mend or remove the file."
+        ) from None
+    return parse_universe(text, str(path))
+
+
+def add_series(path: Path, series: Series) -> Universe:
+    """Add ``series`` to the universe file (created from the default universe when missing) and return the result.
+
+    Atomic, under a lock beside the file. Adding what is there changes nothing.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=30):
+            universe = read_universe(path)
+            if series in set(universe):
+                return universe
+            entries = list(universe.entries)
+            for i, entry in enumerate(entries):
+                if entry.instrument() == series.instrument:
+                    names = sorted({*entry.timeframes, series.timeframe.name}, key=list(TIMEFRAMES).index)
+                    entries[i] = entry.model_copy(update={"timeframes": names})
+                    break
+            else:
+                entries.append(entry_for(series.instrument, [series.timeframe.name]))
+            universe = Universe(tuple(entries))
+            _write(path, universe)
+            return universe
+    except Timeout:
+        raise StoreError(f"{path} is locked by another process", advice="Try again in a moment.") from None
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}",
+            advice="Make the data folder writable, or set KTRDR_DATA_DIR.",
+        ) from None
+
+
+def _write(path: Path, universe: Universe) -> None:
+    rows = [e.model_dump(mode="json", exclude_defaults=True, exclude_none=True) for e in universe.entries]
+    body = yaml.safe_dump({"series": rows}, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write("# Which series exist. See README, The universe file.\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,71 @@
+"""Run the Dagster UI with its daemon, as `ktrdr ui` and `make ui` do: one child process group, ended as a whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import click
+
+from ktrdr_pipelines.errors import StoreError
+from ktrdr_pipelines.orchestration.instance import open_instance
+from ktrdr_pipelines.settings import PROJECT_ROOT, load_settings
+
+READY_WITHIN_S = 120
+
+
+def serve_ui(host: str, port: int) -> int:
+    """Serve until interrupted; returns the exit code. The home is initialised before several processes open it at once."""
+    settings = load_settings()
+    with open_instance(settings):
+        pass
+    environment = {
+        **os.environ,
+        "DAGSTER_HOME": str(settings.dagster_home),
+        "KTRDR_DATA_DIR": str(settings.data_dir),
+        "PWD": str(PROJECT_ROOT),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "dagster",
+        "dev",
+        "-w",
+        str(PROJECT_ROOT / "workspace.yaml"),
+        "-h",
+        host,
+        "-p",
+        str(port),
+    ]
+    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (dagster_facts.md, 1).
+    child = subprocess.Popen(command, env=environment, cwd=settings.dagster_home, start_new_session=True)
+
+    def stop(*_: object) -> None:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    if _wait_until_ready(child, f"http://{host}:{port}/server_info"):
+        click.echo(f"Dagster UI at http://{host}:{port}/assets (Ctrl-C ends it)")
+    elif child.poll() is None:
+        stop()
+        raise StoreError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
+    return child.wait()
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], url: str) -> bool:
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline and child.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.status == 200:
+                    return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    return False
