@@ -131,6 +131,7 @@ class Load:
             within=Window(self.window.start, max(self.window.start, min(self.window.end, self._now()))),
         )
         self.report.gaps_analyzed, self.report.requests_planned = len(gaps), len(requests)
+        self._reported: set[str] = set()
         yield Planned(gaps, requests)
         for partition in partitions:
             yield from self._report_if_complete(partition)
@@ -164,11 +165,23 @@ class Load:
         wanted = np.isin(self._expected.opens, asked.opens) | (self._expected.opens == extent.last_open_s)
         return self._expected.take(np.flatnonzero(wanted))
 
+    def _report_touched(self, request: Request, rows: int, partitions: Sequence[Partition]) -> Iterator[Event]:
+        """Report the partitions that ``request`` completed, and those complete before whose bars it changed."""
+        for partition in partitions:
+            common = partition.window.intersect(request.window)
+            if common is None:
+                continue
+            if rows and len(_inside(self._expected, common)):
+                self._reported.discard(partition.key)
+            if partition.key not in self._reported:
+                yield from self._report_if_complete(partition)
+
     def _report_if_complete(self, partition: Partition) -> Iterator[Event]:
         lo, hi = np.searchsorted(self._expected.opens, [partition.window.start_s, partition.window.end_s])
         if not self._is_missing[lo:hi].any():
             completed = self._describe(partition, self._expected.take(slice(int(lo), int(hi))))
-            self.report.completed.append(completed)
+            self._reported.add(partition.key)
+            self.report.completed = [c for c in self.report.completed if c.partition != partition] + [completed]
             self._count_requests()
             yield completed
 
@@ -216,16 +229,12 @@ class Load:
             self.report.segments_fetched += 1
             self._count_requests()
             yield Fetched(request, rows, done, len(requests))
-            for partition in partitions:
-                if partition.window.intersect(request.window):
-                    yield from self._report_if_complete(partition)
+            yield from self._report_touched(request, rows, partitions)
         for request in skipped:
             done += 1
             self._prove_before_head(request)
             yield Fetched(request, 0, done, len(requests))
-            for partition in partitions:
-                if partition.window.intersect(request.window):
-                    yield from self._report_if_complete(partition)
+            yield from self._report_touched(request, 0, partitions)
 
     def _fail(self, window: Window, error: KtrdrError) -> Failure:
         failure = Failure(window, error.while_doing(f"loading {self.series} {window}"))

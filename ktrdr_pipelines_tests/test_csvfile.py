@@ -163,6 +163,7 @@ def test_what_is_no_decimal_is_nan(text: str) -> None:
     assert np.isnan(parse_number(text))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     minutes=st.sets(st.integers(0, 400), max_size=60),

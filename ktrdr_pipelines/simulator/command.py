@@ -81,6 +81,7 @@ def simulator_command(
     frequent requests as IB does. Its account is SIM0000001.
     """
     import asyncio
+    import time
 
     from ktrdr_pipelines.errors import KtrdrError
     from ktrdr_pipelines.simulator.durations import DurationRule
@@ -99,6 +100,7 @@ def simulator_command(
                 port=port,
                 faults=rules,
                 clock=clock,
+                pace_clock=time.monotonic,
                 judge=judge,
                 zone=zone,
                 durations=DurationRule(durations),

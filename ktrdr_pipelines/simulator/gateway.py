@@ -60,7 +60,8 @@ class Planned:
 class Gateway:
     """Shared state. ``on_record`` is called with each `RequestRecord` as it is made; ``latency_s`` delays every answer.
 
-    ``server_version`` caps the protocol version offered, for trying old layouts. ``judge`` None: pacing is not judged.
+    ``server_version`` caps the protocol version offered, for trying old layouts. ``judge`` None: pacing is not judged;
+    ``pace_clock`` (seconds) is the judge's clock where it is not the market's.
     """
 
     max_clients = 32
@@ -79,6 +80,7 @@ class Gateway:
         account: str = "SIM0000001",
         server_version: int = MAX_VERSION,
         latency_s: float = 0.0,
+        pace_clock: Callable[[], float] | None = None,
         on_record: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         self.market = market
@@ -91,6 +93,7 @@ class Gateway:
         self.requests: list[RequestRecord] = []
         self.client_ids: set[int] = set()
         self.open_requests = 0
+        self._pace_clock = pace_clock
         self._on_record = on_record
         self._number = 0
 
@@ -165,7 +168,8 @@ class Gateway:
             return
         group = (record.con_id, record.exchange, record.what)
         identity = (*group, record.kind, record.end, record.bar_size, record.duration, record.use_rth)
-        broken = self.judge.judge(record.time, group, identity, weight=2 if record.what == "BID_ASK" else 1)
+        at = self._pace_clock() if self._pace_clock else record.time
+        broken = self.judge.judge(at, group, identity, weight=2 if record.what == "BID_ASK" else 1)
         if broken:
             raise RequestRefusedError(refusals.PACING, broken)
 

@@ -21,6 +21,7 @@ from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.market import Market
 from ktrdr_pipelines.simulator.refusals import Refusal
 from ktrdr_pipelines.simulator.session import Action, Close, Send, Session, Wait
+from ktrdr_pipelines.simulator.sessions import us_stock_sessions
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,9 @@ class SimulatedGateway:
     """A gateway listening on ``host`` and ``port`` (0: the system chooses; see `port` after `start`).
 
     ``clock`` gives epoch seconds and defaults to the system's; it decides what "now" is for bars, pacing and current time,
-    while delays of answers are real seconds. ``judge`` True judges pacing by the specification, None or False does not.
-    Other keyword arguments are `Gateway`'s: ``zone``, ``durations``, ``limits``, ``account``, ``latency_s``, ...
+    while delays of answers and messages a second are real seconds. ``judge`` True judges pacing by the specification, None
+    or False does not. Other keyword arguments are `Gateway`'s: ``pace_clock`` (needed where ``clock`` stands still and
+    pacing is judged), ``zone``, ``durations``, ``limits``, ``account``, ``latency_s``, ``on_record``, ``server_version``.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class _Connection(asyncio.Protocol):
         self._connections[self] = None
 
     def data_received(self, data: bytes) -> None:
-        self.perform(self.session.receive(data, self._clock()))
+        self.perform(self.session.receive(data, self._clock(), time.monotonic()))
 
     def pause_writing(self) -> None:
         # A client that does not read gets no further requests served: otherwise its answers would pile up here.
@@ -246,6 +248,7 @@ class GatewayThread:
             InputError: the address cannot be had.
             TransientError: the thread did not start in time.
         """
+        us_stock_sessions()  # in the caller's thread: see there
         self._thread.start()
         if not self._started.wait(timeout_s):
             raise TransientError(f"the simulated gateway did not start within {timeout_s:g} s")

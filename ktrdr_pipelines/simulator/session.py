@@ -97,8 +97,10 @@ class Session:
 
     # --- bytes in -----------------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, now: float) -> list[Action]:
-        """What to do about ``data``, which arrived at ``now`` (epoch seconds). After a `Close` nothing is answered."""
+    def receive(self, data: bytes, now: float, at: float | None = None) -> list[Action]:
+        """What to do about ``data``. ``now`` is the market's time in epoch seconds; ``at``, by which messages a second are
+        counted, is any steady clock in seconds and matters where ``now`` stands still. After a `Close` nothing is answered.
+        """
         if self.state is State.CLOSED:
             return []
         if self.state is State.PREFIX:
@@ -112,18 +114,18 @@ class Session:
         actions: list[Action] = []
         try:
             for payload in self._frames.feed(data):
-                actions += self._take_payload(payload, now)
+                actions += self._take_payload(payload, now, now if at is None else at)
                 if self.state is State.CLOSED:
                     break
         except WireError as error:
             actions.append(self._close(f"broken framing: {error}"))
         return actions
 
-    def _take_payload(self, payload: bytes, now: float) -> list[Action]:
+    def _take_payload(self, payload: bytes, now: float, at: float) -> list[Action]:
         if self.state is State.VERSIONS:
             return self._negotiate(payload.rstrip(b"\0"), now)
         fields = split_fields(payload)
-        actions = self._count_message(now)
+        actions = self._count_message(at)
         if self.state is State.CLOSED:
             return actions
         try:
@@ -139,12 +141,12 @@ class Session:
             return [*actions, self._refuse(NO_REQUEST, Refusal(504, "Not connected"))]
         return [*actions, *_HANDLERS[type(message)](self, message, now)]
 
-    def _count_message(self, now: float) -> list[Action]:
+    def _count_message(self, at: float) -> list[Action]:
         """More than 50 messages a second: error 100; at the third such second the connection is closed, as IB does."""
         arrivals = self._arrivals
-        while arrivals and not 0 <= now - arrivals[0] < 1.0:
+        while arrivals and not 0 <= at - arrivals[0] < 1.0:
             arrivals.popleft()
-        arrivals.append(now)
+        arrivals.append(at)
         if len(arrivals) <= self._gateway.max_messages_per_s:
             return []
         excess: Action = self._refuse(NO_REQUEST, refusals.report_rate(len(arrivals)))

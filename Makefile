@@ -1,0 +1,55 @@
+# make demo   real bars from a simulated gateway into checked CSV files, compared with their source
+# make test   linters, types, tests
+# make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
+# make bench  measurements, as ratios within one run
+# make lint   ruff, mypy, import arrows
+# Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export UV_COMPILE_BYTECODE := 1
+
+.PHONY: demo test ui bench lint lock clients clean
+
+demo: $(READY)
+	@$(BIN)/python tools/demo.py
+
+ui: $(READY)
+	@$(BIN)/python tools/demo.py --ui
+
+test: lint clients
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
+clients: $(READY)
+	@$(BIN)/python tools/make_client_envs.py
+
+lock: $(READY)
+	$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \
+	  --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  f"ktrdr pipelines needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
+	@echo "Creating $(VENV) from requirements.lock (once, about half a minute) ..."
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@awk '/^uv==/{p=1} p{print} p&&!/\\$$/{exit}' requirements.lock > $(VENV)/uv.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(VENV)/uv.lock
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline -e .
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) .venvs demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
