@@ -29,7 +29,7 @@ from ktrdr_pipelines.partitions import Partition, partitions_in
 from ktrdr_pipelines.plan import Request, find_gaps, missing_bars, plan_requests, refetch_requests
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.series import HistoryLimits, Instrument, Series, Window, format_instant
-from ktrdr_pipelines.sidecar import Evidence, ProvenEmpty, Source
+from ktrdr_pipelines.sidecar import Evidence, HistoryStart, ProvenEmpty, Source
 from ktrdr_pipelines.store import Store
 
 IntArray = npt.NDArray[np.int64]
@@ -102,6 +102,9 @@ class Load:
         self._store, self._limits, self._now = store, limits, now
         self._open_history = history
         self._recheck_last = recheck_last
+        self._head: datetime | None = None
+        self._head_is_asked = False
+        self._reported: set[str] = set()
         self.report = LoadReport(series, window, merged_file=str(store.csv_path(series)))
 
     def run(self) -> Iterator[Event]:
@@ -131,7 +134,6 @@ class Load:
             within=Window(self.window.start, max(self.window.start, min(self.window.end, self._now()))),
         )
         self.report.gaps_analyzed, self.report.requests_planned = len(gaps), len(requests)
-        self._reported: set[str] = set()
         yield Planned(gaps, requests)
         for partition in partitions:
             yield from self._report_if_complete(partition)
@@ -152,9 +154,20 @@ class Load:
     def _find_missing(self, span: Window) -> npt.NDArray[np.bool_]:
         """For each expected bar: is it neither held nor known to be empty?"""
         held = self._store.held_opens(self.series, _widen(span))
-        empty = [Window(e.start, e.end) for e in self._store.read_sidecar(self.series).proven_empty]
-        missing = missing_bars(self._expected, held, empty, self.series.timeframe)
-        return np.isin(self._expected.opens, missing.opens)
+        sidecar, extent = self._store.read_sidecar(self.series), self._store.extent(self.series)
+        empty = [Window(e.start, e.end) for e in sidecar.proven_empty]
+        missing = np.isin(self._expected.opens, missing_bars(self._expected, held, empty, self.series.timeframe).opens)
+        if sidecar.history_start is not None:
+            start_s = int(sidecar.history_start.open.timestamp())
+            # A bar older than the start of history disproves it.
+            if extent is None or extent.first_open_s >= start_s:
+                missing &= self._expected.opens >= start_s
+        return missing
+
+    def _indexes(self, window: Window) -> slice:
+        """Where the expected bars that open in ``window`` stand."""
+        lo, hi = np.searchsorted(self._expected.opens, [window.start_s, window.end_s])
+        return slice(int(lo), int(hi))
 
     def _with_last_held(self, asked: ExpectedBars) -> ExpectedBars:
         """``asked`` and the last held bar, when the load continues after it: a bar that was stored a moment too early, or
@@ -169,19 +182,17 @@ class Load:
         """Report the partitions that ``request`` completed, and those complete before whose bars it changed."""
         for partition in partitions:
             common = partition.window.intersect(request.window)
-            if common is None:
-                continue
-            if rows and len(_inside(self._expected, common)):
+            if rows and common is not None and len(_inside(self._expected, common)):
                 self._reported.discard(partition.key)
             if partition.key not in self._reported:
                 yield from self._report_if_complete(partition)
 
     def _report_if_complete(self, partition: Partition) -> Iterator[Event]:
-        lo, hi = np.searchsorted(self._expected.opens, [partition.window.start_s, partition.window.end_s])
-        if not self._is_missing[lo:hi].any():
-            completed = self._describe(partition, self._expected.take(slice(int(lo), int(hi))))
+        mine = self._indexes(partition.window)
+        if not self._is_missing[mine].any():
+            completed = self._describe(partition, self._expected.take(mine))
             self._reported.add(partition.key)
-            self.report.completed = [c for c in self.report.completed if c.partition != partition] + [completed]
+            self.report.completed[partition.key] = completed
             self._count_requests()
             yield completed
 
@@ -209,16 +220,14 @@ class Load:
         except KtrdrError as error:
             yield self._fail(everything, error)
             return
-        self._head: datetime | None = None
-        self._head_is_asked = False
         waiting = deque(requests)
-        skipped: list[Request] = []  # lie before IB's head timestamp, newest last
+        skipped: deque[Request] = deque()  # wholly before IB's head timestamp, oldest first
         done = 0
-        while waiting:
-            request = waiting.popleft()
+        while waiting or skipped:
+            # What was skipped needs asking after all when the start of history could not be shown to lie later.
+            request = waiting.popleft() if waiting else skipped.pop()
             try:
-                rows = self._load_request(request)
-                waiting, skipped = self._skip_to_head(request, waiting, skipped)
+                rows = self._load_request(request) if self._lacks(request) else 0
             except KtrdrError as error:
                 if _concerns_all(error):
                     yield self._fail(Window(request.window.start, everything.end), error)
@@ -230,11 +239,15 @@ class Load:
             self._count_requests()
             yield Fetched(request, rows, done, len(requests))
             yield from self._report_touched(request, rows, partitions)
-        for request in skipped:
-            done += 1
-            self._prove_before_head(request)
-            yield Fetched(request, 0, done, len(requests))
-            yield from self._report_touched(request, 0, partitions)
+            if self._head is not None and self._store.extent(self.series) is None:
+                skipped += [r for r in waiting if r.window.end <= self._head]
+                waiting = deque(r for r in waiting if r.window.end > self._head)
+
+    def _lacks(self, request: Request) -> bool:
+        """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
+        extent = self._store.extent(self.series)
+        is_recheck = extent is not None and extent.last_open_s >= request.window.start_s
+        return is_recheck or bool(self._is_missing[self._indexes(request.window)].any())
 
     def _fail(self, window: Window, error: KtrdrError) -> Failure:
         failure = Failure(window, error.while_doing(f"loading {self.series} {window}"))
@@ -265,6 +278,8 @@ class Load:
             if len(holes) == len(before):
                 break  # a second, differently shaped request agrees
         self._prove(request.window, expected, holes, evidence)
+        if len(holes):
+            self._note_history_start(holes)
         return rows
 
     def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
@@ -332,8 +347,7 @@ class Load:
             complete_until=datetime.fromtimestamp(int(expected.closes[-1]), UTC) if len(expected) else None,
         )
         self.report.proven_empty += len(holes)
-        lo, hi = np.searchsorted(self._expected.opens, [window.start_s, window.end_s])
-        self._is_missing[lo:hi] = False
+        self._is_missing[self._indexes(window)] = False
 
     # -- the start of history ---------------------------------------------------------------------------------------
 
@@ -358,33 +372,19 @@ class Load:
         )
         return True
 
-    def _skip_to_head(
-        self, request: Request, waiting: deque[Request], skipped: list[Request]
-    ) -> tuple[deque[Request], list[Request]]:
-        """After an answer: what to ask next. Requests wholly before the head timestamp are skipped once one of them was
-        empty; if bars then begin right at the start of the first one after it, the head was too late: they are asked after
-        all, newest first."""
+    def _note_history_start(self, holes: ExpectedBars) -> None:
+        """If the proven holes lie right before the first held bar, and not before IB's head timestamp either: that bar is
+        where history starts, and nothing older needs to be asked for, now or ever."""
         extent = self._store.extent(self.series)
-        if extent is None or extent.first_open_s >= request.window.end_s:
-            if self._head is not None:
-                skipped += [r for r in waiting if r.window.end <= self._head]
-                waiting = deque(r for r in waiting if r.window.end > self._head)
-            return waiting, skipped
-        if skipped:
-            expected = _inside(self._expected, request.window)
-            starts_at_once = len(expected) > 0 and not len(self._holes(expected.take(slice(0, 1))))
-            if starts_at_once:
-                waiting.appendleft(skipped[-1])
-                skipped = skipped[:-1]
-        return waiting, skipped
-
-    def _prove_before_head(self, request: Request) -> None:
-        expected = _inside(self._expected, request.window)
-        evidence = Evidence(
-            asked_at=self._now(), duration="", end=request.end,
-            text=f"before the start of history: IB's head timestamp is {self._head}, and the answers next to it begin later",
-        )  # fmt: skip
-        self._prove(request.window, expected, self._holes(expected), [evidence])
+        if extent is None or self._head is None or int(self._head.timestamp()) < int(holes.opens[0]):
+            return
+        before = self._expected.opens[self._expected.opens < extent.first_open_s]
+        if not len(before) or int(before[-1]) not in holes.opens:
+            return
+        start = datetime.fromtimestamp(extent.first_open_s, UTC)
+        known_by = f"nothing right before it, and IB's head timestamp is {format_instant(self._head)}"
+        self._store.note(self._series, now=self._now(), history_start=HistoryStart(open=start, known_by=known_by))
+        self._is_missing[: len(before)] = False
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -397,8 +397,7 @@ class Load:
 
     def _finish(self) -> None:
         self._count_requests()
-        lo, hi = np.searchsorted(self._expected.opens, [self.window.start_s, self.window.end_s])
-        self.report.missing_bars = int(self._is_missing[lo:hi].sum())
+        self.report.missing_bars = int(self._is_missing[self._indexes(self.window)].sum())
         if self.report.failures:
             self.report.status = "partial" if self.report.segments_fetched else "failed"
 

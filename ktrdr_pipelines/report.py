@@ -87,7 +87,8 @@ class LoadReport:
     missing_bars: int = 0
     """Bars of the window that are expected and still neither held nor proven empty."""
     failures: list[Failure] = field(default_factory=list)
-    completed: list[Completed] = field(default_factory=list)
+    completed: dict[str, Completed] = field(default_factory=dict)
+    """By partition key, each as it was last reported."""
     notices: list[str] = field(default_factory=list)
     """What a person should know although nothing failed (an adopted file, a rebuilt sidecar, revised bars)."""
 
@@ -112,7 +113,7 @@ class LoadReport:
             "proven_empty": self.proven_empty,
             "unexpected_bars": self.unexpected_bars,
             "missing_bars": self.missing_bars,
-            "partitions_completed": [c.partition.key for c in self.completed],
+            "partitions_completed": sorted(self.completed),
             "failures": [
                 {"window": str(f.window), "kind": f.error.family, "error": str(f.error)} for f in self.failures
             ],

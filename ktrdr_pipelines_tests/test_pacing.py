@@ -59,7 +59,7 @@ def filled(count: int, at_s: float = T0) -> list[Entry]:
 
 asks = st.builds(
     lambda contract, end, show: bars(f"e{end}", contract=f"C{contract}", show=show),
-    st.integers(0, 30), st.integers(0, 5), st.sampled_from(["TRADES", "MIDPOINT", "BID_ASK"]),
+    st.integers(0, 3), st.integers(0, 5), st.sampled_from(["TRADES", "MIDPOINT", "BID_ASK"]),
 )  # fmt: skip
 milliseconds = st.integers(-700_000, 700_000)
 

@@ -17,11 +17,13 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktrdr_pipelines.bars import bars_from_columns, empty_bars, opens_of
-from ktrdr_pipelines.disk import Disk
+from ktrdr_pipelines.bars import bars_from_columns, empty_bars, opens_of, rules_for
+from ktrdr_pipelines.csvfile import HEADER, render_rows
+from ktrdr_pipelines.disk import Disk, state_of
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.series import Hours, Instrument, Series, Window, forex, parse_timeframe, stock
-from ktrdr_pipelines.sidecar import Evidence, HistoryStart, ProvenEmpty
+from ktrdr_pipelines.sidecar import Evidence, HistoryStart, PartitionMark, ProvenEmpty
+from ktrdr_pipelines.splice import mark_partitions, splice_bars
 from ktrdr_pipelines.store import Extent, Store, Written
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z, a Tuesday
@@ -183,7 +185,7 @@ def as_dict(bars: pd.DataFrame) -> dict[int, tuple[float, ...]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(writes=_WRITES)
 def test_any_sequence_of_writes_equals_a_dictionary(writes: Writes, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Overlapping answers in any order: the file is what a dictionary of bars would be, counts included."""
@@ -202,7 +204,28 @@ def test_any_sequence_of_writes_equals_a_dictionary(writes: Writes, tmp_path_fac
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=250, deadline=None)
+@given(writes=_WRITES)
+def test_thousands_of_splices_equal_a_dictionary(writes: Writes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The splice alone, without schema and sidecar: bytes, counts and partition marks after any sequence."""
+    path = tmp_path_factory.mktemp("splice") / "x.csv"
+    model: dict[int, tuple[float, ...]] = {}
+    marks: dict[str, PartitionMark] = {}
+    for bars in answers_from(writes):
+        spliced = splice_bars(QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), window=None)
+        assert spliced.merged.added == len(as_dict(bars).keys() - model.keys())
+        model |= as_dict(bars)
+        marks |= spliced.marks
+        assert spliced.state == state_of(path)
+    data = path.read_bytes()
+    expected = bars_from_columns(*zip(*((k, *v) for k, v in sorted(model.items())), strict=True))
+    assert data == HEADER + render_rows(expected)
+    with path.open("rb") as file:
+        assert marks == mark_partitions(file.fileno(), AAPL_1M.timeframe, len(HEADER), len(data))
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
 @given(writes=_WRITES, seed=st.randoms(use_true_random=False))
 def test_the_order_of_agreeing_writes_does_not_matter(
     writes: Writes, seed: object, tmp_path_factory: pytest.TempPathFactory
@@ -475,7 +498,7 @@ def test_an_edit_elsewhere_never_misleads_a_windowed_read(store: Store) -> None:
     write(store, make_bars(range(600)))
     edit_lines(store, lambda lines: [*lines[:300], lines[590], *lines[300:590], *lines[591:]])
     for first in (10, 150, 298, 299, 450, 588, 595):
-        with pytest.raises(DataError, match="line 30[12]"):
+        with pytest.raises(DataError, match=r"line 30[12]"):
             store.held_opens(AAPL_1M, window_of(first, first + 2))
     write(store, make_bars(range(295, 305)))
     assert store.held_opens(AAPL_1M).tolist() == [T0 + 60 * m for m in range(600)]
@@ -485,7 +508,7 @@ def test_an_edit_that_hides_its_time_is_met_by_the_write(filled: Store) -> None:
     """Same size, same time of change: the rows that a write touches are parsed all the same, and the file is repaired."""
     path = filled.csv_path(AAPL_1M)
     state = path.stat()
-    path.write_bytes(path.read_bytes().replace(b"14:34:00Z", b"14:34:0xZ"))
+    path.write_bytes(path.read_bytes().replace(b"14:34:00Z", b"14:34:0xZ", 1))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     with pytest.raises(DataError, match="line 6"):
         filled.read_bars(AAPL_1M, window_of(2, 8))
@@ -607,14 +630,6 @@ def test_threads_writing_one_series_lose_nothing(store: Store) -> None:
 
 def test_another_series_is_another_lock(store: Store) -> None:
     """Series do not wait for each other."""
-    with (
-        FileLock(store.data_dir / ".AAPL_1h.lock")
-        if store.data_dir.exists()
-        else FileLock(_made(store) / ".AAPL_1h.lock")
-    ):
-        assert write(Store(store.data_dir, lock_timeout_s=0.0), make_bars([0])).rows_added == 1
-
-
-def _made(store: Store) -> Path:
     store.data_dir.mkdir()
-    return store.data_dir
+    with FileLock(store.data_dir / ".AAPL_1h.lock"):
+        assert write(Store(store.data_dir, lock_timeout_s=0.0), make_bars([0])).rows_added == 1

@@ -45,10 +45,26 @@ def install_client(name: str) -> bool:
     try:
         if importlib.util.find_spec("uv") is not None:
             venv.create(environment, with_pip=False)
-            installer = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(find_python(environment))]
+            installer = [
+                sys.executable,
+                "-m",
+                "uv",
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                str(find_python(environment)),
+            ]
         else:
             venv.create(environment, with_pip=True)
-            installer = [str(find_python(environment)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            installer = [
+                str(find_python(environment)),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+            ]
         subprocess.run([*installer, "--require-hashes", "-r", str(lock)], check=True)
     except BaseException:
         shutil.rmtree(environment, ignore_errors=True)

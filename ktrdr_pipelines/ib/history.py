@@ -79,6 +79,7 @@ class IBHistory:
         self._ledger_opened: Ledger | None = None
         self._used_at = 0.0
         self._account = ""
+        self._heads: dict[str, datetime | None] = {}  # asked once per connection: each counts as a history request
         self._pinned: dict[Instrument, Instrument] = {}
         self.requests_made = 0
         self.retries = 0
@@ -176,10 +177,12 @@ class IBHistory:
             what_to_show=instrument.what_to_show,
             use_rth=instrument.use_rth,
         )
-        return self._retry(
-            f"asking for the start of history of {instrument.symbol}",
-            lambda: self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent)),
-        )
+        if ask.identity not in self._heads:
+            self._heads[ask.identity] = self._retry(
+                f"asking for the start of history of {instrument.symbol}",
+                lambda: self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent)),
+            )
+        return self._heads[ask.identity]
 
     # -- connection -------------------------------------------------------------------------------------------------
 

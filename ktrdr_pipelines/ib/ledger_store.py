@@ -236,52 +236,46 @@ class SqliteStore:
             ) from error
 
     def _open_alone(self, was_there: bool) -> sqlite3.Connection:
-        reason = "the pacing ledger was deleted: the budget may be used up"
         if self.path.exists():
             try:
-                connection = self._connect()
+                return self._connect()
             except _Damaged:
-                was_there = True
-                reason = "the pacing ledger was damaged: the budget may be used up"
                 self._move_aside("corrupt")
-            else:
-                if connection is not None:
-                    return connection
-        else:
-            # A write-ahead log without its database would be replayed into the new one.
-            self._move_aside("orphaned")
-        return self._create(reason if was_there else None)
+                return self._create("the pacing ledger was damaged: the budget may be used up")
+        # A write-ahead log without its database would be replayed into the new one.
+        self._move_aside("orphaned")
+        return self._create("the pacing ledger was deleted: the budget may be used up" if was_there else None)
 
-    def _connect(self) -> sqlite3.Connection | None:
-        """Open the existing file; None if it is an empty database, as a truncated file is."""
-        connection = sqlite3.connect(
-            self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=64
-        )
+    def _connect(self) -> sqlite3.Connection:
+        """Open the existing file and look at all of it."""
+        if self.path.stat().st_size == 0:
+            # SQLite takes it for a new database, and would wait for those who still use the old one.
+            raise _Damaged("the file is empty")
+        connection = self._dial()
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            tables = connection.execute(
-                "SELECT count(*) FROM sqlite_master WHERE name LIKE 'ib\\_pacing\\_%' ESCAPE '\\'"
-            )
-            found = tables.fetchone()[0]
-        except sqlite3.Error as error:
+            for table in ("requests", "tickets", "holds"):
+                connection.execute(f"SELECT 1 FROM ib_pacing_{table} LIMIT 1")
+            if verdict != "ok":
+                raise _Damaged(verdict)
+        except (sqlite3.Error, _Damaged) as error:
             connection.close()
             _raise_if_damaged(error)
             raise
-        if verdict != "ok":
-            connection.close()
-            raise _Damaged(verdict)
-        if found != len(TABLES):
-            connection.close()
-            return None
         self._connection, self._inode = connection, self._identify()
         return connection
 
+    def _dial(self) -> sqlite3.Connection:
+        # Transactions are begun and ended here, by name, and threads take turns by the mutex.
+        return sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
     def _create(self, hold_reason: str | None) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+        connection = self._dial()
         try:
             connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
             for table in TABLES:
                 connection.execute(table)
@@ -291,10 +285,7 @@ class SqliteStore:
             connection.execute("COMMIT")
         finally:
             connection.close()
-        made = self._connect()
-        if made is None:
-            raise _Damaged("the new ledger lost its tables at once")
-        return made
+        return self._connect()
 
     def _move_aside(self, why: str) -> None:
         stamp = datetime.fromtimestamp(self._clock.now_s(), UTC).strftime("%Y%m%dT%H%M%SZ")

@@ -46,6 +46,8 @@ _DURATION = re.compile(r"([1-9][0-9]{0,8}) ([SDWMY])")
 _MAXIMUM = {"S": 86400, "D": 365, "W": 52, "M": 12, "Y": 68}
 _SIZES = {"S": (1, 60), "D": (5, 3600), "W": (10, 14400), "M": (30, 28800), "Y": (60, 86400)}
 _LONGEST_1_SEC = 2000
+_LONGEST = {"D": 36500, "W": 5200, "M": 1200, "Y": 100}
+"""A century back is before every history, and within what dates can hold."""
 _PER_UNIT = {"D": 1, "W": 5, "M": 22, "Y": 252}
 
 Duration = tuple[int, str]
@@ -110,7 +112,7 @@ def parse_end(text: str, now_s: int, zone: str) -> tuple[int, bool]:
 def _to_epoch(day: str, time: str, zone: str) -> int:
     try:
         local = datetime.strptime(f"{day} {time}", "%Y%m%d %H:%M:%S").replace(tzinfo=ZoneInfo(zone))
-        return int(local.timestamp())
+        return max(0, int(local.timestamp()))
     except (ValueError, ZoneInfoNotFoundError, OverflowError, OSError):
         raise RequestRefusedError(BAD_END) from None
 
@@ -136,11 +138,10 @@ def find_start(duration: Duration, end_s: int, sessions: Sessions, *, regular: b
 
 def _step_back(end_s: int, count: int, unit: str, zone: str) -> int:
     end = datetime.fromtimestamp(end_s, UTC).astimezone(ZoneInfo(zone))
+    count = min(count, _LONGEST[unit])
     if unit in "DW":
         return int((end - timedelta(days=count * (7 if unit == "W" else 1))).timestamp())
     months = end.year * 12 + end.month - 1 - count * (12 if unit == "Y" else 1)
     year, month = divmod(months, 12)
-    if year < 1:
-        return int(datetime(1, 1, 2, tzinfo=UTC).timestamp())
     day = min(end.day, monthrange(year, month + 1)[1])
     return int(end.replace(year=year, month=month + 1, day=day).timestamp())

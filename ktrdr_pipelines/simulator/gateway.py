@@ -151,7 +151,7 @@ class Gateway:
         )
         local_symbol = request.contract.local_symbol
         try:
-            listing, exchange, head = find_head(self.market, request)
+            listing, exchange, head = find_head(self.market, request, now)
             local_symbol = listing.local_symbol or listing.symbol
             record = _with_listing(record, listing, exchange)
             self._judge(record)

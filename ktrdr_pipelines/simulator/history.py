@@ -82,13 +82,13 @@ class Answer:
     notices: tuple[Refusal, ...] = ()
 
 
-def resolve_contract(market: Market, query: ContractQuery) -> tuple[Listing, str]:
+def resolve_contract(market: Market, query: ContractQuery, now_s: float) -> tuple[Listing, str]:
     """The one listing that ``query`` means and the exchange it is asked on.
 
     Raises:
         RequestRefusedError: 200, none or several.
     """
-    found = find_listings(market, query)
+    found = find_listings(market, query, now_s)
     if not found:
         raise RequestRefusedError(refusals.UNKNOWN_CONTRACT)
     if len(found) > 1:
@@ -116,7 +116,7 @@ def check_request(market: Market, request: HistoryRequest, now_s: int, rules: Hi
         raise RequestRefusedError(refusals.END_WITH_ADJUSTED)
     if request.end and request.contract.sec_type == "CONTFUT":
         raise RequestRefusedError(refusals.END_WITH_CONTINUOUS)
-    listing, exchange = resolve_contract(market, request.contract)
+    listing, exchange = resolve_contract(market, request.contract, now_s)
     check_what(listing, exchange, request.what, size)
     regular = request.use_rth
     start_s = find_start(duration, end_s, market.sessions(listing), regular=regular, rule=rules.durations)
@@ -157,7 +157,7 @@ def _find_schedule(market: Market, lookup: Lookup) -> Sessions:
     return sessions.take(first, stop)
 
 
-def find_head(market: Market, request: HeadRequest) -> tuple[Listing, str, int | None]:
+def find_head(market: Market, request: HeadRequest, now_s: float) -> tuple[Listing, str, int | None]:
     """The listing, its exchange and the first stamp there is (epoch seconds).
 
     Raises:
@@ -165,7 +165,7 @@ def find_head(market: Market, request: HeadRequest) -> tuple[Listing, str, int |
     """
     if request.what not in WHAT_TO_SHOW[:-1]:
         raise RequestRefusedError(refusals.BAD_WHAT)
-    listing, exchange = resolve_contract(market, request.contract)
+    listing, exchange = resolve_contract(market, request.contract, now_s)
     check_what(listing, exchange, request.what)
     return listing, exchange, market.head(listing, request.what, regular=request.use_rth)
 

@@ -235,9 +235,14 @@ class Market(Protocol):
 _EXPIRY_FREE = ("STK", "CASH", "IND")
 
 
-def find_listings(market: Market, query: ContractQuery) -> list[Listing]:
-    """Every listing that fits ``query``. A known conId decides alone, apart from an exchange that does not list it."""
-    return [listing for listing in market.listings if _fits(listing, query)]
+def find_listings(market: Market, query: ContractQuery, now_s: float) -> list[Listing]:
+    """Every listing that fits ``query``. A known conId decides alone, apart from an exchange that does not list it.
+
+    Futures that have expired by ``now_s`` (epoch seconds) only where the query includes expired ones.
+    """
+    today = int(now_s // DAY_S)
+    found = [listing for listing in market.listings if _fits(listing, query)]
+    return [x for x in found if x.sec_type != "FUT" or query.include_expired or x.last_day >= today]
 
 
 def _fits(listing: Listing, query: ContractQuery) -> bool:

@@ -256,6 +256,8 @@ class GatewayThread:
             self._thread.join()
             self._loop.close()
             raise self._failure
+        if not self.port:
+            raise TransientError("the simulated gateway ended while starting")
         return self
 
     def stop(self, timeout_s: float = 10.0) -> None:

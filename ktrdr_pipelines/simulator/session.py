@@ -17,8 +17,9 @@ from zoneinfo import ZoneInfo
 
 from ktrdr_pipelines.simulator import messages, refusals
 from ktrdr_pipelines.simulator.encoding import encode_history, write_head, write_schedule
+from ktrdr_pipelines.simulator.faults import Delivery
 from ktrdr_pipelines.simulator.gateway import Gateway, Planned, RequestRecord
-from ktrdr_pipelines.simulator.history import write_hours
+from ktrdr_pipelines.simulator.history import Answer, write_hours
 from ktrdr_pipelines.simulator.housekeeping import REPLIES, Question
 from ktrdr_pipelines.simulator.market import find_listings, match_symbols
 from ktrdr_pipelines.simulator.messages import (
@@ -186,9 +187,7 @@ class Session:
 
     def _describe_contracts(self, message: ContractRequest, now: float) -> list[Action]:
         market = self._gateway.market
-        found = find_listings(market, message.contract)
-        if not message.contract.include_expired:
-            found = [listing for listing in found if listing.last_day >= now // 86400 or listing.sec_type != "FUT"]
+        found = find_listings(market, message.contract, now)
         if not found:
             return [self._refuse(message.req_id, refusals.UNKNOWN_CONTRACT)]
         actions: list[Action] = []
@@ -220,10 +219,13 @@ class Session:
         delivery = planned.delivery
         if not delivery.silent and delivery.delay_s <= 0:
             return [*actions, *self._deliver(message, planned)]
-        self._tokens += 1
-        self._open[message.req_id] = _Open(message, planned, self._tokens)
-        self._gateway.open_requests += 1
+        self._remember(message, planned)
         return actions if delivery.silent else [*actions, Wait(delivery.delay_s, self._tokens)]
+
+    def _remember(self, request: HistoryRequest | HeadRequest, planned: Planned) -> None:
+        self._tokens += 1
+        self._open[request.req_id] = _Open(request, planned, self._tokens)
+        self._gateway.open_requests += 1
 
     def wake(self, token: int) -> list[Action]:
         """The answer whose `Wait` is over; nothing if its request was cancelled meanwhile."""
@@ -282,6 +284,9 @@ class Session:
         cut = planned.delivery.drop_after
         if cut is not None:
             return [Send(data[:cut]), self._close(f"dropped after {cut} bytes")]
+        if isinstance(request, HistoryRequest) and request.keep_up_to_date and answer.bars is not None:
+            # Updates are not simulated: the subscription stays open and quiet until it is cancelled.
+            self._remember(request, Planned(Answer(), Delivery(silent=True)))
         return [Send(data)]
 
     def _answer_simple(self, message: Simple, now: float) -> list[Action]:

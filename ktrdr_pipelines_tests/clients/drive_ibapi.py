@@ -107,7 +107,15 @@ def drive(task):
     app.reqContractDetails(1, as_contract(task["stock"]))
     details = app.collect(1, "end")
     out["details"] = [
-        [d.contract.conId, d.contract.symbol, d.contract.primaryExchange, d.longName, d.timeZoneId, d.minTick, d.stockType]
+        [
+            d.contract.conId,
+            d.contract.symbol,
+            d.contract.primaryExchange,
+            d.longName,
+            d.timeZoneId,
+            d.minTick,
+            d.stockType,
+        ]
         for d in details
     ]
     out["liquid_hours"] = details[0].liquidHours

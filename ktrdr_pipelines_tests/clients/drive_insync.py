@@ -26,9 +26,7 @@ def as_stamp(value):
 
 
 def as_rows(bars):
-    return [
-        [as_stamp(b.date), b.open, b.high, b.low, b.close, b.volume, b.average, b.barCount] for b in bars
-    ]
+    return [[as_stamp(b.date), b.open, b.high, b.low, b.close, b.volume, b.average, b.barCount] for b in bars]
 
 
 async def attempt(awaitable, timeout_s=10):
@@ -63,11 +61,21 @@ async def drive(task):
     out["time"] = as_stamp(await ib.reqCurrentTimeAsync())
     details = await attempt(ib.reqContractDetailsAsync(as_contract(task["stock"])))
     out["details"] = [
-        [d.contract.conId, d.contract.symbol, d.contract.primaryExchange, d.longName, d.timeZoneId, d.minTick, d.stockType]
+        [
+            d.contract.conId,
+            d.contract.symbol,
+            d.contract.primaryExchange,
+            d.longName,
+            d.timeZoneId,
+            d.minTick,
+            d.stockType,
+        ]
         for d in details
     ]
     out["liquid_hours"] = details[0].liquidHours
-    out["ambiguous"] = sorted(d.contract.conId for d in await ib.reqContractDetailsAsync(as_contract(task["ambiguous"])))
+    out["ambiguous"] = sorted(
+        d.contract.conId for d in await ib.reqContractDetailsAsync(as_contract(task["ambiguous"]))
+    )
     out["unknown"] = await attempt(ib.reqContractDetailsAsync(as_contract(task["unknown"])))
     out["symbols"] = [d.contract.symbol for d in await ib.reqMatchingSymbolsAsync("GOOG")]
     head = await attempt(ib.reqHeadTimeStampAsync(as_contract(task["stock"]), "TRADES", True, 2))

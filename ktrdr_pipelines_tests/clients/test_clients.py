@@ -130,6 +130,7 @@ def expect_rows(case):
             currency=names["currency"],
             expiry=names.get("lastTradeDateOrContractMonth", ""),
         ),
+        NOW.timestamp(),
     )
     end_s, _ = parse_end(case["end"], int(NOW.timestamp()), "America/New_York")
     duration, sessions = parse_duration(case["duration"]), market.sessions(listing)
