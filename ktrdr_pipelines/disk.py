@@ -65,6 +65,10 @@ class Disk:
         except OSError as failure:
             if failure.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTSOCK):
                 raise
+        return self.copy_through_memory(target, source, offset, count)
+
+    def copy_through_memory(self, target: int, source: int, offset: int, count: int) -> int:
+        """`copy` for file systems without sendfile."""
         data = memoryview(os.pread(source, min(count, 1 << 20), offset))
         written = 0
         while written < len(data):
@@ -81,10 +85,14 @@ class Disk:
         """Rename over ``target``, atomically."""
         source.replace(target)
 
+    def link(self, source: Path, name: Path) -> None:
+        """A second name for a file; it must not exist."""
+        os.link(source, name)
+
     def keep(self, source: Path, copy: Path) -> None:
         """Give the file a second name that must not exist; a copy where the file system has no hard links."""
         try:
-            os.link(source, copy)
+            self.link(source, copy)
         except OSError as failure:
             if failure.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
                 raise

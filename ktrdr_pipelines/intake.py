@@ -112,7 +112,8 @@ def settle(
     sidecar, changed = withdraw_partitions(sidecar, series.timeframe, found)
     if changed:
         logger.warning(
-            "%s was changed by another program in %d partitions (%s ...): what is missing there will be asked again",
+            "%s is not as it was last recorded in %d partitions (first %s): edited, or a write was interrupted; "
+            "what is missing there will be asked again",
             files.csv(series), len(changed), changed[0],
         )  # fmt: skip
     sidecar = sidecar.model_copy(update={"file": state_checked, "series": str(series), "updated_at": require_utc(now)})

@@ -229,6 +229,7 @@ class Load:
             try:
                 rows = self._load_request(request) if self._lacks(request) else 0
             except KtrdrError as error:
+                self._count_what_arrived(request.window)
                 if _concerns_all(error):
                     yield self._fail(Window(request.window.start, everything.end), error)
                     return
@@ -246,7 +247,7 @@ class Load:
     def _lacks(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
         extent = self._store.extent(self.series)
-        is_recheck = extent is not None and extent.last_open_s >= request.window.start_s
+        is_recheck = extent is not None and request.window.start_s <= extent.last_open_s < request.window.end_s
         return is_recheck or bool(self._is_missing[self._indexes(request.window)].any())
 
     def _fail(self, window: Window, error: KtrdrError) -> Failure:
@@ -330,6 +331,12 @@ class Load:
             self.series, _widen(Window.from_epoch(int(expected.opens[0]), int(expected.opens[-1]) + 1))
         )
         return expected.take(np.flatnonzero(~match_held(expected, held, self.series.timeframe)))
+
+    def _count_what_arrived(self, window: Window) -> None:
+        """After a failure in the middle of a window: what is in the file is not missing any more."""
+        mine = self._indexes(window)
+        still = self._holes(self._expected.take(mine))
+        self._is_missing[mine] &= np.isin(self._expected.opens[mine], still.opens)
 
     def _prove(self, window: Window, expected: ExpectedBars, holes: ExpectedBars, evidence: Sequence[Evidence]) -> None:
         """Record that IB gave a verified answer for ``window``, and which of its bars are proven not to exist."""

@@ -128,14 +128,15 @@ def plan_requests(
 
     With ``expected`` (of which ``missing`` is a part) and ``within`` (the window of the run, not beyond now) each request
     also answers for closed time around its bars as far as that costs no further request: up to an hour after its last
-    bar, if that is not the last one expected, and back to the close before its first one, four days at most. Auctions after the close, and sessions that the
-    calendar takes for holidays, are caught by that.
+    bar, if that is not the last one expected, and back to the close before its first one, four days at most. Auctions
+    after the close, and sessions that the calendar takes for holidays, are caught by that.
 
     Requests are parted between sessions, and a month is counted as 22 sessions, where that costs no further request
     (`durations.READINGS`). Where a month of the calendar that holds 23 sessions saves one, it is asked for: a gateway that
     counts sessions then leaves out the oldest, which shows as a hole.
     """
-    runs = min((_split(timeframe, missing, limits, reading) for reading in READINGS), key=len)
+    fewest = len(_split(timeframe, missing, limits, LOOSEST))
+    runs = next(r for reading in READINGS if len(r := _split(timeframe, missing, limits, reading)) == fewest)
     requests: list[Request] = []
     floor_s = within.start_s if within else 0
     for i, j in runs:
@@ -296,7 +297,7 @@ def _shapes_of(
             continue
         wanted = Span(span.start_s, end_s, span.sessions, span.sessions_per_week)
         for base in list_durations(timeframe, wanted, limits, LOOSEST):
-            for extra in (attempt, attempt + 1, 0):
+            for extra in (attempt, attempt + 1, 0, 1, 2, 3):
                 duration = Duration(base.count + extra * (60 if base.unit == "S" else 1), base.unit)
                 if is_allowed(timeframe, duration, limits):
                     yield end_s, duration

@@ -372,7 +372,7 @@ class Store:
         path = self.csv_path(series)
         with explained(path, doing):
             with opened(path) as file:
-                is_foreign = file is not None and not _looks_normal(*file)
+                is_foreign = file is not None and self._is_foreign(series, *file, whole=whole, doing=doing)
             if is_foreign:
                 self.prepare(series, now=self._clock())
             with opened(path) as file:
@@ -381,24 +381,41 @@ class Store:
                     return
                 fd, state = file
                 try:
-                    if whole and not self._is_trusted(series, state, doing):
-                        for _ in scan_opens(fd, len(HEADER), state.size):
-                            pass
-                        self._trusted[path] = state
+                    if whole:
+                        self._ensure_sorted(series, fd, state, doing)
                     yield file
                 except MalformedFile as failure:
                     raise bad_rows(path, [fault_at(fd, failure.offset, failure.why)], 1, doing) from None
 
-    def _is_trusted(self, series: Series, state: FileState, doing: str) -> bool:
-        if self._trusted.get(self.csv_path(series)) == state:
-            return True
+    def _is_foreign(self, series: Series, fd: int, state: FileState, *, whole: bool, doing: str) -> bool:
+        """True if the file looks like no file of ours, or is out of order and was never written by us."""
         try:
-            trusted = is_as_written(self._files.load_sidecar(series, doing), state)
+            first_and_last_open(fd, state.size)
+            if whole:
+                self._ensure_sorted(series, fd, state, doing)
+        except MalformedFile:
+            return not _looks_normal(fd, state) or not self._was_written_by_us(series, doing)
+        return False
+
+    def _ensure_sorted(self, series: Series, fd: int, state: FileState, doing: str) -> None:
+        """Read all stamps once, unless the file is as the sidecar says or was seen before. Raises MalformedFile."""
+        path = self.csv_path(series)
+        if self._trusted.get(path) == state:
+            return
+        try:
+            known = is_as_written(self._files.load_sidecar(series, doing), state)
         except UnreadableSidecar:
-            return False
-        if trusted:
-            self._trusted[self.csv_path(series)] = state
-        return trusted
+            known = False
+        if not known:
+            for _ in scan_opens(fd, len(HEADER), state.size):
+                pass
+        self._trusted[path] = state
+
+    def _was_written_by_us(self, series: Series, doing: str) -> bool:
+        try:
+            return self._files.load_sidecar(series, doing).file is not None
+        except UnreadableSidecar:
+            return True
 
     def _correct_view(self, series: Series, sidecar: Sidecar, doing: str) -> Sidecar:
         """``sidecar`` without claims about partitions that are not as it says."""

@@ -1,7 +1,7 @@
 """A process that sends history requests as fast as one shared ledger lets it, on a clock that runs faster than the real one.
 
-Run by `test_ledger.py` (and by longer trials, with other numbers) as a program; prints nothing, writes one line per request sent to
-its log: stamp, clock before, clock after, identity, contract, weight. Ledger, waiters and judge share the one fast clock.
+Run as a program by `test_ledger.py` (and by longer trials, with other numbers). Waits for the end time on stdin; writes one line per request
+to its log: stamp, clock before, clock after, identity, contract, weight. Ledger, waiters and judge share the one fast clock.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def send_requests(where: Path, log: Path, speed: float, until_s: float, seed: in
 
 
 if __name__ == "__main__":
-    _where, _log, _speed, _until, _seed, _start = sys.argv[1:]
-    while not Path(_start).exists():  # everybody starts at once, whoever was loaded first
-        threading.Event().wait(0.005)
+    _where, _log, _speed, _seed = sys.argv[1:]
+    print("ready", flush=True)
+    _until = float(sys.stdin.readline())  # everybody starts at once, whoever was loaded first
     with suppress(WaitCancelled):  # the trial is over while this process waits for its turn
-        send_requests(Path(_where), Path(_log), float(_speed), float(_until), int(_seed))
+        send_requests(Path(_where), Path(_log), float(_speed), _until, int(_seed))

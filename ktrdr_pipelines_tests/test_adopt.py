@@ -126,7 +126,7 @@ def test_intraday_stamps_without_a_zone_are_refused_unless_said_to_be_utc(tmp_pa
         lambda: store.prepare(MSFT_1H, now=NOW),
         lambda: store.write(MSFT_1H, EXPECTED, answered=None, source="live", now=NOW),
     ):
-        with pytest.raises(DataError, match="line 2.*no time zone") as caught:
+        with pytest.raises(DataError, match=r"line 2.*no time zone") as caught:
             act()
         assert "--assume-utc" in caught.value.advice
     assert path.read_bytes() == naive
@@ -209,7 +209,8 @@ def test_of_two_different_bars_with_one_stamp_neither_is_kept(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"\x89PNG\r\n\x1a\n\0\0\0", "not a text file"),
+        (b"PK\x03\x04\0\0\0", "not a text file"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0", "line 1 is not UTF-8"),
         (b"timestamp,open\n\xff\xfe\xfa", "line 2 is not UTF-8"),
         (b"<!DOCTYPE html>\n<html></html>", "HTML"),
         (b'{"bars": []}', "JSON"),

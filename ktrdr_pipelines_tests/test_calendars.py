@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ def test_a_year_has_its_published_number_of_sessions(case: dict[str, Any]) -> No
     year = case["year"]
     bars = expected_bars(series_on(case["calendar"], "1d"), window(f"{year}-01-01T00:00Z", f"{year + 1}-01-01T00:00Z"))
     assert len(bars) == case["days"]
+
+
+@pytest.mark.parametrize(
+    ("file", "series", "unexpected"),
+    [
+        ("GOOG.csv", Series(stock("GOOG"), TIMEFRAMES["1d"]), 0),
+        # On 6 and 20 October 2017 the source has a last bar that starts at Friday's close.
+        ("EURUSD.csv", Series(EURUSD, TIMEFRAMES["1h"]), 2),
+    ],
+)
+def test_real_bars_are_where_the_calendar_expects_them(file: str, series: Series, unexpected: int) -> None:
+    """Bars recorded by others: nine years of days, and ten months of forex hours, lack nothing that is expected."""
+    package = find_spec("backtesting")
+    assert package is not None
+    assert package.origin is not None
+    lines = (Path(package.origin).parent / "test" / file).read_text().splitlines()[1:]
+    stamps = np.array([int(at(f"{line.split(',')[0]}+00:00").timestamp()) for line in lines], dtype=np.int64)
+    bars = expected_bars(series, Window.from_epoch(int(stamps[0]), int(stamps[-1]) + 1))
+    assert match_held(bars, stamps, series.timeframe).all()
+    assert find_unexpected(bars, stamps, series.timeframe).sum() == unexpected
 
 
 def test_only_complete_bars_are_expected() -> None:

@@ -382,7 +382,7 @@ def test_the_volume_unit_is_recorded(store: Store) -> None:
     assert pinned is not None
     assert pinned.volume_unit == "none"
     for unit in ("lots", None):
-        store.write(AAPL_1M, make_bars([0]), answered=None, source="simulator", now=NOW, volume_unit=unit)  # type: ignore[arg-type]
+        store.write(AAPL_1M, make_bars([0]), answered=None, source="simulator", now=NOW, volume_unit=unit)
         pinned = store.read_sidecar(AAPL_1M).instrument
         assert pinned is not None
         assert pinned.volume_unit == "lots"

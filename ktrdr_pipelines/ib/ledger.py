@@ -3,8 +3,8 @@
 `pacing.decide` holds the rules, `ledger_store.py` the rows; here are the transactions around them: requests, the queue of
 those who wait, pauses. A request is granted, stamped right before it is written to the socket, and finished when answered.
 
-Waiters are served first come, first served, except that one may overtake when that delays nobody before it: it is decided as if
-all earlier waiters were sent first.
+Waiters are served first come, first served. One may overtake only while those before it are held up by rules that do not
+concern it, and then leaves them their room in the budget: without this, whoever asks most often gets nearly everything.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ TICKET_FRESH_S = 20.0
 """A waiter that did not show itself for so long is passed over (stopped, or its machine asleep). It keeps its place."""
 POLL_S = 1.0
 """Longest sleep of a waiter: what it waits for may change, and it may be told to stop."""
+TURN_POLL_S = 0.2
+"""When it is another's turn, look again after this long: that one is waking up just now."""
 HEARTBEAT_S = 5.0
 """How often a waiter shows itself. Rarer than `POLL_S`, because showing writes to the disk and looking does not."""
 
@@ -194,7 +196,12 @@ class Ledger:
                     answer.waited_s = waited_s
                     return answer
                 until_s = now_s + answer.seconds
-                if on_wait and (told is None or told.rule is not answer.rule or abs(until_s - told_until_s) > 1.0):
+                is_worth_telling = answer.rule is not Rule.TURN or told is None
+                if (
+                    on_wait
+                    and is_worth_telling
+                    and (told is None or told.rule is not answer.rule or abs(until_s - told_until_s) > 1.0)
+                ):
                     told, told_until_s = answer, until_s
                     on_wait(answer.seconds, answer.rule, until_s)
                 pause_s = min(answer.seconds, POLL_S)
@@ -269,12 +276,15 @@ class Ledger:
         ahead = self._waiting(tx, now, ticket)
         active = [(length_s - age_s, why) for age_s, length_s, _, why in self._holds(tx, now) if age_s < length_s]
         left_s, why = max(active, default=(0.0, ""))
-        answer = decide(
-            past + [Entry(now.wall_s, other, is_open=True) for other in ahead],
-            ask,
-            now.wall_s,
-            now.wall_s + left_s if left_s > 0 else None,
-        )
+        hold_until_s = now.wall_s + left_s if left_s > 0 else None
+        # As if everyone before were sent first: whoever comes later must not take the room that they will need.
+        promised = [Entry(now.wall_s, other, is_open=True) for other in ahead]
+        answer = decide(past + promised, ask, now.wall_s, hold_until_s)
+        if isinstance(answer, Go):
+            for place, other in enumerate(ahead):
+                if isinstance(decide(past + promised[:place], other, now.wall_s, hold_until_s), Go):
+                    answer = Wait(TURN_POLL_S, Rule.TURN)
+                    break
         if isinstance(answer, Go):
             token = uuid.uuid4().hex
             tx.run(

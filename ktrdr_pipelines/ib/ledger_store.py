@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -186,11 +188,18 @@ class SqliteStore:
     def _begin(self) -> sqlite3.Connection | None:
         """A connection inside a transaction on the file that bears the ledger's name now; None to try again."""
         connection = self._connection or self._open()
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            _raise_if_damaged(error)
-            raise
+        deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                break
+            except sqlite3.Error as error:
+                _raise_if_damaged(error)
+                is_busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > deadline_s:
+                    raise
+            # Not SQLite's own waiting: it backs off to a tenth of a second, and whoever has waited long meets the lock least.
+            time.sleep(random.uniform(0.0005, 0.002))
         # Only now, with the lock held, is it certain that what we hold is the file that everybody else holds.
         if self._identify() == self._inode:
             return connection
@@ -264,6 +273,7 @@ class SqliteStore:
             connection.close()
             _raise_if_damaged(error)
             raise
+        connection.execute("PRAGMA busy_timeout = 0")  # from here on `_begin` waits
         self._connection, self._inode = connection, self._identify()
         return connection
 

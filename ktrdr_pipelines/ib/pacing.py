@@ -47,6 +47,7 @@ class Rule(StrEnum):
     BURST = "fewer than six requests for one contract within 2 seconds"
     OPEN = "at most 50 open requests"
     HOLD = "pause of all processes"
+    TURN = "turn of one who waited longer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ async def drive(task):
     try:
         await second.connectAsync("127.0.0.1", task["port"], clientId=7, timeout=1)
         out["busy"] = "connected"
-    except Exception:
+    except (TimeoutError, asyncio.TimeoutError, ConnectionError):
         out["busy"] = refused
 
     judged = lib.IB()

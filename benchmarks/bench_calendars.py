@@ -1,0 +1,55 @@
+"""How quick calendars and the planner are: first build of a calendar, twenty years of minutes, a day, plans, matching.
+
+Run `python benchmarks/bench_calendars.py` from the project's folder. Best of five, in milliseconds; the first build is
+timed once, in a fresh process, and contains the import of pandas_market_calendars.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from ktrdr_pipelines.calendars import expected_bars, match_held
+from ktrdr_pipelines.plan import missing_bars, plan_requests
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Hours, Series, Window, forex, stock
+
+YEARS = Window(datetime(2005, 1, 1, tzinfo=UTC), datetime(2025, 1, 1, tzinfo=UTC))
+DAY = Window(datetime(2024, 3, 5, tzinfo=UTC), datetime(2024, 3, 6, tzinfo=UTC))
+
+
+def measure(label: str, call: Callable[[], object], times: int = 5) -> None:
+    best_s = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        best_s = min(best_s, time.perf_counter() - began)
+    sys.stdout.write(f"{label:58s} {best_s * 1000:10.3f} ms\n")
+
+
+def main() -> None:
+    minutes = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    measure("first build of NYSE and 20 years of 1m", lambda: expected_bars(minutes, YEARS), 1)
+    measure("20 years of 1m, regular hours, cached", lambda: expected_bars(minutes, YEARS))
+    for label, instrument in (("extended hours", stock("AAPL", hours=Hours.EXTENDED)), ("forex", forex("EURUSD"))):
+        series = Series(instrument, TIMEFRAMES["1m"])
+        measure(f"20 years of 1m, {label}, built anew", lambda s=series: expected_bars(s, YEARS))  # type: ignore[misc]
+    measure("one day of 1m, cached", lambda: expected_bars(minutes, DAY))
+    five = Series(stock("AAPL"), TIMEFRAMES["5m"])
+    measure("one day of 5m, built anew", lambda: expected_bars(five, DAY))
+    bars = expected_bars(minutes, YEARS)
+    held = bars.opens[::2].copy()
+    measure(f"match {len(bars):,} expected with {len(held):,} held", lambda: match_held(bars, held, minutes.timeframe))
+    missing = missing_bars(bars, held, [], minutes.timeframe)
+    for limits in HistoryLimits:
+        count = len(plan_requests(minutes.timeframe, missing, limits))
+        measure(
+            f"plan {count:,} requests ({limits}) for {len(missing):,} missing",
+            lambda limits=limits: plan_requests(minutes.timeframe, missing, limits),  # type: ignore[misc]
+            1,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Client libraries written by others, against the simulated gateway."""

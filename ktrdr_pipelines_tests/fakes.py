@@ -1,0 +1,79 @@
+"""A history that answers from a truth it was given, and misbehaves as told: for tests of the load, without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.ib.client import RawBars
+from ktrdr_pipelines.plan import Request
+from ktrdr_pipelines.series import Instrument, Series, Window
+
+IntArray = npt.NDArray[np.int64]
+Fault = Callable[[RawBars], RawBars]
+
+
+def utc(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+def window(start: str, end: str) -> Window:
+    return Window(utc(start), utc(end))
+
+
+def raw_bars(opens_s: IntArray, *, no_data_text: str = "") -> RawBars:
+    """Valid bars at ``opens_s`` whose prices follow from the stamp alone."""
+    base = 100.0 + (opens_s // 60 % 1000) / 100
+    volume = (opens_s // 3600 % 977).astype(np.float64)
+    return RawBars(opens_s, base, base + 0.5, base - 0.5, base + 0.25, volume, no_data_text)
+
+
+def pick(raw: RawBars, keep: npt.NDArray[np.bool_] | IntArray | slice) -> RawBars:
+    return RawBars(*(getattr(raw, n)[keep] for n in ("opens_s", "open", "high", "low", "close", "volume")))
+
+
+@dataclass
+class FakeHistory:
+    """Answers every request from ``truth`` (opens). ``script``: what to do with the n-th request (from 1): a function of the
+    right answer, or an exception to raise."""
+
+    truth: IntArray
+    script: dict[int, Fault | Exception] = field(default_factory=dict)
+    head: datetime | None = None
+    source: str = "paper"
+    requests: list[Request] = field(default_factory=list)
+    heads_asked: int = 0
+    retries: int = 0
+    pacing_wait_s: float = 0.0
+
+    @classmethod
+    def of(cls, series: Series, span: Window, **more: object) -> FakeHistory:
+        """A history that has every bar the calendar expects in ``span``."""
+        return cls(expected_bars(series, span).opens, **more)  # type: ignore[arg-type]
+
+    @property
+    def requests_made(self) -> int:
+        return len(self.requests) + self.heads_asked
+
+    def pin(self, instrument: Instrument) -> Instrument:
+        return replace(instrument, con_id=4711, time_zone="America/New_York")
+
+    def find_head(self, instrument: Instrument) -> datetime | None:
+        self.heads_asked += 1
+        return self.head
+
+    def fetch(self, series: Series, request: Request) -> RawBars:
+        self.requests.append(request)
+        # Over-answers by a day at the old end, as IB does; the forming bar is up to the truth.
+        start_s, end_s = request.window.start_s - 86400, int(request.end.timestamp())
+        opens = self.truth[(self.truth >= start_s) & (self.truth < end_s)]
+        answer = raw_bars(opens, no_data_text="" if len(opens) else "HMDS query returned no data")
+        fault = self.script.get(len(self.requests))
+        if isinstance(fault, Exception):
+            raise fault
+        return fault(answer) if fault else answer

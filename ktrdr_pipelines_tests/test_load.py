@@ -1,0 +1,350 @@
+"""Promises of the use case: nothing lost, nothing doubled, nothing asked twice, no failure read as "no data"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ktrdr_pipelines.bars import opens_of
+from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.errors import GatewayUnreachable, PacingError, PermanentError, RequestTimeout, TransientError
+from ktrdr_pipelines.ib.client import RawBars
+from ktrdr_pipelines.load import Load
+from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.store import Store
+from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window
+
+AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
+AAPL_1D = Series(stock("AAPL"), TIMEFRAMES["1d"])
+NOW = utc("2024-06-15")
+
+
+def load(
+    store: Store,
+    history: FakeHistory,
+    series: Series,
+    span: Window,
+    *,
+    now: datetime = NOW,
+    limits: HistoryLimits = HistoryLimits.CLASSIC,
+    recheck_last: bool = False,
+) -> tuple[Load, list[Event]]:
+    job = Load(
+        series, span, store=store, history=lambda: history, limits=limits, now=lambda: now, recheck_last=recheck_last
+    )
+    return job, list(job.run())
+
+
+def held(store: Store, series: Series) -> list[int]:
+    return opens_of(store.read_bars(series)).tolist()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "data")
+
+
+def test_a_load_brings_every_expected_bar_and_a_second_one_asks_nothing(store: Store) -> None:
+    """After a load every bar of the calendar is in the file, and loading again makes no request."""
+    span = window("2024-01-01", "2024-03-01")
+    history = FakeHistory.of(AAPL_1H, span)
+    job, _ = load(store, history, AAPL_1H, span)
+    assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()
+    assert job.report.status == "success"
+    assert (job.report.fetched_bars, job.report.gaps_analyzed, job.report.ib_requests_made) == (287, 1, 2)
+    again, events = load(store, history, AAPL_1H, span)
+    assert len(history.requests) == 2
+    assert (again.report.fetched_bars, again.report.gaps_analyzed, again.report.ib_requests_made) == (0, 0, 0)
+    assert [e.partition.key for e in events if isinstance(e, Completed)] == ["2024-01-01", "2024-02-01"]
+
+
+def test_prices_reach_the_file_unchanged(store: Store) -> None:
+    """Each bar in the file has the prices and the volume that IB sent for its stamp."""
+    span = window("2024-01-02", "2024-01-09")
+    load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
+    bars = store.read_bars(AAPL_1H)
+    sent = raw_bars(opens_of(bars))
+    for name in ("open", "high", "low", "close", "volume"):
+        assert bars[name].tolist() == getattr(sent, name).tolist()
+
+
+def drop(lo: int, hi: int) -> Callable[[RawBars], RawBars]:
+    return lambda raw: pick(raw, np.r_[0:lo, hi : len(raw)])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(drop(40, 47), id="a hole of seven bars"),
+        pytest.param(lambda raw: pick(raw, slice(0, len(raw) // 2)), id="the first half only"),
+        pytest.param(lambda raw: pick(raw, slice(len(raw) // 2, None)), id="the second half only"),
+        pytest.param(lambda raw: pick(raw, slice(0, 0)), id="an empty answer without a word"),
+        pytest.param(lambda raw: raw_bars(raw.opens_s[:0], no_data_text="no data"), id="no data, which is not true"),
+        pytest.param(lambda raw: pick(raw, np.r_[len(raw) - 1 : -1 : -1, 0:30]), id="backwards and doubled"),
+    ],
+)
+def test_a_faulty_answer_is_noticed_and_completed(store: Store, fault: Callable[[RawBars], RawBars]) -> None:
+    """Half an answer, a hole in its middle, a wrong "no data", duplicates out of order: the file is exact all the same."""
+    span = window("2024-01-01", "2024-03-01")
+    history = FakeHistory.of(AAPL_1H, span, script={1: fault}, head=utc("1980-12-12"))
+    job, _ = load(store, history, AAPL_1H, span)
+    assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()
+    assert job.report.status == "success"
+    assert job.report.proven_empty == 0
+
+
+def test_a_hole_that_two_differently_shaped_requests_agree_on_is_proven_empty(store: Store) -> None:
+    """A bar that IB does not have is asked for twice, in two shapes, and then never again; the evidence is kept."""
+    span = window("2024-01-02", "2024-01-20")
+    everything = expected_bars(AAPL_1H, span).opens
+    history = FakeHistory(np.delete(everything, [30, 31, 50]))
+    job, _ = load(store, history, AAPL_1H, span)
+    assert len(history.requests) == 2
+    first, second = history.requests
+    assert (first.end, first.duration) != (second.end, second.duration)
+    assert job.report.proven_empty == 3
+    ranges = store.read_sidecar(AAPL_1H).proven_empty
+    assert [r.opens for r in ranges] == [2, 1]
+    assert all(len(r.evidence) == 2 for r in ranges)
+    _, events = load(store, history, AAPL_1H, span)
+    assert len(history.requests) == 2
+    assert events == [e for e in events if isinstance(e, Planned)]  # January has other days that were not asked for
+
+
+def test_a_failed_window_does_not_stop_the_others_and_is_exact_after_the_next_run(store: Store) -> None:
+    """A time-out in the second of three windows: the others are loaded, the failure is listed, and the next run heals it."""
+    span = window("2024-01-01", "2024-04-01")
+    history = FakeHistory.of(AAPL_1H, span, script={2: RequestTimeout("no answer within 120 s")})
+    job, events = load(store, history, AAPL_1H, span)
+    failures = [e for e in events if isinstance(e, Failure)]
+    assert len(failures) == 1
+    assert "no answer" in str(failures[0].error)
+    assert "AAPL 1h" in str(failures[0].error)
+    assert job.report.status == "partial"
+    assert job.report.missing_bars > 0
+    assert "2024-02-01" not in job.report.completed
+    history.script.clear()
+    job, _ = load(store, history, AAPL_1H, span)
+    assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()
+    assert sorted(job.report.completed) == ["2024-01-01", "2024-02-01", "2024-03-01"]
+    assert len(history.requests) == 4
+
+
+@pytest.mark.parametrize("error", [PermanentError("no permission", code=354), GatewayUnreachable("gone")])
+def test_what_concerns_every_window_stops_at_once(store: Store, error: Exception) -> None:
+    """A refusal or a gateway that is gone is not tried window by window; everything that remains counts as failed."""
+    span = window("2024-01-01", "2024-04-01")
+    history = FakeHistory.of(AAPL_1H, span, script={2: error})
+    job, _ = load(store, history, AAPL_1H, span)
+    assert len(history.requests) == 2
+    (failure,) = job.report.failures
+    assert failure.window.end >= utc("2024-03-28")
+
+
+@pytest.mark.parametrize("error", [PacingError("pacing violation", code=162), TransientError("unknown 162", code=162)])
+def test_a_failure_is_never_read_as_no_data(store: Store, error: Exception) -> None:
+    """After a failure nothing is claimed about its window: no proof of emptiness, no answered window, no completion."""
+    span = window("2024-01-02", "2024-01-20")
+    history = FakeHistory.of(AAPL_1H, span, script={1: error})
+    job, events = load(store, history, AAPL_1H, span)
+    assert job.report.status == "failed"
+    assert not [e for e in events if isinstance(e, Completed)]
+    sidecar = store.read_sidecar(AAPL_1H)
+    assert not sidecar.proven_empty
+    assert not sidecar.answered
+
+
+def test_a_failed_confirmation_keeps_the_bars_and_proves_nothing(store: Store) -> None:
+    """The first answer has a hole and the second request fails: the bars stay, the hole stays open, the window failed."""
+    span = window("2024-01-02", "2024-01-20")
+    history = FakeHistory.of(AAPL_1H, span, script={1: drop(10, 20), 2: RequestTimeout("no answer")})
+    job, _ = load(store, history, AAPL_1H, span)
+    everything = expected_bars(AAPL_1H, span).opens
+    assert len(held(store, AAPL_1H)) == len(everything) - 10
+    assert not store.read_sidecar(AAPL_1H).proven_empty
+    assert len(job.report.failures) == 1
+    assert job.report.missing_bars == 10
+
+
+def spoil(name: str, value: float) -> Callable[[RawBars], RawBars]:
+    def fault(raw: RawBars) -> RawBars:
+        getattr(raw, name)[5] = value
+        return raw
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("open", np.nan),
+        ("high", np.inf),
+        ("low", -1.0),
+        ("high", 1.0),
+        ("close", 1e9),
+        ("volume", -5.0),
+        ("close", 0.0),
+    ],
+)
+def test_bars_that_break_the_rules_are_refused_and_nothing_of_their_window_is_written(
+    store: Store, name: str, value: float
+) -> None:
+    """One bad bar in an answer: a data failure of that window with the row shown; the other window is loaded."""
+    span = window("2024-01-01", "2024-03-01")
+    history = FakeHistory.of(AAPL_1H, span, script={1: spoil(name, value)})
+    # The bar has to lie inside the window to be judged.
+    history.truth = history.truth[history.truth >= span.start_s]
+    job, _ = load(store, history, AAPL_1H, span)
+    (failure,) = job.report.failures
+    assert failure.error.family == "data"
+    assert min(held(store, AAPL_1H)) > failure.window.start_s
+    assert job.report.missing_bars > 100
+
+
+def test_two_different_bars_with_one_stamp_are_refused(store: Store) -> None:
+    """A conflict is not settled by taking one of the two."""
+    span = window("2024-01-02", "2024-01-20")
+
+    def conflict(raw: RawBars) -> RawBars:
+        doubled = pick(raw, np.r_[0 : len(raw), 7])
+        doubled.close[-1] += 0.01
+        return doubled
+
+    job, _ = load(store, FakeHistory.of(AAPL_1H, span, script={1: conflict}), AAPL_1H, span)
+    assert job.report.failures[0].error.family == "data"
+    assert store.extent(AAPL_1H) is None
+
+
+def test_the_forming_bar_is_never_stored(store: Store) -> None:
+    """A load at 15:20 New York stores bars up to the one that closed at 15:00, though IB sends the forming one."""
+    span = window("2024-06-10", "2024-06-15")
+    now = utc("2024-06-14T19:20:00")
+    history = FakeHistory.of(AAPL_1H, span)
+    load(store, history, AAPL_1H, span, now=now)
+    assert held(store, AAPL_1H)[-1] == int(utc("2024-06-14T18:00:00").timestamp())
+
+
+def test_a_daily_bar_is_stored_only_after_its_session_has_closed(store: Store) -> None:
+    """At 15:20 New York the day's own bar is still forming."""
+    span = window("2024-06-01", "2024-06-20")
+    history = FakeHistory.of(AAPL_1D, span)
+    load(store, history, AAPL_1D, span, now=utc("2024-06-14T19:20:00"))
+    assert held(store, AAPL_1D)[-1] == int(utc("2024-06-13").timestamp())
+    load(store, history, AAPL_1D, span, now=utc("2024-06-14T20:00:00"))
+    assert held(store, AAPL_1D)[-1] == int(utc("2024-06-14").timestamp())
+
+
+def test_the_specifications_example_has_three_segments(store: Store) -> None:
+    """RBLX 1d 2023-01-01 to 2025-05-30 with 2024-04-01 to 2025-05-01 held but for 2024-12-01 to 2024-12-10: three gaps, and
+    only what is missing is fetched."""
+    rblx = Series(stock("RBLX"), TIMEFRAMES["1d"])
+    now = utc("2025-05-31")
+    whole = window("2021-01-01", "2025-06-01")
+    history = FakeHistory.of(rblx, whole)
+    load(store, history, rblx, window("2024-04-01", "2024-12-01"), now=now)
+    load(store, history, rblx, window("2024-12-10", "2025-05-01"), now=now)
+    before = set(held(store, rblx))
+    history.requests.clear()
+    job, _ = load(store, history, rblx, window("2023-01-01", "2025-05-30"), now=now)
+    assert job.report.gaps_analyzed == 3
+    assert (
+        len(history.requests) == 3
+    )  # one year each reaches from 2023-01-01 over all three gaps; four would be wasteful
+    expected = expected_bars(rblx, window("2023-01-01", "2025-05-30")).opens.tolist()
+    assert held(store, rblx) == expected
+    assert job.report.fetched_bars == len(set(expected) - before)
+
+
+def test_a_tail_asks_for_the_last_held_bar_again_and_reports_a_revision(store: Store) -> None:
+    """A held last bar that IB now answers differently is replaced, and said so."""
+    span = window("2024-06-03", "2024-06-08")
+    history = FakeHistory.of(AAPL_1H, window("2024-06-03", "2024-06-15"))
+    load(store, history, AAPL_1H, span)
+    last = held(store, AAPL_1H)[-1]
+
+    def revise(raw: RawBars) -> RawBars:
+        raw.volume[raw.opens_s == last] = 999_999
+        return raw
+
+    history.script[2] = revise
+    tail = Window(span.end.replace(day=7, hour=19), utc("2024-06-15"))
+    job, _ = load(store, history, AAPL_1H, tail, recheck_last=True)
+    assert len(history.requests) == 2
+    assert job.report.revised_bars == 1
+    bars = store.read_bars(AAPL_1H)
+    assert bars["volume"][opens_of(bars) == last].tolist() == [999_999]
+    assert any("differently" in notice for notice in job.report.notices)
+
+
+def test_windows_before_the_first_bar_are_not_asked_one_by_one(store: Store) -> None:
+    """Ten years before the listing cost one empty answer and one head timestamp, and are complete without bars."""
+    listed = window("2023-03-10", "2024-01-01")
+    history = FakeHistory.of(AAPL_1D, listed, head=utc("2023-03-10T14:30:00"))
+    job, _ = load(store, history, AAPL_1D, window("2010-01-01", "2024-01-01"))
+    assert held(store, AAPL_1D) == expected_bars(AAPL_1D, listed).opens.tolist()
+    assert history.heads_asked == 1
+    assert len(history.requests) <= 3
+    assert sorted(job.report.completed) == [str(year) for year in range(2010, 2024)]
+    assert job.report.completed["2015"].rows == 0
+    start = store.read_sidecar(AAPL_1D).history_start
+    assert start is not None
+    assert start.open == utc("2023-03-10")
+
+
+def test_a_head_timestamp_that_is_years_too_late_loses_nothing(store: Store) -> None:
+    """IB's hint says 2020 and the bars begin in 2013: every one of them is found."""
+    listed = window("2013-05-06", "2024-01-01")
+    history = FakeHistory.of(AAPL_1D, listed, head=utc("2020-01-02T14:30:00"))
+    load(store, history, AAPL_1D, window("2010-01-01", "2024-01-01"))
+    assert held(store, AAPL_1D) == expected_bars(AAPL_1D, listed).opens.tolist()
+
+
+def test_a_gap_is_not_taken_for_the_start_of_history(store: Store) -> None:
+    """An explicit start in the middle of history whose first day IB lacks does not hide the years before it."""
+    everything = expected_bars(AAPL_1D, window("2020-01-01", "2024-01-01")).opens
+    hole = int(utc("2022-01-03").timestamp())
+    history = FakeHistory(everything[everything != hole], head=utc("2020-01-02T14:30:00"))
+    load(store, history, AAPL_1D, window("2022-01-01", "2024-01-01"))
+    assert store.read_sidecar(AAPL_1D).history_start is None
+    load(store, history, AAPL_1D, window("2020-01-01", "2024-01-01"))
+    assert held(store, AAPL_1D) == history.truth.tolist()
+
+
+def test_bars_that_the_calendar_does_not_expect_are_kept_and_reported(store: Store) -> None:
+    """IB knows better than the calendar: a Saturday session stays in the file."""
+    span = window("2024-01-02", "2024-01-20")
+    saturday = int(utc("2024-01-06T15:00:00").timestamp())
+    truth = np.sort(np.append(expected_bars(AAPL_1H, span).opens, saturday))
+    job, _ = load(store, FakeHistory(truth), AAPL_1H, span)
+    assert saturday in held(store, AAPL_1H)
+    assert job.report.unexpected_bars == 1
+
+
+def test_forex_volume_is_zero_in_the_file_and_none_in_the_sidecar(store: Store) -> None:
+    """IB sends -1 where it has no volume."""
+    series = Series(forex("EURUSD"), TIMEFRAMES["1h"])
+    span = window("2024-01-08", "2024-01-13")
+
+    def no_volume(raw: RawBars) -> RawBars:
+        raw.volume[:] = -1
+        return raw
+
+    load(store, FakeHistory.of(series, span, script={1: no_volume}), series, span)
+    assert set(store.read_bars(series)["volume"]) == {0.0}
+    pinned = store.read_sidecar(series).instrument
+    assert pinned is not None
+    assert pinned.volume_unit == "none"
+
+
+def test_progress_is_told_request_by_request(store: Store) -> None:
+    """Events come in order, one for each request, with counts that a person can follow."""
+    span = window("2024-01-01", "2024-04-01")
+    _, events = load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
+    fetched = [e for e in events if isinstance(e, Fetched)]
+    assert [(e.done, e.planned) for e in fetched] == [(1, 3), (2, 3), (3, 3)]
+    assert sum(e.rows for e in fetched) == 427 - 0
