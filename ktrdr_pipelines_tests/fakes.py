@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.ib.client import RawBars
+from ktrdr_pipelines.ib.clock import Reading
 from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.series import Instrument, Series, Window
 
@@ -77,3 +79,21 @@ class FakeHistory:
         if isinstance(fault, Exception):
             raise fault
         return fault(answer) if fault else answer
+
+
+class MovingClock:
+    """The real time plus what was slept through: waits take no time, and the ledger sees them pass."""
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+        self.sleeps: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.slept_s += seconds
+
+    def now_s(self) -> float:
+        return time.time() + self.slept_s
+
+    def read(self) -> Reading:
+        return Reading(self.now_s(), time.monotonic() + self.slept_s, "test")

@@ -1,7 +1,7 @@
 """A process that sends history requests as fast as one shared ledger lets it, on a clock that runs faster than the real one.
 
-Run as a program by `test_ledger.py` (and by longer trials, with other numbers). Waits for the end time on stdin; writes one line per request
-to its log: stamp, clock before, clock after, identity, contract, weight. Ledger, waiters and judge share the one fast clock.
+Run as a program by `test_ledger.py` (and by longer trials, with other numbers). Waits for the end time on stdin; writes one line
+per request to its log: stamp, clock before, clock after, identity, contract, weight. Ledger, waiters and judge share the clock.
 """
 
 from __future__ import annotations

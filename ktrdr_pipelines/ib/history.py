@@ -19,6 +19,7 @@ import tenacity
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient, RawBars
+from ktrdr_pipelines.ib.clock import Clock
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
 from ktrdr_pipelines.ib.leases import ClientIds, Lease, lease_client_id
 from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
@@ -72,6 +73,8 @@ class IBHistory:
     on_wait: Callable[[Waiting], None] = lambda _: None
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    clock: Clock | None = None
+    """The ledger's clock; None is the machine's (or the database server's)."""
 
     def __post_init__(self) -> None:
         self._client: GatewayClient | None = None
@@ -251,7 +254,7 @@ class IBHistory:
         """The budget of this login, shared with every other process."""
         if self._ledger_opened is None:
             where = self.address.ledger_url or self.address.state_dir / "ib"
-            self._ledger_opened = open_ledger(where, self.address.login)
+            self._ledger_opened = open_ledger(where, self.address.login, self.clock)
         return self._ledger_opened
 
     def _details(self, instrument: Instrument, doing: str) -> list[ContractInfo]:

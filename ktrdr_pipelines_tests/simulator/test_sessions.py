@@ -42,7 +42,9 @@ def test_closed_days_have_no_stock_session(day):
     assert (date.fromisoformat(day) - date(1970, 1, 1)).days not in us_stock_sessions().day
 
 
-@pytest.mark.parametrize(("day", "opens", "closes"), [("2024-03-11", "-02:45", "21:00"), ("2024-03-08", "-01:45", "22:00")])
+@pytest.mark.parametrize(
+    ("day", "opens", "closes"), [("2024-03-11", "-02:45", "21:00"), ("2024-03-08", "-01:45", "22:00")]
+)
 def test_forex_day_runs_from_quarter_past_five_to_five(day, opens, closes):
     """17:15 of the evening before to 17:00, New York, on both sides of the clock change of 10 March 2024."""
     row = find(forex_sessions(), day)
@@ -62,7 +64,9 @@ def test_sessions_never_overlap():
 
 def test_sessions_are_inferred_from_bars():
     """A recorded day trades from its first bar to the end of its last; a pair's day begins at 17:00 New York."""
-    stamps = np.array([f"2024-01-0{d}T{h:02d}:00" for d in (3, 4) for h in (10, 20, 22)], dtype="datetime64[s]").astype(np.int64)
+    stamps = np.array([f"2024-01-0{d}T{h:02d}:00" for d in (3, 4) for h in (10, 20, 22)], dtype="datetime64[s]").astype(
+        np.int64
+    )
     table, days = sessions_from_bars("America/New_York", stamps, 3600, 7 * 3600)
     assert [str(np.datetime64(int(d), "D")) for d in table.day] == ["2024-01-03", "2024-01-04", "2024-01-05"]
     assert days.tolist() == [table.day[0]] * 2 + [table.day[1]] * 3 + [table.day[2]]

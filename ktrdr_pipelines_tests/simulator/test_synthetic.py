@@ -21,7 +21,9 @@ def at(*parts):
 
 
 def find(symbol, sec_type="STK", currency="USD", **more):
-    (listing,) = find_listings(MARKET, ContractQuery(symbol=symbol, sec_type=sec_type, currency=currency, **more), at(2024, 3, 1))
+    (listing,) = find_listings(
+        MARKET, ContractQuery(symbol=symbol, sec_type=sec_type, currency=currency, **more), at(2024, 3, 1)
+    )
     return listing
 
 
@@ -130,7 +132,7 @@ def test_bars_are_clean(listing, size):
     assert (bars.low > 0).all()
     assert (bars.high >= np.maximum(bars.open, bars.close)).all()
     assert (bars.low <= np.minimum(bars.open, bars.close)).all()
-    ticks = bars.close / (10.0 ** -listing.decimals if listing.sec_type != "FUT" else 0.25)
+    ticks = bars.close / (10.0**-listing.decimals if listing.sec_type != "FUT" else 0.25)
     assert np.allclose(ticks, np.rint(ticks), atol=1e-6)
     if listing.sec_type != "CASH":
         assert ((bars.average >= bars.low) & (bars.average <= bars.high)).all()
@@ -138,12 +140,12 @@ def test_bars_are_clean(listing, size):
 
 def test_stamps_of_a_stocks_day_are_ibs():
     """Regular hours give 09:30 and then the full hours, seven bars; extended hours sixteen from 04:00 to 19:00."""
-    day = (at(2024, 2, 1), at(2024, 2, 2, 5))
-    regular = [s - day[0] - 5 * 3600 for s in get(AAPL, "1 hour", *day, regular=True).stamp.tolist()]
+    day = (at(2024, 2, 1, 5), at(2024, 2, 2, 5))
+    regular = [s - day[0] for s in get(AAPL, "1 hour", *day, regular=True).stamp.tolist()]
     assert [f"{s // 3600:02d}:{s % 3600 // 60:02d}" for s in regular] == [
         "09:30", "10:00", "11:00", "12:00", "13:00", "14:00", "15:00",
     ]  # fmt: skip
-    extended = [(s - day[0]) // 3600 - 5 for s in get(AAPL, "1 hour", *day).stamp.tolist()]
+    extended = [(s - day[0]) // 3600 for s in get(AAPL, "1 hour", *day).stamp.tolist()]
     assert extended == list(range(4, 20))
 
 

@@ -1,0 +1,82 @@
+"""Fixtures shared by the tests: a simulated gateway on a real socket, settings that point at it and at throw-away folders."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from hypothesis import settings as hypothesis_settings
+
+from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
+from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+
+# Two shared cores: a slow moment is no failure.
+hypothesis_settings.register_profile("ktrdr", deadline=None)
+hypothesis_settings.load_profile("ktrdr")
+
+StartGateway = Callable[..., GatewayThread]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests never see the developer's settings, and never write to the project's own data or Dagster home."""
+    for name in os.environ:
+        if name.startswith(("IB_", "KTRDR_", "DAGSTER_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def start_gateway() -> Iterator[StartGateway]:
+    """Start simulated gateways that end with the test; by default they do not judge pacing, which costs real seconds."""
+    with ExitStack() as running:
+
+        def start(faults: Iterable[FaultRule] = (), **options: Any) -> GatewayThread:
+            options = {"judge": False, **options}
+            market = options.pop("market", None) or SyntheticMarket()
+            return running.enter_context(run_in_thread(market, faults=tuple(faults), **options))
+
+        yield start
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> Callable[..., Settings]:
+    """Settings for a gateway's port with throw-away folders, and retries that do not wait."""
+
+    def make(port: int, **overrides: object) -> Settings:
+        return load_settings(
+            **{
+                "ib_port": port,
+                "data_dir": tmp_path / "data",
+                "dagster_home": tmp_path / "home",
+                "ib_retry_waits_s": (0.01, 0.01, 0.01),
+                "ib_request_timeout_s": 20.0,
+                **overrides,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """A real Dagster instance on disk, thrown away after the test."""
+    home = tmp_path / "instance"
+    home.mkdir()
+    with dg.DagsterInstance.local_temp(str(home)) as made:
+        yield made
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

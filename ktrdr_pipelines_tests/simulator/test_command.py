@@ -1,0 +1,87 @@
+"""``ktrdr simulator`` run by hand: one line, serving, a clean end, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from ktrdr_pipelines.simulator.command import make_clock, simulator_command
+from ktrdr_pipelines.simulator.wire import encode, frame
+
+from .talk import history
+
+RUN = "from ktrdr_pipelines.simulator.command import simulator_command; simulator_command()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_serves_until_it_is_told_to_stop(tmp_path, number):
+    """It prints where it listens, serves and logs, and ends with code 0 on Ctrl-C or SIGTERM."""
+    log = tmp_path / "log.jsonl"
+    command = [sys.executable, "-c", RUN, "--port", "0", "--log", str(log), "--now", "2024-03-05T19:40:30Z", "--freeze"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(
+            r"simulated gateway listening on 127\.0\.0\.1:(\d+), synthetic bars of .*SIM0000001\n", line
+        )
+        assert found, line
+        with socket.create_connection(("127.0.0.1", int(found.group(1))), timeout=5) as client:
+            client.sendall(b"API\0" + frame(b"v157..176") + encode(71, 2, 1, "") + encode(*history(1, end="")))
+            received = b""
+            while b"\x0017\x001\x00" not in received.replace(b"\x00\x00", b"\x00"):
+                data = client.recv(1 << 16)
+                assert data
+                received += data
+            assert b"20240305 14:40:30" in received
+            process.send_signal(number)
+            assert process.wait(timeout=10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    (record,) = [json.loads(text) for text in log.read_text().splitlines()]
+    assert (record["kind"], record["symbol"], record["outcome"]) == ("history", "AAPL", "bars")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--replay", "no/such/folder"], "is not a folder"),
+        (["--faults", "no-such-file"], "cannot read faults"),
+        (["--log", "no/such/folder/log"], "cannot write the log"),
+        (["--now", "yesterday"], "is not an instant"),
+        (["--freeze"], "--freeze needs --now"),
+        (["--zone", "Mars/Olympus"], "unknown time zone"),
+        (["--host", "256.0.0.1"], "cannot listen on"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(options, message):
+    """What is wrong is said in one line; nothing is started."""
+    result = CliRunner().invoke(simulator_command, ["--port", "0", *options])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_help_is_quick():
+    """Showing the help imports neither numpy nor pandas."""
+    code = (
+        "import sys; from click.testing import CliRunner; from ktrdr_pipelines.simulator.command import simulator_command;"
+        "r = CliRunner().invoke(simulator_command, ['--help']); assert 'Ctrl-C' in r.output, r.output;"
+        "print(*sorted({'numpy', 'pandas', 'asyncio'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_clock_starts_at_the_given_instant():
+    """Frozen it stays, otherwise it runs; a bare date is its midnight UTC."""
+    assert make_clock("2024-03-05", freeze=True)() == 1709596800.0
+    running = make_clock("2024-03-05T00:00:00+00:00", freeze=False)
+    assert 1709596800.0 <= running() < running() + 1e-9 < 1709596860.0
