@@ -8,6 +8,7 @@ pandas.read_csv, which guesses zones and number formats and cannot say which lin
 from __future__ import annotations
 
 import csv
+import io
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -92,20 +93,24 @@ def read_foreign(data: bytes, series: Series, name: str, *, assume_utc: bool = F
 
 
 class _Lines:
-    """Physical lines without their ends, kept for reports by number."""
+    """Physical lines one after the other; any of them again by number, for reports."""
 
     def __init__(self, text: str) -> None:
-        self._lines = text.split("\n")
+        self._text = text
+        self._all: list[str] = []
         self.number = 0
+        self.is_blank = False
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
+        for line in io.StringIO(self._text, newline="\n"):
             self.number += 1
+            self.is_blank = not line.strip()
             # A quote would let one field swallow the lines after it; numbers and stamps need none.
-            yield line.rstrip("\r").replace('"', "")
+            yield line.rstrip("\r\n").replace('"', "")
 
     def __getitem__(self, number: int) -> str:
-        return self._lines[number - 1].rstrip("\r")[:200]
+        self._all = self._all or self._text.split("\n")
+        return self._all[number - 1].rstrip("\r")[:200]
 
 
 class _Rows:
@@ -182,7 +187,7 @@ def _number_rows(reader: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[i
             return
         except csv.Error:  # a field beyond the csv module's limit: no bar; the line is reported as such
             fields = []
-        if fields or lines[lines.number].strip():
+        if fields or not lines.is_blank:
             yield lines.number, fields
 
 

@@ -62,6 +62,13 @@ def ib_load(
     Exit codes: 0 all is there, 2 wrong input, 3 IB refuses, 4 IB in trouble (try again), 5 no gateway,
     6 bad data, 7 disk, 70 a bug of this program, 130 interrupted.
     """
+    from ktrdr_pipelines.series import file_symbol, parse_range, parse_timeframe
+
+    # Wrong input is told before the second that the imports below take.
+    file_symbol(symbol)
+    parse_timeframe(timeframe)
+    parse_range(start, end)
+
     from ktrdr_pipelines.loading import load_series
     from ktrdr_pipelines.progress import Progress, show_notice
 
@@ -72,7 +79,7 @@ def ib_load(
         import json
 
         click.echo(json.dumps(result.as_dict() | {"run_ids": result.run_ids}, indent=2))
-    else:
+    elif result.report.segments_fetched or not result.report.failures:
         _print_report(result.report)
         for run_id in result.run_ids[-1:]:
             show_notice(f"Dagster run {run_id}")

@@ -41,6 +41,7 @@ MAX_ROW_BYTES = 4096
 
 _STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ,")
 _CHUNK_BYTES = 1 << 22
+_RENDERED_ROWS = 100_000
 _FIRST_S, _END_S = -62_135_596_800, 253_402_300_800  # years 1 to 9999: four digits
 
 _ROW_BYTE = np.zeros(256, np.bool_)
@@ -106,6 +107,11 @@ def render_rows(bars: pd.DataFrame) -> bytes:
             texts = [render_number(column[i]) for column in prices]
             rows[i] = ",".join([stamps[i], *texts, volumes[i]]) + "\n"
     return "".join(rows).encode()
+
+
+def render_file(bars: pd.DataFrame) -> list[bytes]:
+    """A whole CSV with its header, in pieces, so that millions of rows are not held several times over."""
+    return [HEADER, *(render_rows(bars.iloc[i : i + _RENDERED_ROWS]) for i in range(0, len(bars), _RENDERED_ROWS))]
 
 
 # ---------------------------------------------------------------------------------------------------- parsing
@@ -192,12 +198,17 @@ def _have_six_fields(data: npt.NDArray[np.uint8], starts: Int64Array, ends: Int6
     return bool((by_row[:, 0] > starts).all() and (by_row[:, 4] < ends).all())
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NUMBER_CHARACTERS = "0123456789.+-eE"
 
 
 def parse_number(text: str) -> float:
     """A decimal number as people and programs write it; NaN for anything else, an empty field too."""
-    return float(text) if _NUMBER.fullmatch(text) else float("nan")
+    if text.strip(_NUMBER_CHARACTERS):  # float() also reads "nan", "inf", "1_000" and other scripts' digits
+        return float("nan")
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _diagnose(

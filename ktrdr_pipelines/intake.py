@@ -21,7 +21,7 @@ from ktrdr_pipelines.csvfile import (
     first_and_last_open,
     parse_rows,
     read_range,
-    render_rows,
+    render_file,
 )
 from ktrdr_pipelines.disk import FileState, SourceChanged, keep_copy, replace_file, state_of
 from ktrdr_pipelines.errors import StoreError
@@ -137,7 +137,7 @@ def adopt_in_place(files: SeriesFiles, series: Series, now: datetime, *, assume_
         raise changing_all_the_time(files.csv(series), doing)
     backup = keep_copy(files.disk, path, f"bak-{_stamp(now)}")
     try:
-        replace_file(files.disk, path, [HEADER, render_rows(rows.bars)], still_valid=lambda: _same(path, before))
+        replace_file(files.disk, path, render_file(rows.bars), still_valid=lambda: _same(path, before))
     except SourceChanged:
         raise changing_all_the_time(files.csv(series), doing) from None
     for fault in rows.dropped[:20]:

@@ -251,7 +251,10 @@ class Load:
         return is_recheck or bool(self._is_missing[self._indexes(request.window)].any())
 
     def _fail(self, window: Window, error: KtrdrError) -> Failure:
-        failure = Failure(window, error.while_doing(f"loading {self.series} {window}"))
+        doing = f"loading {self.series} {window}"
+        if str(self.series) not in error.doing:
+            error.doing = f"{doing}: {error.doing}" if error.doing else doing
+        failure = Failure(window, error)
         self.report.failures.append(failure)
         return failure
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from ktrdr_pipelines.discovery import estimate_history_start, find_series
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.modes import Held, Mode, needs_history_start, parse_instant, resolve_window
+from ktrdr_pipelines.modes import Held, Mode, needs_history_start, resolve_window
 from ktrdr_pipelines.orchestration.door import Door
 from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
@@ -19,7 +19,7 @@ from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs import clip_to_partitions, execute_load
 from ktrdr_pipelines.progress import Progress
 from ktrdr_pipelines.report import LoadReport
-from ktrdr_pipelines.series import Series, Window, format_instant, parse_timeframe
+from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store import Store
 from ktrdr_pipelines.universe import read_universe
@@ -55,8 +55,7 @@ def load_series(
     """
     wanted_timeframe = parse_timeframe(timeframe)
     wanted_mode = Mode(mode)
-    first = parse_instant(start, "start") if start else None
-    last = parse_instant(end, "end") if end else None
+    first, last = parse_range(start, end)
     settings = settings or load_settings()
     progress = progress or Progress(enabled=False)
     now = datetime.now(UTC)

@@ -49,14 +49,14 @@ class Progress:
             if self._bar is not None:
                 self._task = self._bar.add_task(str(series), total=len(event.requests), note="")
             elif event.requests:
-                self._say(f"{series}: {len(event.gaps)} gaps, {len(event.requests)} requests")
+                self._say(f"{series}: {len(event.requests)} requests planned")
         elif isinstance(event, Fetched):
             self._bars += event.rows
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, completed=event.done, note=f"{self._bars:,} bars")
             elif event.done == event.planned or event.done % 10 == 0:
                 self._say(f"{series}: {event.done} of {event.planned} requests, {self._bars:,} bars")
-        elif isinstance(event, Failure):
+        elif isinstance(event, Failure) and self._bar is not None:
             self._say(f"{series}: {event.window} failed: {event.error.observed}")
 
     def show_wait(self, waiting: Waiting) -> None:

@@ -38,6 +38,37 @@ def format_instant(instant: datetime) -> str:
     return require_utc(instant).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def parse_instant(text: str, what: str) -> datetime:
+    """An instant as a person writes it: ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC.
+
+    Raises:
+        InputError: not a date, or a year before 1970 or after 2100.
+    """
+    try:
+        instant = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise InputError(f"{what} {text!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z.") from None
+    instant = instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    if not 1970 <= instant.year <= 2100:
+        raise InputError(f"{what} {text!r} is outside the years 1970 to 2100")
+    return instant
+
+
+def parse_range(start: str | None, end: str | None) -> tuple[datetime | None, datetime | None]:
+    """Start (included) and end (not included) as people write them on every door; None where they wrote nothing.
+
+    Raises:
+        InputError: one is no date, or start is not before end.
+    """
+    first = parse_instant(start, "start") if start else None
+    last = parse_instant(end, "end") if end else None
+    if first is not None and last is not None and first >= last:
+        raise InputError(
+            f"start {format_instant(first)} is not before end {format_instant(last)}", advice="Swap or widen them."
+        )
+    return first, last
+
+
 def _short(instant: datetime) -> str:
     text = format_instant(instant)
     return text[:10] if text.endswith("T00:00:00Z") else text
@@ -220,7 +251,7 @@ def file_symbol(symbol: str) -> str:
     if not _SYMBOL.fullmatch(symbol) or symbol != symbol.strip() or "  " in symbol:
         raise InputError(
             f"{symbol[:40]!r} is not a symbol",
-            advice="Symbols are at most 32 letters, digits, inner spaces and . & / + ' -",
+            advice="Symbols are at most 32 letters, digits, inner spaces and . & / + ' - signs.",
         )
     name = "".join(c if _PLAIN.match(c) else "_" if c == " " else f"_{ord(c):02X}_" for c in symbol)
     if symbol_from_file(name) != symbol:

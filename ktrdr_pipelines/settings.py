@@ -8,6 +8,7 @@ IB's pacing rules are not settings.
 from __future__ import annotations
 
 import os
+import re
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -154,7 +155,12 @@ def load_settings(**overrides: object) -> Settings:
             f"{name}={first.get('input')!r}: {first['msg']}", doing="reading settings", advice="See README, Settings."
         ) from None
     except ValueError as error:  # SettingsError: a complex value that is no JSON
-        raise InputError(str(error), doing="reading settings", advice="See README, Settings.") from None
+        found = re.search(r'field "(\w+)"', str(error))
+        field = Settings.model_fields.get(found.group(1)) if found else None
+        name = str(field.validation_alias.choices[0]) if field and isinstance(field.validation_alias, AliasChoices) else ""
+        raise InputError(
+            f"{name}: not valid JSON" if name else str(error), doing="reading settings", advice="See README, Settings."
+        ) from None
     # Dagster insists on an absolute home; relative folders count from the current directory.
     absolute = {
         "data_dir": settings.data_dir.expanduser().absolute(),

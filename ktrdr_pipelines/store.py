@@ -49,7 +49,7 @@ from ktrdr_pipelines.sidecar import (
     pin,
     withdraw_partitions,
 )
-from ktrdr_pipelines.splice import Spliced, count_rows, mark_partitions, merge_bars, splice_bars
+from ktrdr_pipelines.splice import Spliced, mark_partitions, splice_bars, splice_nothing
 from ktrdr_pipelines.verify import Problem, verify_files
 
 _TRIES_AGAINST_EDITORS = 3
@@ -344,7 +344,7 @@ class Store:
                 sidecar = pin(sidecar, series, source, volume_unit)
             try:
                 if not len(bars):
-                    return sidecar, _splice_nothing(path, bars, window), prepared
+                    return sidecar, splice_nothing(path, bars, window), prepared
                 spliced = splice_bars(
                     self._files.disk,
                     path,
@@ -444,13 +444,3 @@ def _find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
     if window is None:
         return len(HEADER), size
     return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)
-
-
-def _splice_nothing(path: Path, bars: pd.DataFrame, window: Window | None) -> Spliced:
-    """What a splice without bars amounts to: nothing changes, the window's rows are counted."""
-    merged = merge_bars(bars, bars)
-    with opened(path) as file:
-        if file is None:
-            return Spliced(merged, None, {}, 0)
-        fd, state = file
-        return Spliced(merged, state, {}, count_rows(fd, state.size, window) if window else 0)

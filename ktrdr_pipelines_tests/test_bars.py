@@ -298,6 +298,7 @@ def test_an_empty_answer_is_an_empty_table() -> None:
     assert (answer.received, answer.earliest_open_s) == (0, None)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     minutes=st.lists(st.integers(-20, 60), max_size=40),

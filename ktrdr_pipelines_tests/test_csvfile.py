@@ -208,6 +208,7 @@ def test_a_file_that_is_not_ours_is_seen_at_its_ends(content: bytes, tmp_path: P
         os.close(fd)
 
 
+@pytest.mark.slow
 def test_scanning_crosses_chunks_without_losing_a_row(tmp_path: Path) -> None:
     """A file of many megabytes is read in pieces; rows on the seams count once."""
     opens_s = T0 + 60 * np.arange(150_000)

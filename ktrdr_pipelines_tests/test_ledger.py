@@ -577,17 +577,21 @@ def test_a_process_killed_inside_a_transaction_frees_it_at_once(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_forked_child_uses_a_connection_of_its_own(tmp_path: Path) -> None:
-    """A child of a fork sends and ends without harm to the parent's ledger, and both count together."""
+    """A fork in the middle of another thread's transaction leaves a child that can send, and both count together."""
     code = (
         "import os, sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
         "from ktrdr_pipelines_tests.test_ledger import fill, send, wait_of, LOGIN\n"
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN); fill(ledger, 30)\n"
-        "child = os.fork()\n"
+        "mutex = ledger._store._mutex; mutex.acquire(); child = os.fork()\n"  # as another thread would hold it
+        "if child: mutex.release()\n"
         "fill(ledger, 15)\n"
         "if child: os.waitpid(child, 0); print(ledger.snapshot().used, wait_of(ledger).rule.name)\n"
     )
     with start_python("-c", code, tmp_path) as child:
-        assert child.stdout.read() == b"60 WINDOW\n"
+        try:
+            assert child.communicate(timeout=20)[0] == b"60 WINDOW\n"
+        finally:
+            child.kill()
 
 
 def test_threads_share_one_ledger(ledger: Ledger) -> None:

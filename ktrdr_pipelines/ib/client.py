@@ -2,7 +2,8 @@
 
 A thread of its own with its own event loop owns the connection, and the library is imported inside that thread: in
 others it finds no event loop, or the wrong one (dagster_facts.md, 7). Calls from any thread block until the answer, an
-error of `errors.py`, or the time-out. Pacing and retries are not here: see `history.py`. What a code means: `codes.py`.
+error of `errors.py`, or the time-out. Pacing and retries are not here: see `history.py`. How answers are read:
+`answers.py`. What a code means: `codes.py`, which alone decides whether a message ends a request.
 
 Only the API handshake is made, none of the account, position and order requests that the library's `IB.connect` sends:
 a loader needs none of them, and each is one more thing to wait for.
@@ -12,86 +13,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from ktrdr_pipelines.errors import (
-    DataError,
     GatewayUnreachable,
     KtrdrError,
     PermanentError,
     RequestTimeout,
     TransientError,
 )
-from ktrdr_pipelines.ib.codes import Hold, classify
+from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, columns_from_bars, read_error, report_unreadable
+from ktrdr_pipelines.ib.codes import Hold, Outcome, classify
 from ktrdr_pipelines.ib.contracts import ContractInfo
-from ktrdr_pipelines.series import Instrument
+from ktrdr_pipelines.ib.handshake import shake_hands
+from ktrdr_pipelines.ib.loop_thread import LoopThread
+from ktrdr_pipelines.ib.unreachable import WELL_KNOWN_PORTS, NotAGatewayError, explain_unreachable
+from ktrdr_pipelines.series import Instrument, require_utc
 
-WELL_KNOWN_PORTS = {4001: "IB Gateway live", 4002: "IB Gateway paper", 7496: "TWS live", 7497: "TWS paper"}
+log = logging.getLogger(__name__)
+
 CLIENT_ID_IN_USE = 326
+_ERROR, _CONTRACT, _BARS, _HEAD = 4, 10, 17, 88
 
 T = TypeVar("T")
 
 
 class ClientIdInUse(TransientError):
     """Another program holds this client id (326). The caller takes the next one of its range."""
-
-
-@dataclass(frozen=True)
-class RawBars:
-    """Bars of one answer as IB sent them: unsorted, uncut, unchecked. Columns of equal length.
-
-    ``opens_s``: seconds since 1970-01-01 UTC; the session date's midnight for daily and longer bars. ``volume`` is -1
-    where IB has none.
-    """
-
-    opens_s: npt.NDArray[np.int64]
-    open: npt.NDArray[np.float64]
-    high: npt.NDArray[np.float64]
-    low: npt.NDArray[np.float64]
-    close: npt.NDArray[np.float64]
-    volume: npt.NDArray[np.float64]
-    no_data_text: str = ""
-    """IB's words when it said that there is no data in the window (then there are no bars)."""
-
-    def __len__(self) -> int:
-        return len(self.opens_s)
-
-
-def columns_from_bars(bars: Sequence[Any], *, intraday: bool) -> RawBars:
-    """Columns from the library's bar objects (``date``, ``open`` … ``volume``).
-
-    Raises:
-        DataError: a stamp without a zone, an intraday bar with a date only, a daily bar with a time of day: guessing
-            would shift the file.
-    """
-    opens = np.empty(len(bars), dtype=np.int64)
-    for i, bar in enumerate(bars):
-        stamp = bar.date
-        if isinstance(stamp, datetime):
-            if stamp.tzinfo is None:
-                raise DataError(f"IB sent a bar stamped {stamp} without a time zone", advice="Nothing was written.")
-            seconds = stamp.timestamp()
-            if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
-                raise DataError(f"IB sent a bar stamped {stamp}, which is no bar open", advice="Nothing was written.")
-            opens[i] = int(seconds)
-        elif isinstance(stamp, date) and not intraday:
-            opens[i] = int(datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC).timestamp())
-        else:
-            raise DataError(f"IB sent an intraday bar stamped {stamp!r}", advice="Nothing was written.")
-
-    def column(name: str) -> npt.NDArray[np.float64]:
-        return np.fromiter((getattr(bar, name) for bar in bars), dtype=np.float64, count=len(bars))
-
-    return RawBars(opens, column("open"), column("high"), column("low"), column("close"), column("volume"))
 
 
 @dataclass
@@ -103,19 +54,23 @@ class GatewayClient:
     client_id: int
     connect_timeout_s: float = 15.0
     request_timeout_s: float = 120.0
+    probe_timeout_s: float = 10.0
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    ports: Mapping[int, str] = field(default_factory=lambda: WELL_KNOWN_PORTS)
+    """Ports to try, and what usually listens there, when ``port`` leads to no gateway."""
     notices: list[str] = field(default_factory=list)
-    """Connection-wide messages of the gateway (farms, links), newest last; at most the last hundred."""
+    """Messages of the gateway that ended no request (farms, links, warnings), newest last; at most the last hundred."""
 
     def __post_init__(self) -> None:
         self.holds: frozenset[Hold] = frozenset()
         """What the gateway says is down at the moment; then "no data" is not believed."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: LoopThread | None = None
         self._ib: Any = None
         self._lib: Any = None
         self._id_in_use = False
         self._refusal = ""
+        self._open: dict[int, bool] = {}  # unanswered requests: does "no data" count as an answer?
+        self._heard: list[str] = []
 
     # -- life cycle -------------------------------------------------------------------------------------------------
 
@@ -135,7 +90,7 @@ class GatewayClient:
     def account(self) -> str:
         """First managed account, as the gateway announced it; empty before `connect`."""
         accounts = self._ib.client.getAccounts() if self.is_connected else []
-        return str(accounts[0]) if accounts else ""
+        return str(accounts[0]).strip() if accounts else ""
 
     def connect(self) -> None:
         """Connect and prove that the gateway answers.
@@ -144,9 +99,12 @@ class GatewayClient:
             ClientIdInUse: another program holds the client id.
             GatewayUnreachable: nothing there, or not a gateway; says which well-known port does answer.
         """
-        self._start_thread()
+        if self._thread is not None:
+            raise RuntimeError("already connected")
+        self._id_in_use, self._refusal, self.holds = False, "", frozenset()
+        self._thread = LoopThread(f"ib-gateway-{self.port}", self._load_library)
         try:
-            self._call(self._connect(), self.connect_timeout_s * 2 + 5)
+            self._shake_hands()
             self.probe()
         except BaseException:
             self.close()
@@ -154,38 +112,37 @@ class GatewayClient:
 
     def close(self) -> None:
         """Disconnect and end the thread. Safe to call twice, and after a failure."""
-        loop, thread = self._loop, self._thread
-        self._loop = self._thread = None
-        if loop is None or thread is None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.stop(self._hang_up)
+
+    async def _hang_up(self) -> None:
+        connection = self._ib.client.conn
+        if not connection.isConnected():
             return
+        transport = connection.transport
+        self._ib.client.disconnect()
+        # Let it say goodbye, so that the gateway frees the client id; but not for ever to a peer that does not read.
+        for _ in range(20):
+            if not connection.isConnected():
+                return
+            await asyncio.sleep(0.01)
+        transport.abort()
+        await asyncio.sleep(0)
 
-        async def shut() -> None:
-            if self._ib is not None and self._ib.client.conn.isConnected():
-                self._ib.client.disconnect()
-                await asyncio.sleep(0)  # let the transport say goodbye, so that the gateway frees the client id
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
-
-        try:
-            asyncio.run_coroutine_threadsafe(shut(), loop).result(5)
-        except (TimeoutError, OSError, RuntimeError) as error:
-            logging.getLogger(__name__).warning("closing the gateway connection: %r", error)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-
-    def probe(self, timeout_s: float = 10.0) -> datetime:
+    def probe(self) -> datetime:
         """Ask the gateway for its time: a connection may look alive and be dead (laptop sleep, silent hang).
 
         Raises:
-            GatewayUnreachable: no answer within ``timeout_s``.
+            GatewayUnreachable: no answer within ``probe_timeout_s``.
         """
 
         async def ask() -> Any:
-            return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), timeout_s)
+            return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), self.probe_timeout_s)
 
         try:
-            answer: datetime = self._call(ask(), timeout_s + 5)
-        except (TimeoutError, ConnectionError, AttributeError) as error:
+            answer: datetime = self._call(ask(), self.probe_timeout_s + 5)
+        except (TimeoutError, ConnectionError) as error:
             raise GatewayUnreachable(
                 f"{self.host}:{self.port} is connected but does not tell the time ({type(error).__name__})",
                 advice="Restart TWS or the gateway, or look whether it shows a dialog.",
@@ -209,7 +166,8 @@ class GatewayClient:
         try:
             details = self._request(doing, send, lambda _: None, timeout_s, contract)
         except KtrdrError as error:
-            if error.code == 200 and not error.retry_helps:
+            # "Ambiguous" is a 200 too, and no "there is none".
+            if error.code == 200 and not error.retry_helps and "ambiguous" not in error.observed.lower():
                 return []
             raise
         return [
@@ -223,6 +181,7 @@ class GatewayClient:
                 local_symbol=d.contract.localSymbol,
                 trading_class=d.contract.tradingClass,
                 expiry=d.contract.lastTradeDateOrContractMonth,
+                contract_month=d.contractMonth,
                 multiplier=d.contract.multiplier,
                 long_name=d.longName,
                 time_zone=d.timeZoneId,
@@ -242,17 +201,19 @@ class GatewayClient:
         doing: str,
         on_sent: Callable[[], None] = lambda: None,
     ) -> RawBars:
-        """One historical-data request, exactly as given. ``end`` is aware, None means now (IB's empty string).
+        """One historical-data request, exactly as given. ``end`` is aware, None means now (IB's empty string); fractions of a
+        second are rounded up. ``on_sent`` is called right before the request is written; if it raises, nothing is sent.
 
         Returns the bars of the answer, or no bars and ``no_data_text`` when IB said that the window is empty.
 
         Raises:
             RequestTimeout: no answer in time; cancelled on the wire. Never an empty result.
+            DataError: an answer that cannot be read, or bars without a usable stamp.
             KtrdrError: whatever else IB answered, by `codes.py`.
         """
         contract = self._contract(instrument)
         # The dash form is UTC by definition; without a zone the gateway would assume its own (ib_facts.md, 3).
-        end_text = "" if end is None else end.astimezone(UTC).strftime("%Y%m%d-%H:%M:%S")
+        end_text = "" if end is None else _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
 
         def send(req_id: int) -> None:
             on_sent()
@@ -275,8 +236,15 @@ class GatewayClient:
         try:
             bars = self._request(doing, send, cancel, self.request_timeout_s, contract, proves_empty=True)
         except _NoData as empty:
-            nothing = np.empty(0)
-            return RawBars(np.empty(0, dtype=np.int64), nothing, nothing, nothing, nothing, nothing, str(empty))
+            return RawBars.nothing(str(empty))
+        if not bars:
+            if self.holds & {Hold.HISTORY, Hold.LINK}:
+                raise TransientError(
+                    f"no bars came while this is down: {', '.join(sorted(self.holds))}",
+                    doing=doing,
+                    advice="An answer of a broken farm proves nothing.",
+                )
+            return RawBars.nothing("IB answered with 0 bars")
         try:
             return columns_from_bars(bars, intraday=intraday)
         except KtrdrError as error:
@@ -303,115 +271,52 @@ class GatewayClient:
             stamp = self._request(doing, send, cancel, timeout_s, contract, always_cancel=True)
         except PermanentError:
             return None  # "no head time stamp" is no statement about bars: the caller goes without the hint
+        except ValueError as error:
+            log.warning("%s: IB's answer is no time (%s); going on without it", doing, error)
+            return None
         if not isinstance(stamp, datetime):
-            raise DataError(f"IB answered {stamp!r}, which is no time", doing=doing)
+            day: date = stamp
+            return datetime(day.year, day.month, day.day, tzinfo=UTC)
         # formatDate 2 is epoch seconds; a gateway that answers in text means UTC for this request.
         return stamp.replace(tzinfo=UTC) if stamp.tzinfo is None else stamp.astimezone(UTC)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _start_thread(self) -> None:
-        if self._thread is not None:
-            raise RuntimeError("already connected")
-        ready = threading.Event()
-        failure: list[BaseException] = []
+    def _load_library(self) -> None:
+        import ib_insync  # here and nowhere else: it looks for this thread's event loop
 
-        def run() -> None:
-            loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(loop)
-            try:
-                import ib_insync  # here and nowhere else: it looks for this thread's event loop
-
-                # What the library logs as an error reaches the caller as an exception; twice would confuse.
-                logging.getLogger("ib_insync").setLevel(logging.CRITICAL)
-                self._lib = ib_insync
-                self._ib = ib_insync.IB()  # type: ignore[no-untyped-call]
-                self._ib.RaiseRequestErrors = True
-                self._ib.errorEvent += self._on_error
-            except Exception as error:  # noqa: BLE001 - raised again in the thread that asked for the connection
-                failure.append(error)
-                return
-            finally:
-                self._loop = loop
-                ready.set()
-            try:
-                loop.run_forever()
-            finally:
-                loop.close()
-
-        self._thread = threading.Thread(target=run, name=f"ib-gateway-{self.port}", daemon=True)
-        self._thread.start()
-        ready.wait()
-        if failure:
-            raise failure[0]
+        # What the library logs as an error reaches the caller as an exception; twice would confuse.
+        logging.getLogger("ib_insync").setLevel(logging.CRITICAL)
+        self._lib = ib_insync
+        self._ib = ib_insync.IB()  # type: ignore[no-untyped-call]
+        readers = self._ib.client.decoder.handlers
+        readers[_ERROR] = self._read_error
+        for message in (_CONTRACT, _BARS, _HEAD):
+            readers[message] = self._guard(message, readers[message])
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """Run ``work`` on the owner's loop and wait for it from this thread."""
-        if self._loop is None:
+        if self._thread is None:
             work.close()
-            raise GatewayUnreachable("the connection is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(timeout_s)
-        except BaseException:
-            future.cancel()
-            raise
+            raise ConnectionError("the connection is closed")
+        return self._thread.call(work, timeout_s)
 
-    async def _connect(self) -> None:
-        self._id_in_use, self._refusal = False, ""
+    def _shake_hands(self) -> None:
         self._ib.wrapper.clientId = self.client_id
-        attempt = asyncio.ensure_future(
-            self._ib.client.connectAsync(self.host, self.port, self.client_id, self.connect_timeout_s)
+        work = shake_hands(
+            self._ib.client, self.host, self.port, self.client_id, self.connect_timeout_s, lambda: self._refusal
         )
-        # 326 comes as a message and then silence until the time-out: watch for it instead of waiting.
-        while not attempt.done() and not self._id_in_use:
-            await asyncio.wait({attempt}, timeout=0.05)
-        if self._id_in_use:
-            attempt.cancel()
-            await asyncio.wait({attempt})
-            raise ClientIdInUse(
-                f"client id {self.client_id} is in use at {self.host}:{self.port}", code=CLIENT_ID_IN_USE
-            )
         try:
-            await attempt
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            raise await asyncio.to_thread(self._explain_unreachable, error) from None
-
-    def _explain_unreachable(self, error: BaseException) -> GatewayUnreachable:
-        where = f"{self.host}:{self.port}"
-        if isinstance(error, socket.gaierror):
-            return GatewayUnreachable(
-                f"host {self.host!r} is not known", advice="Check IB_HOST.", doing="connecting to IB"
-            )
-        if isinstance(error, TimeoutError):
-            if self._refusal:
-                seen = f"{where} refused: {self._refusal}"
-            else:
-                seen = (
-                    f"{where} accepts connections but does not greet as a gateway within {self.connect_timeout_s:g} s"
-                )
-            advice = (
-                "Look for a dialog asking to accept the connection, enable the API in its settings, or check IB_PORT. "
-                + describe_open_ports(self.host, skip=self.port)
-            )
-        else:
-            reason = "connection refused" if isinstance(error, ConnectionRefusedError) else str(error) or repr(error)
-            seen = f"no gateway at {where} ({reason})"
-            advice = (
-                f"Start TWS or IB Gateway, or try the program with `ktrdr simulator --port {self.port}`. "
-                + describe_open_ports(self.host, skip=self.port)
-            )
-        return GatewayUnreachable(seen, advice=advice, doing="connecting to IB")
-
-    def _on_error(self, req_id: int, code: int, text: str, _contract: object) -> None:
-        if code == CLIENT_ID_IN_USE:
-            self._id_in_use = True
-        if req_id == -1:
-            outcome = classify(code, text, now=self.now())
-            self.holds = (self.holds | outcome.holds) - outcome.releases
-            self._refusal = f"{text} ({code})"
-            self.notices.append(f"{code} {text}")
-            del self.notices[:-100]
+            self._call(work, self.connect_timeout_s * 2 + 5)
+        except (OSError, ValueError, NotAGatewayError) as error:
+            if self._id_in_use:
+                raise ClientIdInUse(
+                    f"client id {self.client_id} is in use at {self.host}:{self.port}",
+                    advice="Choose another, or leave the choice to the program.",
+                    code=CLIENT_ID_IN_USE,
+                ) from None
+            if isinstance(error, NotAGatewayError) and self.notices:
+                error = NotAGatewayError(f"{error}; it said: {'; '.join(self.notices[-3:])}")
+            raise explain_unreachable(error, self.host, self.port, self.ports) from None
 
     def _contract(self, instrument: Instrument) -> Any:
         contract = self._lib.Contract(
@@ -429,6 +334,47 @@ class GatewayClient:
             contract.includeExpired = True
         return contract
 
+    # -- messages of the gateway, on the owner's loop ---------------------------------------------------------------
+
+    def _read_error(self, fields: Sequence[str]) -> None:
+        req_id, code, text = read_error(fields)
+        is_open = req_id in self._open
+        outcome = classify(code, text, now=self.now(), during_history=self._open.get(req_id, False), held=self.holds)
+        self.holds = (self.holds | outcome.holds) - outcome.releases
+        self._id_in_use = self._id_in_use or code == CLIENT_ID_IN_USE
+        if is_open and _ends_request(outcome):
+            self._fail(req_id, _to_failure(outcome))
+            return
+        if is_open or req_id <= 0:
+            log.info("the gateway says %d: %s", code, text)
+            self._heard.append(f"{code} {text}")
+            self.notices.append(f"{code} {text}")
+            del self.notices[:-100]
+        if outcome.reconnect:
+            self._refusal = f"{text} ({code})"
+
+    def _guard(self, message: int, read: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        """``read``, but an answer that cannot be read fails its request instead of leaving it to its time-out."""
+
+        def reading(fields: list[str]) -> None:
+            has_version = message == _CONTRACT and self._ib.client.serverVersion() < 164
+            req_id = fields[2 if has_version else 1]
+            if not req_id.isdigit() or int(req_id) not in self._open:
+                return  # late, of a request that was given up
+            try:
+                if message == _BARS:
+                    check_bars_message(fields)
+                read(fields)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the request has no answer
+                self._fail(int(req_id), report_unreadable(error, fields))
+
+        return reading
+
+    def _fail(self, req_id: int, error: Exception) -> None:
+        ended = self._ib.wrapper._futures.get(req_id)
+        if ended is not None and not ended.done():
+            ended.set_exception(error)
+
     def _request(
         self,
         doing: str,
@@ -445,32 +391,32 @@ class GatewayClient:
 
         async def run() -> Any:
             client, wrapper = self._ib.client, self._ib.wrapper
-            if not client.isReady():
-                raise ConnectionError("not connected")
-            req_id = client.getReqId()
+            req_id = client.getReqId()  # ConnectionError if there is none
             ended = wrapper.startReq(req_id, contract)
+            self._open[req_id] = proves_empty
+            self._heard = []
             try:
                 send(req_id)
                 result = await asyncio.wait_for(ended, timeout_s)
                 if always_cancel and client.isReady():
                     cancel(req_id)
                 return result
-            except TimeoutError:
+            except (TimeoutError, asyncio.CancelledError) as error:
                 if client.isReady():
                     cancel(req_id)
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                said = f"; meanwhile the gateway said: {'; '.join(self._heard[-3:])}" if self._heard else ""
                 raise RequestTimeout(
-                    f"no answer within {timeout_s:g} s; the request was cancelled", doing=doing
+                    f"no answer within {timeout_s:g} s; the request was cancelled{said}", doing=doing
                 ) from None
             finally:
                 # Forget the request, so that a late answer fills no list and nothing grows.
-                wrapper._futures.pop(req_id, None)
-                wrapper._results.pop(req_id, None)
-                wrapper._reqId2Contract.pop(req_id, None)
+                for table in (self._open, wrapper._futures, wrapper._results, wrapper._reqId2Contract):
+                    table.pop(req_id, None)
 
         try:
             return self._call(run(), timeout_s + 10)
-        except RequestTimeout:
-            raise
         except TimeoutError:
             raise RequestTimeout(f"no answer within {timeout_s:g} s, and the connection hangs", doing=doing) from None
         except ConnectionError as error:
@@ -479,42 +425,27 @@ class GatewayClient:
                 doing=doing,
                 advice="It is made again for the next try.",
             ) from None
-        except KtrdrError:
-            raise
-        except Exception as error:
-            if not isinstance(error, self._lib.RequestError):
-                raise
-            outcome = classify(error.code, error.message, now=self.now(), during_history=proves_empty, held=self.holds)
-            if outcome.proven_empty:
-                raise _NoData(error.message) from None
-            failure = outcome.to_error(doing)
-            failure.pauses_login = outcome.pauses_login
-            raise failure from None
+        except KtrdrError as error:
+            raise error.while_doing(doing) from None
+
+
+def _round_up(instant: datetime) -> datetime:
+    return instant if not instant.microsecond else instant.replace(microsecond=0) + timedelta(seconds=1)
 
 
 class _NoData(Exception):
     """IB said in so many words that the window holds no data."""
 
 
-def describe_open_ports(host: str, *, skip: int, timeout_s: float = 0.5) -> str:
-    """A sentence saying which of IB's well-known ports answer at ``host``."""
-    found = []
-    for port, meaning in WELL_KNOWN_PORTS.items():
-        if port != skip:
-            with _try_port(host, port, timeout_s) as answers:
-                if answers:
-                    found.append(f"{port} ({meaning})")
-    if not found:
-        return f"None of IB's usual ports ({', '.join(map(str, WELL_KNOWN_PORTS))}) answers at {host}."
-    return f"Something answers at {host} on {', '.join(found)}: set IB_PORT."
+def _ends_request(outcome: Outcome) -> bool:
+    # Warnings leave the request running and its bars follow, whatever else is known of them: 2100 to 2199, and 10167 (delayed
+    # data instead of live). 2174 complains of an end without a zone; ours never lacks one.
+    return outcome.ends_request and not 2100 <= outcome.code < 2200 and outcome.code != 10167
 
 
-@contextmanager
-def _try_port(host: str, port: int, timeout_s: float) -> Iterator[bool]:
-    try:
-        connection = socket.create_connection((host, port), timeout_s)
-    except OSError:
-        yield False
-        return
-    with connection:
-        yield True
+def _to_failure(outcome: Outcome) -> Exception:
+    if outcome.proven_empty:
+        return _NoData(outcome.text)
+    failure = outcome.to_error()
+    failure.pauses_login = outcome.pauses_login
+    return failure

@@ -27,6 +27,9 @@ class ContractInfo:
     local_symbol: str = ""
     trading_class: str = ""
     expiry: str = ""
+    """Last trade date, ``20241220``."""
+    contract_month: str = ""
+    """``202412``; energy futures trade last in the month before it."""
     multiplier: str = ""
     long_name: str = ""
     time_zone: str = ""
@@ -82,13 +85,24 @@ def _fits(instrument: Instrument, info: ContractInfo) -> bool:
     return (
         (not info.sec_type or info.sec_type == instrument.sec_type)
         and (not info.currency or info.currency == instrument.currency)
-        and (not instrument.primary_exchange or instrument.primary_exchange in (info.primary_exchange, info.exchange))
-        and (not instrument.expiry or info.expiry.startswith(instrument.expiry))
+        and (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
+        and (
+            not instrument.expiry
+            or info.expiry.startswith(instrument.expiry)
+            or info.contract_month == instrument.expiry
+        )
     )
 
 
+def _homes(info: ContractInfo) -> Sequence[str]:
+    """What can be meant by the contract's primary exchange: what IB says, or, where it says nothing, wherever it trades."""
+    if info.primary_exchange:
+        return (info.primary_exchange, info.exchange)
+    return (info.exchange, *info.valid_exchanges.split(","))
+
+
 def pin_contract(instrument: Instrument, info: ContractInfo) -> Instrument:
-    """``instrument`` with what IB said of it: conId, time zone, primary exchange."""
+    """``instrument`` with what IB said of it: conId and time zone, which are no part of its identity."""
     return replace(
         instrument,
         con_id=info.con_id,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Literal, TypeVar
 import tenacity
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError
-from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient, RawBars
+from ktrdr_pipelines.ib.answers import RawBars
+from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
 from ktrdr_pipelines.ib.clock import Clock
+from ktrdr_pipelines.ib.codes import Hold
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
 from ktrdr_pipelines.ib.leases import ClientIds, Lease, lease_client_id
 from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
@@ -33,6 +36,10 @@ T = TypeVar("T")
 PROBE_AFTER_S = 30.0
 """A connection unused for longer than this is asked for the time before it is trusted again."""
 
+HOLD_PATIENCE_S = 300.0
+"""How long requests wait in all for a link or farm that the gateway calls broken. Then they are sent anyway: its notices may
+be out of date, and an answer of a broken farm is not believed (`codes.classify`). The nightly restart takes minutes."""
+
 
 @dataclass(frozen=True)
 class GatewayAddress:
@@ -44,6 +51,7 @@ class GatewayAddress:
     client_ids: ClientIds = ClientIds.PERSON
     connect_timeout_s: float = 15.0
     request_timeout_s: float = 120.0
+    probe_timeout_s: float = 10.0
     retry_waits_s: tuple[float, ...] = (15.0, 30.0, 60.0)
     state_dir: Path = Path()
     """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
@@ -81,9 +89,11 @@ class IBHistory:
         self._lease: Lease | None = None
         self._ledger_opened: Ledger | None = None
         self._used_at = 0.0
+        self._is_suspect = False
         self._account = ""
         self._heads: dict[str, datetime | None] = {}  # asked once per connection: each counts as a history request
-        self._pinned: dict[Instrument, Instrument] = {}
+        self._pinned: dict[tuple[Instrument, int], Instrument] = {}
+        self._patience_s = HOLD_PATIENCE_S
         self.requests_made = 0
         self.retries = 0
         self.pacing_wait_s = 0.0
@@ -103,10 +113,11 @@ class IBHistory:
 
     @property
     def source(self) -> Literal["simulator", "paper", "live"]:
-        """``simulator``, ``paper`` or ``live``, by the account id: IB's paper accounts begin with DU or DF."""
+        """``simulator``, ``paper`` or ``live``, by the account id of the last connection: IB's paper accounts begin with D
+        (DU, DF for advisors), no live one does."""
         if self._account.startswith("SIM"):
             return "simulator"
-        return "paper" if self._account.startswith(("DU", "DF")) else "live"
+        return "paper" if self._account.startswith("D") else "live"
 
     # -- what can be asked ------------------------------------------------------------------------------------------
 
@@ -117,14 +128,15 @@ class IBHistory:
             PermanentError: IB knows no such contract.
             InputError: it knows several.
         """
-        if instrument not in self._pinned:
+        key = (instrument, instrument.con_id)  # a conId is no part of the instrument's equality, but it decides
+        if key not in self._pinned:
             doing = f"looking up {instrument.symbol} ({instrument.sec_type} {instrument.currency})"
             details = self._details(instrument, doing)
             try:
-                self._pinned[instrument] = pin_contract(instrument, choose_contract(instrument, details))
+                self._pinned[key] = pin_contract(instrument, choose_contract(instrument, details))
             except KtrdrError as error:
                 raise error.while_doing(doing) from None
-        return self._pinned[instrument]
+        return self._pinned[key]
 
     def discover(self, symbol: str) -> Instrument:
         """What a symbol that no universe names means to IB: tried as CASH, then as STK.
@@ -199,8 +211,9 @@ class IBHistory:
             try:
                 if not self._client.is_connected:
                     raise GatewayUnreachable("the connection is gone")
-                if time.monotonic() - self._used_at > PROBE_AFTER_S:
+                if self._is_suspect or time.monotonic() - self._used_at > PROBE_AFTER_S:
                     self._client.probe()
+                    self._is_suspect = False
                 return self._client
             except GatewayUnreachable:
                 self._disconnect()
@@ -218,6 +231,7 @@ class IBHistory:
                 lease.client_id,
                 connect_timeout_s=self.address.connect_timeout_s,
                 request_timeout_s=self.address.request_timeout_s,
+                probe_timeout_s=self.address.probe_timeout_s,
                 now=self.now,
             )
             try:
@@ -230,7 +244,7 @@ class IBHistory:
             except BaseException:
                 lease.release()
                 raise
-            self._client, self._lease = client, lease
+            self._client, self._lease, self._is_suspect = client, lease, False
             self._account = client.account
             self._used_at = time.monotonic()
             return client
@@ -238,10 +252,12 @@ class IBHistory:
     def _disconnect(self) -> None:
         client, lease = self._client, self._lease
         self._client = self._lease = None
-        if client is not None:
-            client.close()
-        if lease is not None:
-            lease.release()
+        try:
+            if client is not None:
+                client.close()
+        finally:
+            if lease is not None:
+                lease.release()
 
     def _state_dir(self, name: str) -> Path:
         key = "".join(c if c.isalnum() else "_" for c in self.address.login)
@@ -258,12 +274,19 @@ class IBHistory:
         return self._ledger_opened
 
     def _details(self, instrument: Instrument, doing: str) -> list[ContractInfo]:
-        # Not a history request: not counted against the budget.
-        return self._retry(doing, lambda: self.connect().contract_details(instrument))
+        def ask() -> list[ContractInfo]:
+            client = self.connect()
+            self._ride_out(client, frozenset((Hold.LINK, Hold.DEFINITIONS)))
+            with self._watch():
+                # Not a history request: not counted against the budget.
+                return client.contract_details(instrument)
+
+        return self._retry(doing, ask)
 
     def _paced(self, ask: Ask, send: Callable[[GatewayClient, Callable[[], None]], T]) -> T:
         """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
         client = self.connect()
+        self._ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
         told: dict[str, float] = {}
 
         def waiting(seconds: float, rule: Rule, until_s: float) -> None:
@@ -272,7 +295,7 @@ class IBHistory:
                 told["until"] = until_s
                 self.on_wait(Waiting(f"pacing: {rule}", seconds, until))
 
-        with self.ledger.acquire(ask, sleep=self.sleep, on_wait=waiting) as grant:
+        with self.ledger.acquire(ask, sleep=self.sleep, on_wait=waiting) as grant, self._watch():
             self.pacing_wait_s += grant.waited_s
             if grant.waited_s > PROBE_AFTER_S:
                 client.probe()
@@ -281,25 +304,50 @@ class IBHistory:
                 grant.sent()
                 self.requests_made += 1
 
-            try:
-                return send(client, on_sent)
-            except KtrdrError as error:
-                if error.pauses_login:
-                    self.ledger.penalise(error.observed)
-                raise
-            finally:
-                self._used_at = time.monotonic()
+            return send(client, on_sent)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """After the block: what its failure means for the next request on this connection, and for other processes."""
+        self._used_at = time.monotonic()
+        try:
+            yield
+        except KtrdrError as error:
+            if error.pauses_login:
+                self.ledger.penalise(error.observed)
+            # A request without an answer is how a dead connection shows itself: ask before the next one waits as long.
+            self._is_suspect = error.retry_helps and not error.pauses_login
+            raise
+        finally:
+            self._used_at = time.monotonic()
+
+    def _ride_out(self, client: GatewayClient, needed: frozenset[Hold]) -> None:
+        """Wait while the gateway says that something ``needed`` is down, at most as long as patience lasts."""
+        is_told = False
+        while down := client.holds & needed:
+            if self._patience_s <= 0 or not client.is_connected:
+                return
+            if not is_told:
+                is_told = True
+                until = datetime.fromtimestamp(self.now().timestamp() + self._patience_s, UTC)
+                self.on_wait(
+                    Waiting(f"the gateway says it is down: {', '.join(sorted(down))}", self._patience_s, until)
+                )
+            self.sleep(1.0)
+            self._patience_s -= 1.0
+        self._patience_s = HOLD_PATIENCE_S
 
     def _retry(self, doing: str, attempt: Callable[[], T]) -> T:
         waits = self.address.retry_waits_s
-        first_try_connected = self._client is not None
+        had_connection = self._client is not None
 
         def should_retry(state: tenacity.RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
             if not isinstance(error, KtrdrError) or not error.retry_helps:
                 return False
             # Nobody home at the very start: say so at once instead of after two minutes.
-            return not (isinstance(error, GatewayUnreachable) and not first_try_connected and state.attempt_number == 1)
+            nobody_home = isinstance(error, GatewayUnreachable) and not had_connection and self._client is None
+            return not (nobody_home and state.attempt_number == 1)
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
@@ -313,7 +361,7 @@ class IBHistory:
         tried: list[str] = []
         retrying = tenacity.Retrying(
             retry=should_retry,
-            wait=lambda state: waits[min(state.attempt_number, len(waits)) - 1],
+            wait=lambda state: waits[min(state.attempt_number, len(waits)) - 1] if waits else 0.0,
             stop=tenacity.stop_after_attempt(len(waits) + 1),
             sleep=self.sleep,
             before_sleep=before_sleep,

@@ -13,13 +13,12 @@ from pydantic import Field
 
 from ktrdr_pipelines.errors import DataError, InputError, KtrdrError
 from ktrdr_pipelines.load import Load
-from ktrdr_pipelines.modes import parse_instant
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.report import Completed, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.series import Series, Window
+from ktrdr_pipelines.series import Series, Window, parse_instant
 
 GATEWAY_POOL = "ib_gateway"
 """At most one step at a time talks to the gateway. The pacing budget is the ledger's, not this."""

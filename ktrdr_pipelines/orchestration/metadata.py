@@ -44,8 +44,8 @@ def describe_asset(series: Series) -> str:
     return (
         f"{timeframe.ib_bar_size} bars of {instrument.symbol} ({instrument.sec_type} on {instrument.exchange}, "
         f"{instrument.currency}), {instrument.what_to_show}, {instrument.hours} hours, from Interactive Brokers. "
-        f"One CSV, `{series.name}.csv`; each partition is a {timeframe.partition} (UTC). "
-        "A partition is materialized when every bar that the exchange calendar expects in it, up to the last complete one, is held or proven not to exist."
+        f"One CSV, `{series.name}.csv`; each partition is a {timeframe.partition} (UTC). A partition is materialized when "
+        "every bar that the exchange calendar expects in it, up to the last complete one, is held or proven not to exist."
     )
 
 

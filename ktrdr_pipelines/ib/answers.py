@@ -1,0 +1,117 @@
+"""What the gateway answers, read carefully: bars as columns, error messages, and whether a message can be read at all.
+
+Pure: fields and the library's objects in, columns and errors out. Who asked is in `client.py`, what a code means in `codes.py`.
+The library skips a message that it cannot read, and the request behind it waits for its time-out; and it trusts the count of
+bars in front of them. Here both are errors at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ktrdr_pipelines.errors import DataError
+
+BAR_FIELDS = 8
+"""Date, open, high, low, close, volume, average, count (library's decoder, server versions 157 to 176)."""
+BARS_AT = 5
+"""Fields of a bars message before its bars: message id, request id, start, end, number of bars."""
+
+_NOTHING_WRITTEN = "Nothing was written."
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+
+
+@dataclass(frozen=True)
+class RawBars:
+    """Bars of one answer as IB sent them: unsorted, uncut, unchecked. Columns of equal length.
+
+    ``opens_s``: seconds since 1970-01-01 UTC; the session date's midnight for daily and longer bars. ``volume`` is -1
+    where IB has none.
+    """
+
+    opens_s: npt.NDArray[np.int64]
+    open: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    close: npt.NDArray[np.float64]
+    volume: npt.NDArray[np.float64]
+    no_data_text: str = ""
+    """IB's words when it said that there is no data in the window (then there are no bars)."""
+
+    @classmethod
+    def nothing(cls, text: str) -> RawBars:
+        """No bars, and IB's words for it."""
+        empty = np.empty(0)
+        return cls(np.empty(0, dtype=np.int64), empty, empty, empty, empty, empty, text)
+
+    def __len__(self) -> int:
+        return len(self.opens_s)
+
+
+def columns_from_bars(bars: Sequence[Any], *, intraday: bool) -> RawBars:
+    """Columns from the library's bar objects (``date``, ``open`` … ``volume``).
+
+    Raises:
+        DataError: a stamp without a zone, an intraday bar with a date only, a daily bar with a time of day, a fraction of a
+            second: guessing would shift the file.
+    """
+    opens = np.empty(len(bars), dtype=np.int64)
+    for i, bar in enumerate(bars):
+        stamp = bar.date
+        if isinstance(stamp, datetime):
+            if stamp.tzinfo is None:
+                raise DataError(f"IB sent a bar stamped {stamp} without a time zone", advice=_NOTHING_WRITTEN)
+            seconds = stamp.timestamp()
+            if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
+                raise DataError(f"IB sent a bar stamped {stamp}, which is no bar open", advice=_NOTHING_WRITTEN)
+            opens[i] = int(seconds)
+        elif isinstance(stamp, date) and not intraday:
+            opens[i] = int(datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC).timestamp())
+        else:
+            raise DataError(f"IB sent an intraday bar stamped {stamp!r}", advice=_NOTHING_WRITTEN)
+
+    def column(name: str) -> npt.NDArray[np.float64]:
+        return np.fromiter((getattr(bar, name) for bar in bars), dtype=np.float64, count=len(bars))
+
+    return RawBars(opens, column("open"), column("high"), column("low"), column("close"), column("volume"))
+
+
+def check_bars_message(fields: Sequence[str]) -> None:
+    """See that a bars message holds as many bars as it says, and nothing behind them.
+
+    Raises:
+        ValueError: bars are missing or too many. Newer protocols (from 196) leave out start and end: their second field of the
+            first bar would be taken for the count, and an open of 0 for "no bars".
+    """
+    count = int(fields[BARS_AT - 1])
+    end = BARS_AT + BAR_FIELDS * count
+    if count < 0 or len(fields) < end or any(fields[end:]):
+        raise ValueError(f"{count} bars announced, {(len(fields) - BARS_AT) / BAR_FIELDS:g} sent")
+
+
+def read_error(fields: Sequence[str]) -> tuple[int, int, str]:
+    """Request id (-1: nobody's), code and text of an error message; whatever follows is not looked at.
+
+    The library insists on the field for rejected orders from server version 166 on, and drops a message without it.
+    Texts that are not ASCII arrive as ``\\uXXXX`` (since 153) and are turned back into letters.
+
+    Raises:
+        ValueError: not an error message.
+    """
+    _, _, req_id, code, text, *_ = fields
+    return int(req_id), int(code), _ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text)
+
+
+def report_unreadable(error: Exception, fields: Sequence[str]) -> DataError:
+    """The error of a request whose answer cannot be read."""
+    return DataError(
+        f"the gateway's answer cannot be read ({type(error).__name__}: {error})",
+        rows=" ".join(fields[:24]),
+        advice=f"{_NOTHING_WRITTEN} Please report this with the gateway's version.",
+    )

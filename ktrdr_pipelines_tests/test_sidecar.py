@@ -1,0 +1,118 @@
+"""Knowledge beside the bars: how claims are added and withdrawn. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktrdr_pipelines.series import TIMEFRAMES, Window
+from ktrdr_pipelines.sidecar import (
+    PartitionMark,
+    ProvenEmpty,
+    Sidecar,
+    Span,
+    UnreadableSidecar,
+    add_answered,
+    add_proven_empty,
+    drop_disproved,
+    parse_sidecar,
+    render_sidecar,
+    subtract_windows,
+    withdraw_partitions,
+)
+
+END_OF_TIME = datetime(9999, 1, 1, tzinfo=UTC)
+
+WINDOWS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda w: (w[0], w[0] + w[1])), max_size=12)
+
+
+def seconds_of(spans: tuple[Span, ...]) -> set[int]:
+    return {s for span in spans for s in range(span.window.start_s, span.window.end_s)}
+
+
+def merge_all(windows: list[tuple[int, int]]) -> tuple[Span, ...]:
+    spans: tuple[Span, ...] = ()
+    for start, end in windows:
+        spans = add_answered(spans, Window.from_epoch(start, end), END_OF_TIME)
+    return spans
+
+
+@settings(max_examples=150, deadline=None)
+@given(windows=WINDOWS, cuts=WINDOWS)
+def test_answered_windows_behave_like_sets_of_seconds(
+    windows: list[tuple[int, int]], cuts: list[tuple[int, int]]
+) -> None:
+    """Adding is union, withdrawing is difference; the result is sorted, and no two windows touch after adding."""
+    spans = merge_all(windows)
+    expected = {s for start, end in windows for s in range(start, end)}
+    assert seconds_of(spans) == expected
+    assert all(a.end < b.start for a, b in itertools.pairwise(spans))
+    left = subtract_windows(spans, [Window.from_epoch(*cut) for cut in cuts])
+    assert seconds_of(left) == expected - {s for start, end in cuts for s in range(start, end)}
+    assert all(a.end <= b.start and a.start < a.end for a, b in itertools.pairwise(left))
+
+
+def test_fractions_of_seconds_shrink_a_claim() -> None:
+    """Claims are written in whole seconds: never more than was answered."""
+    window = Window(datetime.fromtimestamp(0.5, UTC), datetime.fromtimestamp(9.5, UTC))
+    (span,) = add_answered((), window, END_OF_TIME)
+    assert (span.window.start_s, span.window.end_s) == (1, 9)
+    assert add_answered((), window, datetime.fromtimestamp(0, UTC)) == ()
+
+
+def make_range(start: int, end: int) -> ProvenEmpty:
+    window = Window.from_epoch(start, end)
+    return ProvenEmpty(start=window.start, end=window.end, opens=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(windows=WINDOWS, opens=st.lists(st.integers(0, 80), max_size=8))
+def test_a_range_is_dropped_exactly_when_a_bar_lies_in_it(windows: list[tuple[int, int]], opens: list[int]) -> None:
+    """Half-open: a bar at the start disproves a range, one at its end does not."""
+    ranges = [make_range(start, end) for start, end in windows if start < end]
+    kept = drop_disproved(ranges, sorted(opens))
+    expected = [r for r in ranges if not any(r.window.start_s <= o < r.window.end_s for o in opens)]
+    assert sorted(kept, key=str) == sorted(expected, key=str)
+
+
+def test_a_smaller_proof_inside_a_larger_one_adds_nothing() -> None:
+    """The larger range already says so."""
+    assert add_proven_empty([make_range(0, 10)], [make_range(2, 5)]) == (make_range(0, 10),)
+    assert add_proven_empty([make_range(2, 5)], [make_range(0, 10)]) == (make_range(0, 10),)
+
+
+def test_a_sidecar_survives_the_way_through_json() -> None:
+    """Everything known comes back as it was."""
+    sidecar = Sidecar(
+        series="AAPL 1m",
+        source="paper",
+        sparse=True,
+        answered=merge_all([(0, 60), (120, 180)]),
+        proven_empty=(make_range(60, 120),),
+        partitions={"2024-01-02": PartitionMark(rows=3, crc32="0000abcd")},
+    )
+    assert parse_sidecar(render_sidecar(sidecar).decode(), "x") == sidecar
+    assert parse_sidecar(render_sidecar(Sidecar()).decode(), "x") == Sidecar()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"version": 0}', '{"source": "hearsay"}', '{"partitions": {"2024-01-02": {"rows": "many"}}}']
+)
+def test_what_cannot_be_meant_is_unreadable(text: str) -> None:
+    """A sidecar that says something else than we ever write is not believed."""
+    with pytest.raises(UnreadableSidecar):
+        parse_sidecar(text, "x")
+
+
+def test_a_partition_key_that_is_none_withdraws_nothing_else() -> None:
+    """Somebody typed a key by hand: it goes, the claims stay."""
+    mark = PartitionMark(rows=1, crc32="00000000")
+    sidecar = Sidecar(answered=merge_all([(0, 60)]), partitions={"yesterday": mark, "1970-01-01": mark})
+    corrected, changed = withdraw_partitions(sidecar, TIMEFRAMES["1m"], {"1970-01-01": mark})
+    assert changed == ("yesterday",)
+    assert corrected.answered == sidecar.answered
+    assert corrected.partitions == {"1970-01-01": mark}
