@@ -6,8 +6,6 @@ Each cycle acquires a grant from a ledger that holds 40 requests, and hands it b
 the ledger is measured: two transactions, each written through to the disk. Compare ratios, not milliseconds.
 """
 
-# ruff: noqa: T201 - a benchmark prints its figures
-
 from __future__ import annotations
 
 import multiprocessing

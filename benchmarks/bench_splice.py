@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars import COLUMNS, bars_from_columns, empty_bars, opens_of, validate_bars
-from ktrdr_pipelines.csvfile import HEADER, render_rows
-from ktrdr_pipelines.disk import Disk
 from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.csvfile import HEADER, render_rows
+from ktrdr_pipelines.store.disk import Disk
+from ktrdr_pipelines.store.series_store import Store
 
 SERIES = Series(stock("BENCH"), parse_timeframe("1m"))
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

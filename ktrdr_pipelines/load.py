@@ -1,6 +1,6 @@
 """The use case: plan, fetch, verify, write, report. Every door ends here, by way of the assets.
 
-What is missing and how to ask is decided in `plan.py`, how bars are judged in `bars.py`, how they are kept in the store,
+What is missing and how to ask is decided in `plan.py`, how bars are judged in `bars.py`, how they are kept in `store/`,
 how IB is asked (pacing, retries, connection) in `ib/history.py`. Here is only the order of things, one request at a time:
 
 1. expected bar opens up to the last complete bar, minus held, minus proven empty: missing; nothing missing, nothing asked
@@ -24,13 +24,13 @@ import numpy.typing as npt
 from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, TransientError
-from ktrdr_pipelines.intake import Prepared
 from ktrdr_pipelines.partitions import Partition, partitions_in
 from ktrdr_pipelines.plan import Request, find_gaps, missing_bars, plan_requests, refetch_requests
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.series import HistoryLimits, Instrument, Series, Window, format_instant
-from ktrdr_pipelines.sidecar import Evidence, HistoryStart, ProvenEmpty, Source
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.intake import Prepared
+from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, ProvenEmpty, Source
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -21,7 +21,7 @@ from ktrdr_pipelines.progress import Progress
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import read_universe
 
 

@@ -157,7 +157,9 @@ def load_settings(**overrides: object) -> Settings:
     except ValueError as error:  # SettingsError: a complex value that is no JSON
         found = re.search(r'field "(\w+)"', str(error))
         field = Settings.model_fields.get(found.group(1)) if found else None
-        name = str(field.validation_alias.choices[0]) if field and isinstance(field.validation_alias, AliasChoices) else ""
+        name = (
+            str(field.validation_alias.choices[0]) if field and isinstance(field.validation_alias, AliasChoices) else ""
+        )
         raise InputError(
             f"{name}: not valid JSON" if name else str(error), doing="reading settings", advice="See README, Settings."
         ) from None

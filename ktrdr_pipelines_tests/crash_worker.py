@@ -23,10 +23,10 @@ import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars import bars_from_columns, opens_of
-from ktrdr_pipelines.csvfile import HEADER, render_rows
-from ktrdr_pipelines.disk import Disk
 from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.csvfile import HEADER, render_rows
+from ktrdr_pipelines.store.disk import Disk
+from ktrdr_pipelines.store.series_store import Store
 
 SERIES = Series(stock("AAPL"), parse_timeframe("1m"))
 NOW = datetime(2025, 1, 1, tzinfo=UTC)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ktrdr_pipelines.adopt import read_foreign, read_stamp
 from ktrdr_pipelines.bars import bars_from_columns, opens_of
-from ktrdr_pipelines.csvfile import HEADER, render_rows
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.series import Series, forex, parse_timeframe, stock
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.adopt import read_foreign, read_stamp
+from ktrdr_pipelines.store.csvfile import HEADER, render_rows
+from ktrdr_pipelines.store.series_store import Store
 
 NOW = datetime(2025, 6, 1, 12, 30, tzinfo=UTC)
 MSFT_1H = Series(stock("MSFT"), parse_timeframe("1h"))

@@ -25,7 +25,7 @@ from ktrdr_pipelines.series import TIMEFRAMES, Series, Window, forex, stock
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import DEFAULT_UNIVERSE
 from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.fakes import MovingClock, window

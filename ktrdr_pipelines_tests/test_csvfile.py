@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.bars import bars_from_columns, empty_bars, opens_of, row_rules
-from ktrdr_pipelines.csvfile import (
+from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.series import TIMEFRAMES
+from ktrdr_pipelines.store.csvfile import (
     HEADER,
     MalformedFile,
     find_row,
@@ -27,8 +29,6 @@ from ktrdr_pipelines.csvfile import (
     render_stamps,
     scan_opens,
 )
-from ktrdr_pipelines.errors import BugError
-from ktrdr_pipelines.series import TIMEFRAMES
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 RULES = row_rules(TIMEFRAMES["1m"])

@@ -1,14 +1,8 @@
-"""The ledger of the pacing budget: one transaction at a time, with real processes, killed ones, odd clocks and broken files."""
+"""The ledger of the pacing budget: grants, the queue of those who wait, pauses, and odd clocks."""
 
 from __future__ import annotations
 
-import ast
 import itertools
-import os
-import signal
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_pipelines.errors import InputError, StoreError
-from ktrdr_pipelines.ib.clock import Reading, Stamp, SystemClock
+from ktrdr_pipelines.ib.clock import Stamp, SystemClock
 from ktrdr_pipelines.ib.ledger import (
     GRANT_VALID_S,
     TICKET_FRESH_S,
@@ -25,73 +18,20 @@ from ktrdr_pipelines.ib.ledger import (
     GrantExpired,
     Ledger,
     WaitCancelled,
-    ledger_path,
     open_ledger,
 )
-from ktrdr_pipelines.ib.pacing import PENALTIES_S, Ask, Rule, Wait, bars_ask
-from ktrdr_pipelines_tests.ledger_worker import LOGIN, FastClock
-
-ROOT = Path(__file__).parents[1]
-FULL_S = 600.5
-
-
-class HandClock:
-    """Wall and boot clock moved by the test."""
-
-    def __init__(self, wall_s: float = 1_700_000_000.0, boot_s: float = 50_000.0, boot_id: str = "boot 1") -> None:
-        self.wall_s, self.boot_s, self.boot_id = wall_s, boot_s, boot_id
-
-    def now_s(self) -> float:
-        return self.wall_s
-
-    def read(self) -> Reading:
-        return Reading(self.wall_s, self.boot_s, self.boot_id)
-
-    def sleep(self, seconds: float) -> None:
-        self.wall_s += seconds
-        self.boot_s += seconds
-
-    def reboot(self, uptime_s: float, wall_step_s: float) -> None:
-        self.boot_id, self.boot_s = self.boot_id + "'", uptime_s
-        self.wall_s += wall_step_s
-
-
-_numbers = itertools.count()
-
-
-def wish(contract: str = "", end: str = "", *, show: str = "TRADES") -> Ask:
-    """A request like no other, unless told."""
-    number = next(_numbers)
-    return bars_ask(
-        contract=contract or f"C{os.getpid()}-{number}", exchange="SMART", what_to_show=show, bar_size="1 hour", duration="1 M",
-        end=end or f"e{number}", use_rth=True,
-    )  # fmt: skip
-
-
-def send(ledger: Ledger, ask: Ask | None = None) -> None:
-    """Send one request that has to be allowed now."""
-    answer = ledger.try_acquire(ask or wish())
-    assert isinstance(answer, Grant), answer
-    with answer:
-        answer.sent()
-
-
-def fill(ledger: Ledger, count: int = 60) -> None:
-    for _ in range(count):
-        send(ledger)
-
-
-def wait_of(ledger: Ledger, ask: Ask | None = None) -> Wait:
-    answer = ledger.try_acquire(ask or wish())
-    assert isinstance(answer, Wait), "granted too early"
-    return answer
-
-
-def poll(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        threading.Event().wait(0.005)
+from ktrdr_pipelines.ib.pacing import PENALTIES_S, Ask, Rule
+from ktrdr_pipelines_tests.ledger_tools import (
+    FULL_S,
+    HandClock,
+    fill,
+    poll,
+    send,
+    start_python,
+    wait_of,
+    wish,
+)
+from ktrdr_pipelines_tests.ledger_worker import LOGIN
 
 
 @pytest.fixture
@@ -206,7 +146,7 @@ def test_open_requests_of_a_killed_process_are_closed(tmp_path: Path) -> None:
     """IB drops what a dead process had asked: fifty open requests of one do not block the living."""
     code = (
         "import sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
-        "from ktrdr_pipelines_tests.test_ledger import wish, LOGIN;"
+        "from ktrdr_pipelines_tests.ledger_tools import wish, LOGIN;"
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN);"
         "[ledger.acquire(wish()).sent() for _ in range(50)]; print('open', flush=True); sys.stdin.read()"
     )
@@ -222,6 +162,7 @@ def test_open_requests_of_a_killed_process_are_closed(tmp_path: Path) -> None:
 # -- waiting
 
 
+@pytest.mark.slow
 def test_waiting_sleeps_exactly_as_long_as_needed(ledger: Ledger, clock: HandClock) -> None:
     """A waiter wakes when the budget is free, tells its wait once per change, and knows how long it was."""
     fill(ledger)
@@ -260,6 +201,7 @@ def while_waiting(ledger: Ledger, clock: HandClock, ask: Ask, visit: Callable[[]
     return ledger.acquire(ask, sleep=sleep)
 
 
+@pytest.mark.slow
 def test_nobody_overtakes_one_who_waits_for_the_budget(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
     """A newcomer gets nothing that an earlier waiter could use, at any moment of its wait, even the one at which it is free."""
     fill(ledger)
@@ -271,6 +213,7 @@ def test_nobody_overtakes_one_who_waits_for_the_budget(ledger: Ledger, tmp_path:
     send(newcomer)
 
 
+@pytest.mark.slow
 def test_a_heavy_request_is_not_starved_by_light_ones(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
     """Two units for a BID_ASK request come together although single ones are wanted all the time."""
     for _ in range(60):
@@ -463,357 +406,3 @@ def test_the_real_clock_moves_and_knows_its_boot() -> None:
     assert abs(clock.now_s() - time.time()) < 5
     assert first.boot_id == second.boot_id
     assert second.age_of(Stamp(first.wall_s - 100, 0.0, "another boot")) <= 100 + 5
-
-
-# -- the file
-
-
-DAMAGE = {
-    "deleted": lambda path: [p.unlink() for p in path.parent.glob(path.name + "*") if not p.name.endswith(".lock")],
-    "database deleted": lambda path: path.unlink(),
-    "truncated": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("this is not a database\n" * 500),
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "holes": lambda path: path.write_bytes(b"".join(
-        bytes(64) if i % 3 else path.read_bytes()[i * 64 : i * 64 + 64] for i in range(path.stat().st_size // 64))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("is_open", [False, True], ids=["closed", "in use"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_lost_or_damaged_file_never_makes_requests_faster(
-    tmp_path: Path, clock: HandClock, damage: str, is_open: bool
-) -> None:
-    """Whatever happens to the file, nobody sends before the ten minutes are over; then everybody does, with one budget."""
-    path = ledger_path(tmp_path, LOGIN)
-    first, second = (open_ledger(tmp_path, LOGIN, clock) for _ in range(2))
-    fill(first)
-    wait_of(second)
-    if not is_open:
-        first.close()
-        second.close()
-    clock.sleep(10)
-    DAMAGE[damage](path)
-    for ledger in (first, second, open_ledger(tmp_path, LOGIN, clock)):
-        wait = wait_of(ledger)
-        assert wait.seconds >= FULL_S - 10 - 0.01
-    clock.sleep(FULL_S)
-    fill(first, 30)
-    fill(second, 30)
-    assert wait_of(first).rule is Rule.WINDOW
-
-
-def test_a_damaged_file_is_kept_and_the_pause_explained(tmp_path: Path, clock: HandClock) -> None:
-    """What is no database is moved aside, byte for byte, and people are told why everything waits."""
-    path = ledger_path(tmp_path, LOGIN)
-    ledger = open_ledger(tmp_path, LOGIN, clock)
-    fill(ledger)
-    ledger.close()
-    path.write_text("precious?")
-    assert "damaged" in wait_of(ledger).reason
-    (kept,) = tmp_path.glob("*.corrupt-*")
-    assert kept.read_text() == "precious?"
-
-
-def test_the_first_start_does_not_wait(tmp_path: Path, clock: HandClock) -> None:
-    """Where no ledger ever was, and its directory neither, the whole budget is there."""
-    fill(open_ledger(tmp_path / "a" / "b", LOGIN, clock))
-
-
-def test_an_unusable_directory_is_one_clear_error(tmp_path: Path, clock: HandClock) -> None:
-    """Where no file can be made, nothing is granted, and the error says where and what to do."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"pacing ledger .*no request was sent") as caught:
-        open_ledger(tmp_path / "file" / "deeper", LOGIN, clock).try_acquire(wish())
-    assert caught.value.advice
-    ledger_path(tmp_path, LOGIN).mkdir()
-    with pytest.raises(StoreError, match="pacing ledger"):
-        open_ledger(tmp_path, LOGIN, clock).try_acquire(wish())
-
-
-@pytest.mark.slow
-def test_a_full_disk_grants_nothing(tmp_path: Path) -> None:
-    """When the ledger cannot be written the answer is an error, never a grant; once there is room again all goes on."""
-    code = (
-        "import resource, sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
-        "from ktrdr_pipelines.errors import StoreError; from ktrdr_pipelines_tests.test_ledger import wish, fill, LOGIN\n"
-        "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN); fill(ledger, 10)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))\n"
-        "for _ in range(3):\n"
-        "    try: print('granted', ledger.acquire(wish()))\n"
-        "    except StoreError as error: print('refused:', error)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "print(ledger.snapshot().used); fill(ledger, 50); print(ledger.snapshot().used)\n"
-    )
-    with start_python("-c", code, tmp_path) as child:
-        *refusals, before, after = child.stdout.read().decode().splitlines()
-    assert len(refusals) == 3
-    assert all(line.startswith("refused: pacing ledger") for line in refusals), refusals
-    assert (before, after) == ("10", "60")
-
-
-@pytest.mark.slow
-def test_a_process_killed_inside_a_transaction_frees_it_at_once(tmp_path: Path) -> None:
-    """After kill -9 in the middle of a decision the next one is made within a second, and the half one is undone."""
-    code = (
-        "import sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
-        "from ktrdr_pipelines_tests.test_ledger import wish, LOGIN\n"
-        "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN)\n"
-        "def body(tx):\n"
-        "    ledger._decide(tx, wish(), None); print('inside', flush=True); sys.stdin.read()\n"
-        "ledger._store.run(body)\n"
-    )
-    ledger = open_ledger(tmp_path, LOGIN)
-    send(ledger)
-    with start_python("-c", code, tmp_path) as child:
-        assert child.stdout.readline() == b"inside\n"
-        child.kill()
-        began = time.monotonic()
-        send(ledger)
-        assert time.monotonic() - began < 1.0
-        child.wait()
-    assert ledger.snapshot().used == 2
-
-
-@pytest.mark.slow
-def test_a_forked_child_uses_a_connection_of_its_own(tmp_path: Path) -> None:
-    """A fork in the middle of another thread's transaction leaves a child that can send, and both count together."""
-    code = (
-        "import os, sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
-        "from ktrdr_pipelines_tests.test_ledger import fill, send, wait_of, LOGIN\n"
-        "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN); fill(ledger, 30)\n"
-        "mutex = ledger._store._mutex; mutex.acquire(); child = os.fork()\n"  # as another thread would hold it
-        "if child: mutex.release()\n"
-        "fill(ledger, 15)\n"
-        "if child: os.waitpid(child, 0); print(ledger.snapshot().used, wait_of(ledger).rule.name)\n"
-    )
-    with start_python("-c", code, tmp_path) as child:
-        try:
-            assert child.communicate(timeout=20)[0] == b"60 WINDOW\n"
-        finally:
-            child.kill()
-
-
-def test_threads_share_one_ledger(ledger: Ledger) -> None:
-    """Eight threads on one object get sixty grants together and not one more."""
-    grants: list[Grant] = []
-
-    def work() -> None:
-        for _ in range(10):
-            answer = ledger.try_acquire(wish())
-            if isinstance(answer, Grant):
-                answer.sent()
-                answer.finished()
-                grants.append(answer)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(grants) == 60
-
-
-def test_old_rows_do_not_pile_up(tmp_path: Path, clock: HandClock) -> None:
-    """A ledger in use for months stays as small as ten minutes of it."""
-    ledger = open_ledger(tmp_path, LOGIN, clock)
-    for _ in range(150):
-        ledger.acquire(wish(), sleep=clock.sleep).sent()
-        ledger.penalise("a competing session", 5)
-        clock.sleep(40)
-    ledger.close()
-    with sqlite3.connect(ledger_path(tmp_path, LOGIN)) as raw:
-        assert raw.execute("SELECT count(*) FROM ib_pacing_requests").fetchone()[0] <= 60
-        assert raw.execute("SELECT count(*) FROM ib_pacing_holds").fetchone()[0] <= 60
-        assert raw.execute("SELECT count(*) FROM ib_pacing_tickets").fetchone()[0] == 0
-    raw.close()
-
-
-@pytest.mark.parametrize(
-    ("login", "name"),
-    [
-        ("127.0.0.1:4002", "ib_pacing_127.0.0.1_4002.db"),
-        ("DU1234567", "ib_pacing_DU1234567.db"),
-    ],
-)
-def test_each_login_has_a_file_that_people_recognise(login: str, name: str) -> None:
-    """The usual logins are readable in the file name."""
-    assert ledger_path(Path("x"), login) == Path("x") / name
-
-
-def test_odd_logins_neither_share_a_file_nor_leave_the_directory() -> None:
-    """Whatever a login is called, its file lies in the directory, bears a usable name, and is its own."""
-    logins = ["a/b", "a_b", "../a", "a" * 300, "a" * 301, "ä:1", "ö:1", ""]
-    paths = [ledger_path(Path("x"), login) for login in logins]
-    assert len(set(paths)) == len(logins)
-    assert all(path.parent == Path("x") and len(path.name) < 100 for path in paths)
-
-
-# -- many processes
-
-
-def start_python(*arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-def count_violations(sent: list[tuple[float, str, str, int]]) -> list[str]:
-    """Every breach of the specification's rules in a log of (time, identity, contract, weight), by sliding each window along."""
-    found: list[str] = []
-    sent = sorted(sent)
-    for number, (at, identity, contract, _) in enumerate(sent):
-        before = [row for row in sent[: number + 1] if at - row[0] <= 600]
-        if sum(row[3] for row in before) > 60:
-            found.append(f"{sum(row[3] for row in before)} units in ten minutes")
-        if sum(row[3] for row in before if row[2] == contract and at - row[0] <= 2) >= 6:
-            found.append("six of one contract in two seconds")
-        if sum(row[1] == identity and at - row[0] < 15 for row in before) > 1:
-            found.append("identical within 15 seconds")
-    return found
-
-
-def run_trial(
-    directory: Path, *, processes: int, windows: float, speed: float, killed: int, stopped: int
-) -> list[list]:
-    """Let processes send for ``windows`` times ten minutes of the fast clock; kill and stop some on the way. Logs per process."""
-    clock = FastClock(speed)
-    logs = [directory / f"{number}.log" for number in range(processes)]
-    worker = ("-m", "ktrdr_pipelines_tests.ledger_worker", directory)
-    children = [start_python(*worker, log, speed, number + 1) for number, log in enumerate(logs)]
-    try:
-        for child in children:
-            assert child.stdout.readline() == b"ready\n"
-        began_s = clock.now_s()
-        for child in children:
-            child.stdin.write(f"{began_s + windows * FULL_S}\n".encode())
-            child.stdin.flush()
-        poll(lambda: clock.now_s() >= began_s + 0.5 * FULL_S)
-        for child in children[:killed]:
-            child.kill()
-        for child in children[killed : killed + stopped]:
-            child.send_signal(signal.SIGSTOP)
-        poll(lambda: clock.now_s() >= began_s + 0.8 * FULL_S)
-        for child in children[killed : killed + stopped]:
-            child.send_signal(signal.SIGCONT)
-        codes = [child.wait(30) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-    assert codes == [-signal.SIGKILL] * killed + [0] * (processes - killed)
-    return [
-        [(float(a), float(b), float(c), ast.literal_eval(i), ast.literal_eval(k), int(w)) for a, b, c, i, k, w in
-         (line.split("\t") for line in log.read_text().splitlines())]
-        for log in logs
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_many_processes_break_no_rule_and_use_the_budget(tmp_path: Path) -> None:
-    """Six processes, two killed and one stopped for a while: not one breach, the budget used to the full, and fairly shared."""
-    logs = run_trial(tmp_path, processes=6, windows=3.4, speed=200.0, killed=2, stopped=1)
-    assert all(before <= stamp <= after for log in logs for stamp, before, after, *_ in log), (
-        "stamps are not the time sent"
-    )
-    sent = [(stamp, identity, contract, weight) for log in logs for stamp, _, _, identity, contract, weight in log]
-    assert count_violations(sent) == []
-    units = sum(weight for *_, weight in sent)
-    # Four times sixty. Lost may be what the killed and stopped ones were about to send, and one unit a window beside a heavy one.
-    assert 240 - 15 <= units <= 240
-    # In the first window whoever has started first finds nobody waiting, in the second one process is stopped.
-    settled_s = min(sent)[0] + 1.9 * FULL_S
-    shares = [sum(stamp >= settled_s for stamp, *_ in log) for log in logs[2:]]
-    # A hiccup of the disk of a tenth of a second looks like twenty on this clock: a rough measure; order has a test of its own.
-    assert min(shares) >= 0.3 * max(shares), shares
-
-
-# -- PostgreSQL
-
-
-@pytest.fixture(scope="module")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A throw-away cluster that listens on a socket file only."""
-    import pwd
-    import shutil
-    import tempfile
-
-    initdb = shutil.which("initdb")
-    assert initdb, "this test needs PostgreSQL's programs (initdb, postgres) on PATH: install postgresql 15 or newer"
-    programs = Path(initdb).resolve().parent
-    # Not below tmp_path: a socket's path has to be short, and readable for the user the server runs as.
-    base = Path(tempfile.mkdtemp(prefix="pg"))
-    user = {}
-    if os.geteuid() == 0:  # the server refuses to run as root
-        account = pwd.getpwnam("nobody")
-        os.chown(base, account.pw_uid, account.pw_gid)
-        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    subprocess.run(
-        [programs / "initdb", "-D", base / "data", "-U", "ktrdr", "-A", "trust", "--no-sync", "-E", "UTF8"],
-        check=True, stdout=subprocess.DEVNULL, cwd=base, **user,
-    )  # fmt: skip
-    server = subprocess.Popen(
-        [programs / "postgres", "-D", base / "data", "-k", base, "-c", "listen_addresses=", "-F"],
-        cwd=base, stderr=subprocess.DEVNULL, **user,
-    )  # fmt: skip
-    try:
-        ready = [programs / "pg_isready", "-q", "-h", base, "-U", "ktrdr", "-d", "postgres"]
-        poll(lambda: subprocess.run(ready, check=False).returncode == 0)
-        yield f"postgresql+psycopg://ktrdr@/postgres?host={base}"
-    finally:
-        server.send_signal(signal.SIGINT)  # end now, not when the last client has gone
-        server.wait(20)
-        shutil.rmtree(base, ignore_errors=True)
-
-
-@pytest.mark.slow
-def test_postgresql_holds_the_same_budget(postgres_url: str) -> None:
-    """In a database every opening and every thread shares one budget per login, with the server's clock."""
-    ledgers = [open_ledger(postgres_url, LOGIN) for _ in range(4)]
-    threads = [threading.Thread(target=fill, args=(ledger, 15)) for ledger in ledgers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wait_of(ledgers[0]).rule is Rule.WINDOW
-    budget = ledgers[1].snapshot()
-    assert (budget.used, budget.open) == (60, 0)
-    assert abs(budget.now_s - time.time()) < 60
-    another = open_ledger(postgres_url, "another login")
-    send(another)
-    assert ledgers[2].penalise("pacing") == 15.0
-    assert wait_of(ledgers[3]).rule is Rule.WINDOW
-    for ledger in (*ledgers, another):
-        ledger.close()
-
-
-@pytest.mark.slow
-def test_postgresql_waits_and_clocks_are_those_of_the_file(postgres_url: str, clock: HandClock) -> None:
-    """Waiting, giving back and a clock set back behave in the database as in the file."""
-    ledger = open_ledger(postgres_url, "clocks", clock)
-    fill(ledger)
-    clock.wall_s -= 3600
-    began = clock.boot_s
-    with ledger.acquire(wish(show="BID_ASK"), sleep=clock.sleep) as grant:
-        assert clock.boot_s - began == pytest.approx(FULL_S, abs=0.05)
-        assert grant.waited_s == pytest.approx(FULL_S, abs=0.05)
-    assert ledger.snapshot().used == 0
-    ledger.close()
-
-
-@pytest.mark.slow
-def test_a_database_that_is_gone_grants_nothing(postgres_url: str) -> None:
-    """No server: a clear StoreError, and no grant."""
-    ledger = open_ledger(postgres_url.replace("host=", "host=/nowhere"), LOGIN)
-    with pytest.raises(StoreError, match="pacing ledger in PostgreSQL"):
-        ledger.try_acquire(wish())
-    ledger.close()
-
-
-@pytest.mark.parametrize("url", ["mysql://x@y/z", "postgresql+nodriver://x@y/z", "sqlite:///x.db", "nonsense://"])
-def test_a_url_that_cannot_be_used_is_refused(url: str) -> None:
-    """Anything but PostgreSQL, and a missing driver, is told at once, with what to write instead."""
-    with pytest.raises(InputError) as caught:
-        open_ledger(url, LOGIN)
-    assert "PostgreSQL" in caught.value.advice or "postgresql+psycopg" in caught.value.advice

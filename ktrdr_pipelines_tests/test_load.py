@@ -16,7 +16,7 @@ from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window
 
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])

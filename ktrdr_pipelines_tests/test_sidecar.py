@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.series import TIMEFRAMES, Window
-from ktrdr_pipelines.sidecar import (
+from ktrdr_pipelines.store.sidecar import (
     PartitionMark,
     ProvenEmpty,
     Sidecar,

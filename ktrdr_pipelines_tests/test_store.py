@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.bars import bars_from_columns, empty_bars, opens_of, rules_for
-from ktrdr_pipelines.csvfile import HEADER, render_rows
-from ktrdr_pipelines.disk import Disk, state_of
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.series import Hours, Instrument, Series, Window, forex, parse_timeframe, stock
-from ktrdr_pipelines.sidecar import Evidence, HistoryStart, PartitionMark, ProvenEmpty
-from ktrdr_pipelines.splice import mark_partitions, splice_bars
-from ktrdr_pipelines.store import Extent, Store, Written
+from ktrdr_pipelines.store.csvfile import HEADER, render_rows
+from ktrdr_pipelines.store.disk import Disk, state_of
+from ktrdr_pipelines.store.series_store import Extent, Store, Written
+from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, PartitionMark, ProvenEmpty
+from ktrdr_pipelines.store.splice import mark_partitions, splice_bars
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z, a Tuesday
 NOW = datetime(2025, 1, 1, tzinfo=UTC)

@@ -19,10 +19,10 @@ import pandas as pd
 import pytest
 
 from ktrdr_pipelines.bars import bars_from_columns
-from ktrdr_pipelines.disk import Disk
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
-from ktrdr_pipelines.store import Store, Written
+from ktrdr_pipelines.store.disk import Disk
+from ktrdr_pipelines.store.series_store import Store, Written
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 NOW = datetime(2025, 1, 1, tzinfo=UTC)

@@ -182,7 +182,9 @@ def report() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ui", action="store_true", help="open the Dagster UI on the demo's data (made first if missing)")
+    parser.add_argument(
+        "--ui", action="store_true", help="open the Dagster UI on the demo's data (made first if missing)"
+    )
     parser.add_argument("--port", type=int, default=3000, help="port of the UI")
     options = parser.parse_args()
     if not options.ui or not (DATA / "GOOG_1d.csv").exists():

@@ -349,7 +349,7 @@ class GatewayClient:
             log.info("the gateway says %d: %s", code, text)
             self._heard.append(f"{code} {text}")
             self.notices.append(f"{code} {text}")
-            del self.notices[:-100]
+            del self.notices[:-100], self._heard[:-100]
         if outcome.reconnect:
             self._refusal = f"{text} ({code})"
 

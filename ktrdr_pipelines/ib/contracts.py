@@ -86,12 +86,15 @@ def _fits(instrument: Instrument, info: ContractInfo) -> bool:
         (not info.sec_type or info.sec_type == instrument.sec_type)
         and (not info.currency or info.currency == instrument.currency)
         and (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
-        and (
-            not instrument.expiry
-            or info.expiry.startswith(instrument.expiry)
-            or info.contract_month == instrument.expiry
-        )
+        and (not instrument.expiry or _expires(info, instrument.expiry))
     )
+
+
+def _expires(info: ContractInfo, expiry: str) -> bool:
+    # A month means the contract month, which may lie after the last trade date; only where IB does not tell it, that date's.
+    if len(expiry) == len("202412") and info.contract_month:
+        return info.contract_month == expiry
+    return info.expiry.startswith(expiry)
 
 
 def _homes(info: ContractInfo) -> Sequence[str]:

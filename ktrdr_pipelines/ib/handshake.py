@@ -12,7 +12,7 @@ from typing import Any
 
 from ktrdr_pipelines.ib.unreachable import NotAGatewayError
 
-_WATCH_S = 0.05
+_WATCH_S = 0.02
 
 
 async def shake_hands(

@@ -75,7 +75,7 @@ class Waiting:
 
 @dataclass
 class IBHistory:
-    """Bars, contracts and the start of history from one gateway. Use as a context manager."""
+    """Bars, contracts and the start of history from one gateway. Use as a context manager; one thread at a time."""
 
     address: GatewayAddress
     on_wait: Callable[[Waiting], None] = lambda _: None

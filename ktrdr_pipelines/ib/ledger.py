@@ -9,8 +9,6 @@ concern it, and then leaves them their room in the budget: without this, whoever
 
 from __future__ import annotations
 
-import hashlib
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from ktrdr_pipelines.ib.ledger_store import (
     SqliteStore,
     Transaction,
     hold_parameters,
+    ledger_path,
 )
 from ktrdr_pipelines.ib.owners import Owner, current_owner
 from ktrdr_pipelines.ib.pacing import (
@@ -434,18 +433,6 @@ class Ledger:
     def _give_back(self, grant: Grant) -> None:
         sql = "DELETE FROM ib_pacing_requests WHERE token = :token AND is_sent = 0"
         self._store.run(lambda tx: tx.run(sql, token=grant.token))
-
-
-def ledger_path(directory: Path, login: str) -> Path:
-    """The file of ``login`` (the account, or ``host:port``) in ``directory``: ``ib_pacing_127.0.0.1_4002.db``."""
-    readable = re.sub(r"[^A-Za-z0-9.-]", "_", login)
-    # Names that differ only in what was replaced must not share a budget by accident, nor a ledger be hidden by a long name.
-    is_plain = readable == login.replace(":", "_") and len(readable) <= 64
-    return directory / f"ib_pacing_{readable if is_plain else readable[:48] + '-' + _digest(login)}.db"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def open_ledger(where: Path | str, login: str, clock: Clock | None = None) -> Ledger:

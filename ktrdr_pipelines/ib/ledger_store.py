@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -89,6 +90,18 @@ def hold_parameters(
 
 
 # -- SQLite -----------------------------------------------------------------------------------------------------------------
+
+
+def ledger_path(directory: Path, login: str) -> Path:
+    """The file of ``login`` (the account, or ``host:port``) in ``directory``: ``ib_pacing_127.0.0.1_4002.db``."""
+    readable = re.sub(r"[^A-Za-z0-9.-]", "_", login)
+    # Names that differ only in what was replaced must not share a budget by accident, nor a ledger be hidden by a long name.
+    is_plain = readable == login.replace(":", "_") and len(readable) <= 64
+    return directory / f"ib_pacing_{readable if is_plain else readable[:48] + '-' + _digest(login)}.db"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class _Damaged(Exception):
@@ -294,8 +307,12 @@ class SqliteStore:
                 hold = hold_parameters(self._login, self._clock.read(), CAUTIOUS_HOLD_S, hold_reason)
                 connection.execute(INSERT_HOLD, hold)
             connection.execute("COMMIT")
-        finally:
+        except BaseException:
             connection.close()
+            for suffix in ("", "-wal", "-shm"):  # on a full disk each attempt would leave an empty one
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+            raise
+        connection.close()
         return self._connect()
 
     def _move_aside(self, why: str) -> None:

@@ -14,7 +14,7 @@ from ktrdr_pipelines.ib.leases import ClientIds
 from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.series import HistoryLimits
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.store import Store
+from ktrdr_pipelines.store.series_store import Store
 
 _DAEMON_TAGS = ("dagster/backfill", "dagster/sensor_name", "dagster/schedule_name")
 

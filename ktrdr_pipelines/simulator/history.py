@@ -154,7 +154,7 @@ def look_up(market: Market, lookup: Lookup, now_s: int, rules: HistoryRules) -> 
 def _find_schedule(market: Market, lookup: Lookup) -> Sessions:
     sessions = market.sessions(lookup.listing)
     first, stop = sessions.find_range(lookup.start_s, lookup.end_s, regular=lookup.regular)
-    return sessions.take(first, stop)
+    return sessions.take(slice(first, stop))
 
 
 def find_head(market: Market, request: HeadRequest, now_s: float) -> tuple[Listing, str, int | None]:

@@ -6,6 +6,7 @@ Layouts were learned from the clients (ib_insync 0.9.86 and ib_async 2.1.0 ``cli
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -232,15 +233,19 @@ def parse_message(fields: Sequence[str], version: int) -> Incoming | None:
     return entry[1](reader) if entry else None
 
 
+_VERSIONS = re.compile(r"v([0-9]{1,6})(?:\.\.([0-9]{1,6}))?")
+
+
 def parse_versions(text: str) -> tuple[int, int]:
     """``v157..176`` (connection options may follow after a space) as (lowest, highest); ``v176`` means just that one.
 
     Raises:
         MessageError: anything else.
     """
-    low, _, high = text.split(" ")[0].removeprefix("v").partition("..")
-    if not text.startswith("v") or not low.isdecimal() or not (high or low).isdecimal() or len(low + high) > 12:
+    found = _VERSIONS.fullmatch(text.split(" ")[0])
+    if not found:
         raise MessageError(f"not a version range: {text[:40]!r}")
+    low, high = found.groups()
     return int(low), int(high or low)
 
 

@@ -199,7 +199,7 @@ def _make_listing(symbol: str, con_id: int, given: dict[str, Any]) -> Listing:
 
 def _read_bars(path: Path, *, dated: bool) -> Bars:
     try:
-        frame = pd.read_csv(path, float_precision="round_trip", dtype={"timestamp": str})
+        frame = pd.read_csv(path, dtype={"timestamp": str})
         if list(frame.columns) != _HEADER:
             raise ValueError(f"header {','.join(map(str, frame.columns))!r}, expected {','.join(_HEADER)!r}")
         stamps = pd.DatetimeIndex(pd.to_datetime(frame["timestamp"], format="%Y-%m-%dT%H:%M:%SZ", utc=True)).as_unit(
@@ -249,7 +249,7 @@ def _extend(table: Sessions, known: Sessions) -> Sessions:
         int(np.searchsorted(known.day, table.day[-1], "right")),
     )
     names = ("day", "open", "close", "regular_open", "regular_close", "offset")
-    parts = [known.take(0, before), table, known.take(after, len(known))]
+    parts = [known.take(slice(0, before)), table, known.take(slice(after, None))]
     return Sessions(table.zone, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 

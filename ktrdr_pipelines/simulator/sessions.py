@@ -49,11 +49,10 @@ class Sessions:
     def closes(self, *, regular: bool) -> Int:
         return self.regular_close if regular else self.close
 
-    def take(self, first: int, stop: int) -> Sessions:
-        """Sessions ``first`` to ``stop`` (excluded)."""
-        cut = slice(first, stop)
+    def take(self, rows: slice | npt.NDArray[np.bool_]) -> Sessions:
+        """The sessions of a slice or mask."""
         columns = (self.day, self.open, self.close, self.regular_open, self.regular_close, self.offset)
-        return Sessions(self.zone, *(column[cut] for column in columns))
+        return Sessions(self.zone, *(column[rows] for column in columns))
 
     def find_range(self, start_s: int, end_s: int, *, regular: bool) -> tuple[int, int]:
         """First and one past the last session that trades at some instant of ``[start_s, end_s)``."""
@@ -125,9 +124,15 @@ def _weekday_sessions(
 
 @lru_cache(maxsize=1)
 def forex_sessions() -> Sessions:
-    """IDEALPRO: Sunday 17:15 to Friday 17:00 New York with a break from 17:00 to 17:15; regular hours are all hours."""
+    """IDEALPRO: Sunday 17:15 to Friday 17:00 New York with a break from 17:00 to 17:15; regular hours are all hours.
+
+    The days that end on 25 December and 1 January do not trade, as recorded quotes show (`backtesting`'s EURUSD has none).
+    """
     opens, closes = timedelta(hours=-7, minutes=15), timedelta(hours=17)
-    return _weekday_sessions(NEW_YORK, opens, closes, (opens, closes))
+    sessions = _weekday_sessions(NEW_YORK, opens, closes, (opens, closes))
+    dates = pd.DatetimeIndex(pd.to_datetime(sessions.day * 86400, unit="s"))
+    closed = ((dates.month == 12) & (dates.day == 25)) | ((dates.month == 1) & (dates.day == 1))
+    return sessions.take(~np.asarray(closed))
 
 
 @lru_cache(maxsize=1)

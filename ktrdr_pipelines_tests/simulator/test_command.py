@@ -27,24 +27,26 @@ def test_command_serves_until_it_is_told_to_stop(tmp_path, number):
     log = tmp_path / "log.jsonl"
     command = [sys.executable, "-c", RUN, "--port", "0", "--log", str(log), "--now", "2024-03-05T19:40:30Z", "--freeze"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(
-            r"simulated gateway listening on 127\.0\.0\.1:(\d+), synthetic bars of .*SIM0000001\n", line
-        )
-        assert found, line
-        with socket.create_connection(("127.0.0.1", int(found.group(1))), timeout=5) as client:
-            client.sendall(b"API\0" + frame(b"v157..176") + encode(71, 2, 1, "") + encode(*history(1, end="")))
-            received = b""
-            while b"\x0017\x001\x00" not in received.replace(b"\x00\x00", b"\x00"):
-                data = client.recv(1 << 16)
-                assert data
-                received += data
-            assert b"20240305 14:40:30" in received
-            process.send_signal(number)
-            assert process.wait(timeout=10) == 0
-        assert process.stderr is not None
-        assert process.stderr.read() == ""
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            line = process.stdout.readline()
+            found = re.fullmatch(
+                r"simulated gateway listening on 127\.0\.0\.1:(\d+), synthetic bars of .*SIM0000001\n", line
+            )
+            assert found, line
+            with socket.create_connection(("127.0.0.1", int(found.group(1))), timeout=5) as client:
+                client.sendall(b"API\0" + frame(b"v157..176") + encode(71, 2, 1, "") + encode(*history(1, end="")))
+                received = b""
+                while b"17\x001\x0020240305 09:30:00 America/New_York\x0020240305 14:40:30" not in received:
+                    data = client.recv(1 << 16)
+                    assert data, received
+                    received += data
+                process.send_signal(number)
+                assert process.wait(timeout=10) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
     (record,) = [json.loads(text) for text in log.read_text().splitlines()]
     assert (record["kind"], record["symbol"], record["outcome"]) == ("history", "AAPL", "bars")
 

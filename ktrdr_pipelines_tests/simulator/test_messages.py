@@ -30,14 +30,9 @@ def test_version_ranges_are_read(text, versions):
     assert parse_versions(text) == versions
 
 
-@pytest.mark.parametrize(
-    "text", ["", "v", "157..176", "v157..", "v..176", "va..b", "v1..2..3", "v" + "9" * 20, "v１５７..176"]
-)
+@pytest.mark.parametrize("text", ["", "v", "157..176", "v..176", "va..b", "v1..2..3", "v" + "9" * 20, "v１５７..176"])
 def test_other_texts_are_no_version_range(text):
-    """Half a range, foreign digits or absurdly long numbers are refused (``v157..`` means 157 alone)."""
-    if text == "v157..":
-        assert parse_versions(text) == (157, 157)
-        return
+    """Half a range, foreign digits or absurdly long numbers are refused."""
     with pytest.raises(MessageError):
         parse_versions(text)
 

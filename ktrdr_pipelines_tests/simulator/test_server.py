@@ -59,13 +59,12 @@ def client(gateway):
         yield connected
 
 
-def wait_until(condition, timeout_s=5.0):
-    """Poll until ``condition`` holds; False if it does not in time."""
+def wait_until(gateway, condition, timeout_s=5.0):
+    """Ask in the gateway's own thread, again and again, until ``condition`` holds; False if it does not in time."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not gateway.call(condition):
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.002)
     return True
 
 
@@ -102,7 +101,7 @@ def test_clients_are_served_side_by_side_and_ids_come_back(gateway):
     assert errors([twin.read()]) == [(-1, 326)]
     assert twin.read() is None
     first.close()
-    assert wait_until(lambda: gateway.server.gateway.client_ids == {2})
+    assert wait_until(gateway, lambda: gateway.server.gateway.client_ids == {2})
     again = Client(gateway, 1)
     for each in (second, again, twin):
         each.close()
@@ -131,6 +130,7 @@ def test_latency_delays_answers_without_blocking_others():
         client.close()
 
 
+@pytest.mark.slow
 def test_slow_reader_does_not_stop_others(gateway):
     """A client that does not read its large answers leaves the gateway free for the rest."""
     idle = Client(gateway, 1)

@@ -410,6 +410,7 @@ def test_broadcast_reaches_ready_clients_only():
     assert Talk(start=False).session.broadcast(Refusal(1100, "lost")) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

@@ -20,7 +20,7 @@ US = [
 
 def find(sessions, day):
     (index,) = np.flatnonzero(sessions.day == (date.fromisoformat(day) - date(1970, 1, 1)).days)
-    return sessions.take(int(index), int(index) + 1)
+    return sessions.take(slice(int(index), int(index) + 1))
 
 
 def clock(seconds, day):
@@ -51,6 +51,12 @@ def test_forex_day_runs_from_quarter_past_five_to_five(day, opens, closes):
     negative = clock(row.open[0], day)
     minutes = -(int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()) - int(row.open[0])) // 60
     assert (f"-{-minutes // 60:02d}:{-minutes % 60:02d}", clock(row.close[0], day)) == (opens, closes), negative
+
+
+@pytest.mark.parametrize("day", ["2017-12-25", "2018-01-01", "2024-03-09"])
+def test_forex_rests_on_christmas_new_year_and_saturdays(day):
+    """No session ends on those days."""
+    assert (date.fromisoformat(day) - date(1970, 1, 1)).days not in forex_sessions().day
 
 
 def test_sessions_never_overlap():

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ktrdr_pipelines.adopt import read_foreign
 from ktrdr_pipelines.bars import Int64Array, empty_bars, latest_complete_open_s, opens_of, rules_for, validate_bars
-from ktrdr_pipelines.csvfile import (
+from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.series import Series, Window, require_utc
+from ktrdr_pipelines.store.adopt import read_foreign
+from ktrdr_pipelines.store.csvfile import (
     HEADER,
     MalformedFile,
     RowFault,
@@ -31,12 +33,10 @@ from ktrdr_pipelines.csvfile import (
     render_rows,
     scan_opens,
 )
-from ktrdr_pipelines.disk import Disk, FileState, SourceChanged, state_of
-from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.files import SeriesFiles, bad_rows, explained, fault_at, is_as_written, mark_of, opened
-from ktrdr_pipelines.intake import Adopted, Prepared, changing_all_the_time, settle
-from ktrdr_pipelines.series import Series, Window, require_utc
-from ktrdr_pipelines.sidecar import (
+from ktrdr_pipelines.store.disk import Disk, FileState, SourceChanged, state_of
+from ktrdr_pipelines.store.files import SeriesFiles, bad_rows, explained, fault_at, is_as_written, mark_of, opened
+from ktrdr_pipelines.store.intake import Adopted, Prepared, changing_all_the_time, settle
+from ktrdr_pipelines.store.sidecar import (
     HistoryStart,
     ProvenEmpty,
     Sidecar,
@@ -49,8 +49,8 @@ from ktrdr_pipelines.sidecar import (
     pin,
     withdraw_partitions,
 )
-from ktrdr_pipelines.splice import Spliced, mark_partitions, splice_bars, splice_nothing
-from ktrdr_pipelines.verify import Problem, verify_files
+from ktrdr_pipelines.store.splice import Spliced, mark_partitions, splice_bars, splice_nothing
+from ktrdr_pipelines.store.verify import Problem, verify_files
 
 _TRIES_AGAINST_EDITORS = 3
 

@@ -1,6 +1,6 @@
 """Reading a CSV that something else made: which columns, which way of writing time, which rows are good.
 
-Pure: bytes in, bars and the list of dropped rows out. `store.py` keeps the original and writes the result. Layouts seen in
+Pure: bytes in, bars and the list of dropped rows out. `series_store.py` keeps the original and writes the result. Layouts seen in
 the wild: ``ib_facts``, section 10, and issue 3. Read line by line with the standard csv module and not with
 pandas.read_csv, which guesses zones and number formats and cannot say which line was bad.
 """
@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars import COLUMNS, BarArrays, bars_from_columns, find_faults, rules_for
-from ktrdr_pipelines.csvfile import RowFault, parse_number
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.series import Series
+from ktrdr_pipelines.store.csvfile import RowFault, parse_number
 
 _STAMP_NAMES = ("timestamp", "datetime", "date", "time", "")
 """Headers over the stamps, best first. An empty one counts only over the first column (a pandas index)."""

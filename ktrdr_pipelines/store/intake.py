@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ktrdr_pipelines.adopt import read_foreign
 from ktrdr_pipelines.bars import rules_for
-from ktrdr_pipelines.csvfile import (
+from ktrdr_pipelines.errors import StoreError
+from ktrdr_pipelines.series import Series, require_utc
+from ktrdr_pipelines.store.adopt import read_foreign
+from ktrdr_pipelines.store.csvfile import (
     HEADER,
     MalformedFile,
     RowFault,
@@ -23,12 +25,10 @@ from ktrdr_pipelines.csvfile import (
     read_range,
     render_file,
 )
-from ktrdr_pipelines.disk import FileState, SourceChanged, keep_copy, replace_file, state_of
-from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.files import SeriesFiles, is_as_written, mark_of, opened
-from ktrdr_pipelines.series import Series, require_utc
-from ktrdr_pipelines.sidecar import FileMark, PartitionMark, Sidecar, UnreadableSidecar, withdraw_partitions
-from ktrdr_pipelines.splice import locate_partitions, mark_located
+from ktrdr_pipelines.store.disk import FileState, SourceChanged, keep_copy, replace_file, state_of
+from ktrdr_pipelines.store.files import SeriesFiles, is_as_written, mark_of, opened
+from ktrdr_pipelines.store.sidecar import FileMark, PartitionMark, Sidecar, UnreadableSidecar, withdraw_partitions
+from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The files of one data directory: their names, their locks, opening them, and turning refusals into clear errors.
 
-Shared by `store.py` (reads and writes) and `intake.py` (what others did to the files). What is in the files is described
+Shared by `series_store.py` (reads and writes) and `intake.py` (what others did to the files). What is in the files is described
 in `csvfile.py` and `sidecar.py`. Locks: filelock, which times out right and is free at once after kill -9
 (``dependency_facts``).
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ktrdr_pipelines.csvfile import RowFault, count_lines
-from ktrdr_pipelines.disk import Disk, FileState, explain_refusal, replace_file
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.series import Series
-from ktrdr_pipelines.sidecar import FileMark, Sidecar, parse_sidecar, render_sidecar
+from ktrdr_pipelines.store.csvfile import RowFault, count_lines
+from ktrdr_pipelines.store.disk import Disk, FileState, explain_refusal, replace_file
+from ktrdr_pipelines.store.sidecar import FileMark, Sidecar, parse_sidecar, render_sidecar
 
 
 class SeriesFiles:

@@ -1,7 +1,7 @@
 """Putting new rows into the middle of a large sorted CSV, and marking its partitions.
 
 Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `disk.Disk`; who
-may write, and what is remembered about it, is in `store.py`. Why not pandas or polars: reading, merging and writing a file of
+may write, and what is remembered about it, is in `series_store.py`. Why not pandas or polars: reading, merging and writing a file of
 two million rows takes them 1 to 12 s and 0.6 to 1 GB (``dependency_facts``; `benchmarks/bench_splice.py` measures it).
 """
 
@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars import COLUMNS, Rule, bars_from_columns, opens_of
-from ktrdr_pipelines.csvfile import (
+from ktrdr_pipelines.partitions import partition_at
+from ktrdr_pipelines.series import Timeframe, Window
+from ktrdr_pipelines.store.csvfile import (
     HEADER,
     MalformedFile,
     checksum,
@@ -28,10 +30,8 @@ from ktrdr_pipelines.csvfile import (
     render_rows,
     scan_opens,
 )
-from ktrdr_pipelines.disk import Disk, FileRange, FileState, replace_file, state_of
-from ktrdr_pipelines.partitions import partition_at
-from ktrdr_pipelines.series import Timeframe, Window
-from ktrdr_pipelines.sidecar import PartitionMark
+from ktrdr_pipelines.store.disk import Disk, FileRange, FileState, replace_file, state_of
+from ktrdr_pipelines.store.sidecar import PartitionMark
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ktrdr_pipelines.bars import rules_for
-from ktrdr_pipelines.csvfile import HEADER, MalformedFile, count_lines, first_and_last_open, parse_rows, read_range
-from ktrdr_pipelines.files import SeriesFiles, explained, fault_at, opened
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.series import Series, Window
-from ktrdr_pipelines.sidecar import PartitionMark, Sidecar, UnreadableSidecar
-from ktrdr_pipelines.splice import locate_partitions, mark_located
+from ktrdr_pipelines.store.csvfile import (
+    HEADER,
+    MalformedFile,
+    count_lines,
+    first_and_last_open,
+    parse_rows,
+    read_range,
+)
+from ktrdr_pipelines.store.files import SeriesFiles, explained, fault_at, opened
+from ktrdr_pipelines.store.sidecar import PartitionMark, Sidecar, UnreadableSidecar
+from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What is known about a CSV beside its bars: the sidecar's model, its JSON, and how knowledge is added or withdrawn.
 
 Pinned instrument, source, start of history, answered windows, proven-empty ranges, and per partition rows and checksum.
-Pure: `store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
+Pure: `series_store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
 withdrawn. See design, section 4.
 """
 

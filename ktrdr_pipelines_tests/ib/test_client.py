@@ -1,0 +1,661 @@
+"""The connection: every way it can fail to come about, every way an answer can go wrong, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ktrdr_pipelines.errors import (
+    BugError,
+    DataError,
+    GatewayUnreachable,
+    KtrdrError,
+    PacingError,
+    PermanentError,
+    RequestTimeout,
+    TransientError,
+)
+from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, columns_from_bars, read_error
+from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
+from ktrdr_pipelines.ib.codes import Hold
+from ktrdr_pipelines.ib.loop_thread import LoopThread
+from ktrdr_pipelines.ib.unreachable import describe_open_ports
+from ktrdr_pipelines.series import Instrument, forex, stock
+from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines_tests.ib.scripted_gateway import (
+    BAR,
+    CANCEL_HEAD,
+    CANCEL_HISTORY,
+    DETAILS,
+    HEAD,
+    HISTORY,
+    READY,
+    START,
+    TIME,
+    Fields,
+    ScriptedGateway,
+    bars,
+    error,
+)
+
+AAPL = stock("AAPL")
+END = datetime(2024, 3, 1, 21, tzinfo=UTC)
+NOON = datetime(2024, 3, 4, 17, tzinfo=UTC)
+NO_DATA = "Historical Market Data Service error message:HMDS query returned no data: AAPL@SMART Trades"
+
+
+def make_client(port: int, **options: Any) -> GatewayClient:
+    quick = {"connect_timeout_s": 5.0, "request_timeout_s": 5.0, "probe_timeout_s": 3.0}
+    return GatewayClient("127.0.0.1", port, 7, **{"ports": {}, "now": lambda: NOON, **quick, **options})
+
+
+def ask_bars(client: GatewayClient, instrument: Instrument = AAPL, **options: Any) -> RawBars:
+    wanted = {"end": END, "duration": "1 D", "bar_size": "1 hour", "intraday": True, "doing": "loading AAPL 1h"}
+    return client.historical_bars(instrument, **{**wanted, **options})
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < deadline, what
+        threading.Event().wait(0.01)
+
+
+def live_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith(("ib-gateway", "asyncio_"))}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Any:
+    """After every test of this file no thread of a connection is alive."""
+    before = live_threads()
+    yield
+    wait_until(lambda: not live_threads() - before, f"left behind: {live_threads() - before}")
+
+
+# -- connecting -----------------------------------------------------------------------------------------------------------
+
+
+def test_connecting_sends_only_the_handshake_and_the_probe() -> None:
+    """No account, position or order request goes out: start, and the question for the time."""
+    with ScriptedGateway() as gateway, make_client(gateway.port) as client:
+        assert client.account == "DU1234567"
+        assert [fields[0] for fields in gateway.received] == [START, TIME]
+        assert gateway.told(START)[0][2] == "7"
+
+
+@pytest.mark.parametrize(
+    ("ready", "account"),
+    [
+        (((9, 1, 1), (15, 1, "U7654321")), "U7654321"),
+        (((15, 1, "DF111,DU222,DU333,"), (9, 1, 50)), "DF111"),
+        ((error(-1, 2104, "Market data farm connection is OK:usfarm"), (15, 1, ",U1, U2"), (9, 1, 1)), "U1"),
+        ((error(-1, 321, "The API interface is currently in Read-Only mode."), *READY), "DU1234567"),
+        ((error(-1, 99999, "a notice nobody has heard of"), *READY), "DU1234567"),
+    ],
+)
+def test_greetings_of_other_gateways_are_understood(ready: tuple[Fields, ...], account: str) -> None:
+    """Order of the greeting, several accounts, stray commas and early notices do not matter."""
+    with ScriptedGateway(ready=ready) as gateway, make_client(gateway.port) as client:
+        assert client.account == account
+        assert client.is_connected
+
+
+@pytest.mark.parametrize("version", [157, 163, 165, 176, 187])
+def test_bars_arrive_from_every_server_version(version: int) -> None:
+    """A gateway of another version answers the same request with the same bars."""
+    answers = {HISTORY: lambda fields: [bars(fields[1], BAR)]}
+    with (
+        ScriptedGateway(answers, hello=(version, "20240301 12:00:00 EST")) as gateway,
+        make_client(gateway.port) as client,
+    ):
+        assert ask_bars(client).opens_s.tolist() == [1709303400]
+
+
+@pytest.mark.slow
+def test_a_slow_gateway_is_waited_for() -> None:
+    """A gateway that takes its time to greet is no failure while it stays within the time-out."""
+    late = threading.Event()
+    with ScriptedGateway(hello_after=late) as gateway:
+        threading.Timer(0.5, late.set).start()
+        with make_client(gateway.port) as client:
+            assert client.is_connected
+
+
+def test_client_id_in_use_is_known_at_once() -> None:
+    """326 raises ClientIdInUse long before the connect time-out, which is all the library offers, socket open or closed."""
+    refusal = error(-1, 326, "Unable to connect as the client id is already in use")
+    for ready in ((refusal,), (refusal, ("close",))):
+        with ScriptedGateway(ready=ready) as gateway:
+            begun = time.monotonic()
+            with pytest.raises(ClientIdInUse, match="client id 7") as caught:
+                make_client(gateway.port, connect_timeout_s=15.0).connect()
+            assert caught.value.code == 326
+            assert time.monotonic() - begun < 2
+            wait_until(lambda gateway=gateway: not gateway.open_sockets, "the socket stays open")
+
+
+def test_refused_connection_names_the_ports_that_answer(unused_port: int) -> None:
+    """Nobody at the port: IB_PORT is named, and which of the usual ports something answers at."""
+    with ScriptedGateway() as other:
+        ports = {unused_port: "TWS live", other.port: "IB Gateway paper"}
+        with pytest.raises(GatewayUnreachable) as caught:
+            make_client(unused_port, ports=ports).connect()
+    assert "connection refused" in str(caught.value)
+    assert f"{other.port} (IB Gateway paper): set IB_PORT" in str(caught.value)
+    assert f"ktrdr simulator --port {unused_port}" in str(caught.value)
+
+
+def test_no_usual_port_answers_is_said_too(unused_port: int) -> None:
+    """Where nothing answers at all, the sentence says so."""
+    assert describe_open_ports("127.0.0.1", skip=1, ports={unused_port: "TWS"}).startswith("None of IB's usual ports")
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "bad..host", "x" * 80])
+def test_unknown_host_names_the_setting(host: str) -> None:
+    """A host that no resolver knows, or that cannot be one, points at IB_HOST."""
+    client = make_client(4002)
+    client.host = host
+    with pytest.raises(GatewayUnreachable, match="IB_HOST"):
+        client.connect()
+
+
+@pytest.mark.slow
+def test_a_silent_server_ends_by_the_connect_time_out() -> None:
+    """Something that accepts and says nothing is given up after the time-out, and the advice names dialog and port."""
+    with (
+        ScriptedGateway(hello=None) as gateway,
+        pytest.raises(GatewayUnreachable, match=r"does not greet as a gateway within 0\.4 s.*dialog.*IB_PORT"),
+    ):
+        make_client(gateway.port, connect_timeout_s=0.4).connect()
+
+
+@pytest.mark.slow
+def test_a_greeting_that_stops_half_way_says_how_far_it_came() -> None:
+    """Version but no account list (a gateway before its login), with the last notice it gave."""
+    ready = (error(-1, 2110, "Connectivity between TWS and server is broken"), (9, 1, 1))
+    with (
+        ScriptedGateway(ready=ready) as gateway,
+        pytest.raises(GatewayUnreachable, match=r"server version 176.*it said: 2110 Connectivity"),
+    ):
+        make_client(gateway.port, connect_timeout_s=0.4).connect()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"hello": None, "raw_hello": b"HTTP/1.1 400 Bad Request\r\nConnection: keep-alive\r\n\r\n"},
+            "not as a gateway",
+        ),
+        ({"closes": True}, "closed the connection"),
+        ({"hello": (76, "20100101 12:00:00 EST")}, "version must be >= 972"),
+        ({"ready": (("close",),)}, "closed the connection"),
+        ({"ready": (error(-1, 504, "Not connected"),)}, "refused: Not connected"),
+    ],
+)
+def test_what_is_no_usable_gateway_is_known_at_once(options: dict[str, Any], words: str) -> None:
+    """A web server, a forwarded port with nobody behind it, an ancient gateway: told within moments, not after the time-out."""
+    with ScriptedGateway(**options) as gateway:
+        begun = time.monotonic()
+        with pytest.raises(GatewayUnreachable, match=words):
+            make_client(gateway.port, connect_timeout_s=15.0).connect()
+        assert time.monotonic() - begun < 3
+        wait_until(lambda: not gateway.open_sockets, "the socket stays open")
+
+
+@pytest.mark.slow
+def test_a_gateway_that_greets_and_hangs_is_found_by_the_probe() -> None:
+    """Connected is not alive: a gateway that does not tell the time is unreachable, and the socket is closed."""
+    with ScriptedGateway({TIME: lambda _: ()}) as gateway:
+        with pytest.raises(GatewayUnreachable, match="does not tell the time"):
+            make_client(gateway.port, probe_timeout_s=0.3).connect()
+        wait_until(lambda: not gateway.open_sockets, "the socket stays open")
+
+
+def test_closing_twice_connecting_twice_and_asking_after_the_end() -> None:
+    """close is harmless when repeated; a second connect is refused; a closed connection fails as a connection does."""
+    with ScriptedGateway() as gateway:
+        client = make_client(gateway.port)
+        client.close()
+        with client, pytest.raises(RuntimeError, match="already connected"):
+            client.connect()
+        client.close()
+        with pytest.raises(TransientError, match="connection is closed"):
+            ask_bars(client)
+        with pytest.raises(GatewayUnreachable):
+            client.probe()
+        assert client.account == ""
+        client.connect()
+        assert client.is_connected
+        client.close()
+        wait_until(lambda: not gateway.open_sockets, "the socket stays open")
+
+
+def test_an_exception_in_the_middle_leaves_nothing() -> None:
+    """The block's exit closes socket and thread, whatever the block raised."""
+    with ScriptedGateway() as gateway:
+        with pytest.raises(ZeroDivisionError), make_client(gateway.port) as client:
+            _ = 1 / (client.client_id - 7)
+        wait_until(lambda: not gateway.open_sockets, "the socket stays open")
+
+
+def test_closing_from_another_thread_ends_a_waiting_request() -> None:
+    """A request that waits while the connection is closed fails at once as a lost connection."""
+    with ScriptedGateway() as gateway, make_client(gateway.port) as client:
+        threading.Thread(target=lambda: (wait_until(lambda: bool(gateway.told(HISTORY)), ""), client.close())).start()
+        with pytest.raises(TransientError, match="was lost"):
+            ask_bars(client)
+
+
+def test_ctrl_c_cancels_the_request_on_the_wire() -> None:
+    """An interrupted wait ends at once and takes its request back; the connection is still good."""
+
+    def interrupt() -> None:
+        wait_until(lambda: bool(gateway.told(HISTORY)), "nothing was asked")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with ScriptedGateway() as gateway, make_client(gateway.port, request_timeout_s=30.0) as client:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            ask_bars(client)
+        wait_until(lambda: bool(gateway.told(CANCEL_HISTORY)), "not cancelled")
+        client.probe()
+
+
+def test_a_library_that_cannot_be_set_up_leaves_no_thread() -> None:
+    """What fails before the loop runs is raised where the connection was asked for; the fixture looks for the thread."""
+
+    def fail() -> None:
+        raise ImportError("no such library")
+
+    with pytest.raises(ImportError, match="no such library"):
+        LoopThread("ib-gateway-test", fail)
+
+
+# -- what goes out --------------------------------------------------------------------------------------------------------
+
+
+def test_bars_are_asked_in_epoch_seconds_with_an_end_in_utc() -> None:
+    """formatDate 2 and yyyymmdd-HH:MM:SS, whatever zone the end is given in; no end is IB's empty string."""
+    answers = {HISTORY: lambda fields: [bars(fields[1], BAR)]}
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
+        ask_bars(client, end=datetime(2024, 3, 1, 16, tzinfo=timezone(timedelta(hours=-5))))
+        ask_bars(client, end=None)
+        ask_bars(client, end=END + timedelta(microseconds=1))
+        with pytest.raises(ValueError, match="no time zone"):
+            ask_bars(client, end=datetime(2024, 3, 1, 16))  # noqa: DTZ001 - what must not pass
+    sent = gateway.told(HISTORY)
+    assert [fields[15] for fields in sent] == ["20240301-21:00:00", "", "20240301-21:00:01"]
+    # bar size, duration, regular hours, what to show, format of dates, keep up to date
+    assert [fields[16:22] for fields in sent] == [["1 hour", "1 D", "1", "TRADES", "2", "0"]] * 3
+
+
+def test_a_contract_goes_out_by_its_id_or_with_its_primary_exchange() -> None:
+    """Before it is pinned the primary exchange tells twins apart; a future asks for expired contracts too."""
+    answers = {HISTORY: lambda fields: [bars(fields[1], BAR)]}
+    future = Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", expiry="202412")
+    pinned = Instrument("AAPL", "STK", "SMART", "USD", primary_exchange="NASDAQ", con_id=265598)
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
+        for instrument in (stock("AAPL", primary_exchange="NASDAQ"), pinned, future):
+            ask_bars(client, instrument)
+    loose, tight, es = gateway.told(HISTORY)
+    assert (loose[2], loose[10]) == ("0", "NASDAQ")
+    assert (tight[2], tight[10]) == ("265598", "")
+    assert (es[5], es[14]) == ("202412", "1")
+
+
+# -- what comes back ------------------------------------------------------------------------------------------------------
+
+
+def test_bars_of_the_simulator_arrive(start_gateway: Callable[..., Any]) -> None:
+    """Intraday stamps are the opens in UTC; daily ones the session's date at midnight."""
+    gateway = start_gateway()
+    with make_client(gateway.port) as client:
+        hourly = ask_bars(client)
+        daily = ask_bars(client, bar_size="1 day", duration="5 D", intraday=False)
+        euro = ask_bars(client, forex("EURUSD"))
+    assert hourly.opens_s[0] == datetime(2024, 3, 1, 14, 30, tzinfo=UTC).timestamp()
+    assert len(hourly) == 7
+    assert daily.opens_s[-1] == datetime(2024, 3, 1, tzinfo=UTC).timestamp()
+    assert set(euro.volume) == {-1.0}
+    assert gateway.requests[0].end == "20240301-21:00:00"
+
+
+def test_proven_empty_comes_with_ibs_words() -> None:
+    """162 with "query returned no data" is an answer without bars; so is an answer that counts zero bars."""
+    replies = iter([lambda i: error(i, 162, NO_DATA), lambda i: bars(i)])
+    with (
+        ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway,
+        make_client(gateway.port) as client,
+    ):
+        assert ask_bars(client).no_data_text == NO_DATA
+        nothing = ask_bars(client)
+    assert len(nothing) == 0
+    assert nothing.no_data_text == "IB answered with 0 bars"
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "kind"),
+    [
+        (162, "Historical Market Data Service error message:Historical data request pacing violation", PacingError),
+        (162, "Historischer Marktdatendienst: die Abfrage ergab keine Daten", TransientError),
+        (162, "\\u5386\\u53f2\\u5e02\\u573a\\u6570\\u636e\\u670d\\u52a1", TransientError),
+        (162, "", TransientError),
+        (162, "API historical data query cancelled: 2", TransientError),
+        (162, "No market data permissions for NYSE STK", PermanentError),
+        (162, "Trading TWS session is connected from a different IP address", TransientError),
+        (162, "Historical Market Data Service error message:invalid step: 3 Z", BugError),
+        (200, "No security definition has been found for the request", PermanentError),
+        (321, "Error validating request.-'bP' : cause - duration", BugError),
+        (354, "Requested market data is not subscribed.", PermanentError),
+        (366, "No historical data query found for ticker id:2", TransientError),
+        (420, "Invalid Real-time Query: pacing violation", PacingError),
+        (504, "Not connected", GatewayUnreachable),
+        (10197, "No market data during competing live session", TransientError),
+        (77777, "something new", TransientError),
+    ],
+)
+def test_an_error_ends_its_request_as_the_table_says(code: int, text: str, kind: type[KtrdrError]) -> None:
+    """The right class with IB's code; never an empty answer; with and without the field for rejected orders."""
+    ways = iter(
+        [
+            lambda i: (4, 2, i, code, text),
+            lambda i: (4, 2, i, code, text, "", "1709303400000"),
+            lambda i: (4, 2, i, code, text, ""),
+        ]
+    )
+    with (
+        ScriptedGateway({HISTORY: lambda fields: [next(ways)(fields[1])]}) as gateway,
+        make_client(gateway.port) as client,
+    ):
+        for _ in range(3):
+            with pytest.raises(KtrdrError) as caught:
+                ask_bars(client)
+            assert type(caught.value) is kind
+            assert caught.value.code == code
+            assert caught.value.doing == "loading AAPL 1h"
+    assert gateway.told(CANCEL_HISTORY) == []
+
+
+def test_escaped_texts_are_shown_in_letters() -> None:
+    """What is not ASCII arrives as escapes and is read back."""
+    assert read_error(["4", "2", "3", "162", "Marktdaten f\\u00fcr"]) == (3, 162, "Marktdaten für")
+
+
+@pytest.mark.parametrize("code", [165, 2104, 2106, 2150, 2174, 2176, 10167])
+def test_warnings_with_a_request_id_do_not_end_it(code: int) -> None:
+    """A warning about a request leaves it running, and its bars arrive."""
+    answers = {HISTORY: lambda fields: [error(fields[1], code, "a warning"), bars(fields[1], BAR)]}
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
+        assert len(ask_bars(client)) == 1
+        assert client.notices[-1] == f"{code} a warning"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codes", [(1100, 1101), (1100, 1102), (1100,), (2105,), (165,)])
+def test_a_lost_link_ends_as_a_time_out_never_as_empty(codes: tuple[int, ...]) -> None:
+    """After 1100 and 1101 IB never answers: the request times out, says what was heard, and is cancelled on the wire."""
+    answers = {HISTORY: lambda _: [error(-1, code, f"notice {code}") for code in codes]}
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port, request_timeout_s=0.3) as client:
+        with pytest.raises(RequestTimeout, match=rf"no answer within 0\.3 s.*{codes[-1]} notice"):
+            ask_bars(client)
+        wait_until(lambda: bool(gateway.told(CANCEL_HISTORY)), "the request was not cancelled")
+    assert gateway.told(CANCEL_HISTORY)[0][2] == gateway.told(HISTORY)[0][1]
+
+
+@pytest.mark.parametrize("reply", [lambda i: error(i, 162, NO_DATA), lambda i: bars(i)])
+def test_no_data_is_not_believed_while_the_farm_is_down(reply: Callable[[str], Fields]) -> None:
+    """After 2105 "nothing there" is a failure that may be tried again; after 2106 it is an answer."""
+    with ScriptedGateway({HISTORY: lambda fields: [reply(fields[1])]}) as gateway, make_client(gateway.port) as client:
+        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        wait_until(lambda: Hold.HISTORY in client.holds, "2105 was not heard")
+        with pytest.raises(TransientError):
+            ask_bars(client)
+        gateway.say(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
+        wait_until(lambda: not client.holds, "2106 was not heard")
+        assert len(ask_bars(client)) == 0
+
+
+@pytest.mark.slow
+def test_late_bars_never_reach_a_later_request(start_gateway: Callable[..., Any]) -> None:
+    """A request that timed out is cancelled on the wire, and its bars, arriving then, belong to nobody."""
+    gateway = start_gateway([FaultRule("late", nth=(1,))])
+    with make_client(gateway.port, request_timeout_s=0.3) as client:
+        with pytest.raises(RequestTimeout):
+            ask_bars(client, duration="5 D")
+        wait_until(lambda: gateway.requests[-1].kind == "cancel", "not cancelled")
+        client.request_timeout_s = 5.0
+        assert len(ask_bars(client)) == 7
+        assert client._open == {}  # nothing grows with every failure
+
+
+def test_bars_of_another_request_are_not_taken() -> None:
+    """Bars and errors that name another request, before and after the right ones, change nothing."""
+    other = ("1709303400", "9", "9", "9", "9", "9", "9", "9")
+
+    def answer(fields: list[str]) -> list[Fields]:
+        right, wrong = fields[1], int(fields[1]) + 1000
+        return [bars(wrong, other), error(wrong, 162, NO_DATA), bars(right, BAR), error(right, 162, NO_DATA)]
+
+    with ScriptedGateway({HISTORY: answer}) as gateway, make_client(gateway.port) as client:
+        assert ask_bars(client).close.tolist() == [2.0]
+        assert ask_bars(client).close.tolist() == [2.0]
+
+
+def test_a_connection_dropped_in_the_middle_of_an_answer_is_transient(start_gateway: Callable[..., Any]) -> None:
+    """Half an answer is no answer."""
+    gateway = start_gateway([FaultRule("drop_after", after_bytes=150)])
+    with make_client(gateway.port) as client:
+        with pytest.raises(TransientError, match="was lost"):
+            ask_bars(client)
+        assert not client.is_connected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda i: (17, i, "start", "end", 2, *BAR),
+        lambda i: (17, i, "start", "end", 1, *BAR, *BAR),
+        lambda i: (17, i, "start", "end", 0, *BAR),
+        lambda i: (17, i, "start", "end", -1),
+        lambda i: (17, i, 1, "1709303400", "0", "2", "0", "1", "5", "1", "1"),
+        lambda i: (17, i, 0),
+        lambda i: (17, i, "start", "end", 1, *BAR[:1], "", *BAR[2:]),
+        lambda i: (17, i, "start", "end", 1, "20240301 09:30:00 No/Where", *BAR[1:]),
+        lambda i: (17, i, "start", "end", 1, "20240301  09:30:00", *BAR[1:]),
+        lambda i: (17, i, "start", "end", 1, "20240301", *BAR[1:]),
+        lambda i: (17, i, "start", "end", 1, "", *BAR[1:]),
+    ],
+)
+def test_an_answer_that_cannot_be_read_fails_at_once(answer: Callable[[str], Fields]) -> None:
+    """Wrong counts, newer layouts, stamps without a zone: an error with the rows, not a time-out, not fewer bars."""
+    with (
+        ScriptedGateway({HISTORY: lambda fields: [answer(fields[1])]}) as gateway,
+        make_client(gateway.port, request_timeout_s=60.0) as client,
+    ):
+        begun = time.monotonic()
+        with pytest.raises(DataError) as caught:
+            ask_bars(client)
+        assert time.monotonic() - begun < 5
+        assert caught.value.doing == "loading AAPL 1h"
+        assert client.is_connected
+
+
+def test_a_trailing_empty_field_is_no_bar() -> None:
+    """Nothing behind the bars is nothing, even if it is spelled out."""
+    check_bars_message([str(field) for field in (*bars(1, BAR), "")])
+
+
+# -- stamps ---------------------------------------------------------------------------------------------------------------
+
+
+def bar(stamp: object) -> SimpleNamespace:
+    return SimpleNamespace(date=stamp, open=1.0, high=2.0, low=0.5, close=1.5, volume=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "intraday"),
+    [
+        (datetime(2024, 3, 1, 14, 30), True),  # noqa: DTZ001 - what must not pass
+        (datetime(2024, 3, 1), False),  # noqa: DTZ001 - what must not pass
+        (datetime(2024, 3, 1, tzinfo=UTC).date(), True),
+        (datetime(2024, 3, 1, 14, 30, tzinfo=UTC), False),
+        (datetime(2024, 3, 1, tzinfo=timezone(timedelta(hours=-5))), False),
+        (datetime(2024, 3, 1, 14, 30, 0, 500000, tzinfo=UTC), True),
+        ("20240301", False),
+    ],
+)
+def test_stamps_that_would_have_to_be_guessed_are_refused(stamp: object, intraday: bool) -> None:
+    """Naive stamps, dates for intraday bars, times of day for daily ones, fractions of a second."""
+    with pytest.raises(DataError):
+        columns_from_bars([bar(stamp)], intraday=intraday)
+
+
+def test_columns_keep_order_and_repeats() -> None:
+    """Nothing is sorted, cut or dropped here, and any zone is turned into UTC."""
+    late, early = datetime(2024, 3, 1, 15, tzinfo=UTC), datetime(2024, 3, 1, 9, tzinfo=timezone(timedelta(hours=-5)))
+    columns = columns_from_bars([bar(late), bar(early), bar(late)], intraday=True)
+    assert columns.opens_s.tolist() == [1709305200, 1709301600, 1709305200]
+    assert columns.opens_s.dtype == np.int64
+    midnight = columns_from_bars([bar(datetime(2024, 3, 1, tzinfo=UTC).date())], intraday=False)
+    assert midnight.opens_s.tolist() == [1709251200]
+    assert len(columns_from_bars([], intraday=True)) == 0
+
+
+# -- contracts and the start of history -----------------------------------------------------------------------------------
+
+
+def test_contract_details_are_read(start_gateway: Callable[..., Any]) -> None:
+    """The fields that choose and describe a contract; an unknown one is an empty list."""
+    for version in (157, 163, 176):
+        gateway = start_gateway(server_version=version)
+        with make_client(gateway.port) as client:
+            (found,) = client.contract_details(AAPL)
+            assert (found.symbol, found.sec_type, found.currency) == ("AAPL", "STK", "USD")
+            assert found.con_id > 0
+            assert found.time_zone == "America/New_York"
+            assert client.contract_details(stock("NOSUCH")) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "now", "kind"),
+    [
+        (200, "The contract description specified for X is ambiguous", NOON, PermanentError),
+        (200, "No security definition", datetime(2024, 3, 5, 5, 0, tzinfo=UTC), TransientError),
+        (321, "Error validating request", NOON, BugError),
+        (162, NO_DATA, NOON, PermanentError),
+    ],
+)
+def test_a_failed_look_up_is_no_unknown_contract(code: int, text: str, now: datetime, kind: type[KtrdrError]) -> None:
+    """Only a plain 200 means that there is none: not "ambiguous", and not during the nightly reset."""
+    with (
+        ScriptedGateway({DETAILS: lambda fields: [error(fields[2], code, text)]}) as gateway,
+        make_client(gateway.port, now=lambda: now) as client,
+    ):
+        with pytest.raises(kind) as caught:
+            client.contract_details(AAPL)
+        assert caught.value.code == code
+
+
+def test_contract_details_that_cannot_be_read_fail_at_once() -> None:
+    """A layout that is not understood is an error, not a time-out."""
+    with (
+        ScriptedGateway({DETAILS: lambda fields: [(10, fields[2], "AAPL")]}) as gateway,
+        make_client(gateway.port) as client,
+        pytest.raises(DataError, match="cannot be read"),
+    ):
+        client.contract_details(AAPL)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("345479400", datetime(1980, 12, 12, 14, 30, tzinfo=UTC)),
+        ("19801212-14:30:00", datetime(1980, 12, 12, 14, 30, tzinfo=UTC)),
+        ("19801212 09:30:00 US/Eastern", datetime(1980, 12, 12, 14, 30, tzinfo=UTC)),
+        ("19801212", datetime(1980, 12, 12, tzinfo=UTC)),
+        ("-239327400", None),
+        ("", None),
+        ("soon", None),
+    ],
+)
+def test_head_timestamps_are_hints_in_any_spelling(text: str, expected: datetime | None) -> None:
+    """Epoch seconds, words or a date; what is no time is no hint and no failure. Always cancelled after use."""
+    with (
+        ScriptedGateway({HEAD: lambda fields: [(88, fields[1], text)]}) as gateway,
+        make_client(gateway.port) as client,
+    ):
+        assert client.head_timestamp(AAPL) == expected
+        if expected is not None:
+            wait_until(lambda: bool(gateway.told(CANCEL_HEAD)), "not cancelled")
+            assert gateway.told(CANCEL_HEAD)[0][1] == gateway.told(HEAD)[0][1]
+    assert gateway.told(HEAD)[0][17] == "2"
+
+
+@pytest.mark.slow
+def test_head_timestamp_without_an_answer_is_a_failure_and_a_refusal_is_no_hint() -> None:
+    """No answer: RequestTimeout and a cancel. "No head time stamp": None. Pacing: raised."""
+    replies = iter(
+        [
+            lambda i: [error(i, 162, "Historical Market Data Service error message:No head time stamp"), (88, i, "1")],
+            lambda i: [error(i, 162, NO_DATA)],
+            lambda i: [error(i, 162, "pacing violation")],
+            lambda i: [],
+        ]
+    )
+    with (
+        ScriptedGateway({HEAD: lambda fields: next(replies)(fields[1])}) as gateway,
+        make_client(gateway.port) as client,
+    ):
+        with pytest.raises(TransientError):
+            client.head_timestamp(AAPL)
+        assert client.head_timestamp(AAPL) is None
+        with pytest.raises(PacingError):
+            client.head_timestamp(AAPL)
+        with pytest.raises(RequestTimeout):
+            client.head_timestamp(AAPL, timeout_s=0.3)
+        wait_until(lambda: bool(gateway.told(CANCEL_HEAD)), "not cancelled")
+
+
+def test_what_may_not_be_sent_is_not_sent() -> None:
+    """If ``on_sent`` raises (the ledger takes its leave back), nothing goes out and nothing is cancelled."""
+
+    def refuse() -> None:
+        raise TransientError("leave to send was not used in time")
+
+    with ScriptedGateway() as gateway, make_client(gateway.port) as client:
+        with pytest.raises(TransientError, match="leave to send"):
+            ask_bars(client, on_sent=refuse)
+        client.probe()
+        assert gateway.told(HISTORY) == gateway.told(CANCEL_HISTORY) == []
+
+
+@pytest.mark.slow
+def test_a_port_that_swallows_packets_is_given_up() -> None:
+    """A port that neither accepts nor refuses is no gateway after the time-out, and is not said to accept connections."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        fillers = []
+        try:
+            for _ in range(8):
+                filler = socket.socket()
+                filler.setblocking(False)
+                filler.connect_ex(address)
+                fillers.append(filler)
+            with pytest.raises(GatewayUnreachable, match="no gateway at"):
+                make_client(address[1], connect_timeout_s=0.4).connect()
+        finally:
+            for filler in fillers:
+                filler.close()

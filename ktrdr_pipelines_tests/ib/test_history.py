@@ -1,0 +1,421 @@
+"""Asking as IB wants to be asked: retries on schedule, one budget, one lease, and a new connection when the old one is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktrdr_pipelines.errors import (
+    BugError,
+    DataError,
+    GatewayUnreachable,
+    InputError,
+    KtrdrError,
+    PacingError,
+    PermanentError,
+    RequestTimeout,
+    TransientError,
+)
+from ktrdr_pipelines.ib.clock import Reading
+from ktrdr_pipelines.ib.history import HOLD_PATIENCE_S, GatewayAddress, IBHistory, Waiting
+from ktrdr_pipelines.ib.leases import ClientIds, in_use, lease_client_id
+from ktrdr_pipelines.ib.ledger import open_ledger
+from ktrdr_pipelines.plan import Request
+from ktrdr_pipelines.series import TIMEFRAMES, Duration, Instrument, Series, Window, stock
+from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines.simulator.server import run_in_thread
+from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, TIME, ScriptedGateway, bars, error
+
+SERIES = Series(stock("AAPL"), TIMEFRAMES["1h"])
+START, END = datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 3, 1, 21, tzinfo=UTC)
+REQUEST = Request(Window(START, END), END, Duration(1, "D"))
+PACING = "Historical Market Data Service error message:Historical data request pacing violation"
+
+
+class FakeTime:
+    """A clock for the ledger that only the injected sleep moves; remembers the sleeps longer than the ledger's own polls."""
+
+    def __init__(self) -> None:
+        self.wall_s = 1_700_000_000.0
+        self.long_sleeps: list[float] = []
+        self.on_sleep: Callable[[float], None] = lambda _: None
+
+    def now_s(self) -> float:
+        return self.wall_s
+
+    def read(self) -> Reading:
+        return Reading(self.wall_s, self.wall_s - 1_600_000_000, "boot")
+
+    def sleep(self, seconds: float) -> None:
+        self.wall_s += seconds
+        if seconds > 1:
+            self.long_sleeps.append(seconds)
+        self.on_sleep(seconds)
+
+
+class Bench:
+    """Makes histories that share a state directory and a fake clock; closes them with the test."""
+
+    def __init__(self, where: Path, running: ExitStack) -> None:
+        self.where = where
+        self.running = running
+        self.time = FakeTime()
+        self.waits: list[Waiting] = []
+
+    def connect_to(self, port: int, **options: Any) -> IBHistory:
+        quick = {"connect_timeout_s": 5.0, "request_timeout_s": 5.0, "probe_timeout_s": 3.0}
+        address = GatewayAddress("127.0.0.1", port, state_dir=self.where, **{**quick, **options})
+        history = IBHistory(address, self.waits.append, self.time.sleep, clock=self.time)
+        return self.running.enter_context(history)
+
+    def leased(self, port: int) -> list[int]:
+        return [lease.client_id for lease in in_use(self.lease_dir(port))]
+
+    def lease_dir(self, port: int) -> Path:
+        return self.where / "ib" / f"client_ids_127_0_0_1_{port}"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as running:
+        yield Bench(tmp_path, running)
+
+
+def refusing(code: int, text: str = "something") -> FaultRule:
+    return FaultRule("error", code=code, text=text)
+
+
+# -- retries --------------------------------------------------------------------------------------------------------------
+
+
+def test_transient_errors_are_retried_after_15_30_and_60_seconds(bench: Bench, start_gateway: Any) -> None:
+    """Three retries on the specification's schedule; the error after giving up lists what was tried, once each."""
+    faults = [
+        FaultRule("error", code=162, text=text, nth=(n,)) for n, text in enumerate(["odd", "odd", "new", "end"], 1)
+    ]
+    gateway = start_gateway(faults)
+    history = bench.connect_to(gateway.port)
+    with pytest.raises(TransientError) as caught:
+        history.fetch(SERIES, REQUEST)
+    assert bench.time.long_sleeps == [15.0, 30.0, 60.0]
+    assert (history.retries, history.requests_made, len(gateway.requests)) == (3, 4, 4)
+    assert caught.value.code == 162
+    text = str(caught.value)
+    assert "given up after 4 tries" in text
+    assert text.count("odd") == text.count("new") == text.count("end") == 1
+    assert caught.value.doing == f"loading AAPL 1h {REQUEST.window}"
+    assert [wait.seconds for wait in bench.waits if wait.reason.startswith("retry")] == [15.0, 30.0, 60.0]
+
+
+def test_a_retry_that_works_is_told_in_the_counts_only(bench: Bench, start_gateway: Any) -> None:
+    """Two failures and then bars: the bars, two retries, three requests."""
+    gateway = start_gateway([FaultRule("error", nth=(1, 2))])
+    history = bench.connect_to(gateway.port)
+    assert len(history.fetch(SERIES, REQUEST)) == 7
+    assert (history.retries, history.requests_made) == (2, 3)
+    assert bench.time.long_sleeps == [15.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (refusing(200), PermanentError),
+        (refusing(354), PermanentError),
+        (refusing(162, "No market data permissions for NYSE STK"), PermanentError),
+        (refusing(321), BugError),
+    ],
+)
+def test_what_will_fail_again_is_not_tried_again(
+    bench: Bench, start_gateway: Any, fault: FaultRule, kind: type[KtrdrError]
+) -> None:
+    """Permanent refusals and our own bugs: one request, no wait."""
+    gateway = start_gateway([fault])
+    history = bench.connect_to(gateway.port)
+    with pytest.raises(kind) as caught:
+        history.fetch(SERIES, REQUEST)
+    assert type(caught.value) is kind
+    assert (history.retries, len(gateway.requests), bench.time.long_sleeps) == (0, 1, [])
+    assert "given up" not in str(caught.value)
+
+
+def test_bars_that_cannot_be_read_are_not_asked_again(bench: Bench) -> None:
+    """A broken answer is a DataError after one request."""
+    answers = {HISTORY: lambda fields: [bars(fields[1], ("20240301 09:30:00", *BAR[1:]))]}
+    with ScriptedGateway(answers) as gateway:
+        history = bench.connect_to(gateway.port)
+        with pytest.raises(DataError):
+            history.fetch(SERIES, REQUEST)
+        assert len(gateway.told(HISTORY)) == 1
+        history.close()
+
+
+def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -> None:
+    """One process is told that it asks too fast; the ledger, as every other process opens it, holds all of them."""
+    gateway = start_gateway([FaultRule("pacing", nth=(1,))])
+    history = bench.connect_to(gateway.port, retry_waits_s=())
+    with pytest.raises(PacingError):
+        history.fetch(SERIES, REQUEST)
+    other = open_ledger(bench.where / "ib", history.address.login, bench.time)
+    assert "pacing" in other.snapshot().holds[0].reason
+    other.close()
+    before_s = bench.time.wall_s
+    assert len(bench.connect_to(gateway.port).fetch(SERIES, REQUEST)) == 7
+    assert bench.time.wall_s - before_s >= 15
+
+
+def test_nobody_home_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
+    """A gateway that is not running is told now, not after 105 seconds, and no lease stays behind."""
+    history = bench.connect_to(unused_port)
+    for call in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(stock("AAPL")), history.connect):
+        with pytest.raises(GatewayUnreachable, match="connection refused"):
+            call()
+    assert (bench.time.long_sleeps, history.requests_made, bench.leased(unused_port)) == ([], 0, [])
+
+
+# -- connections that break -----------------------------------------------------------------------------------------------
+
+
+def test_a_dropped_connection_is_made_again_for_the_retry(bench: Bench, start_gateway: Any) -> None:
+    """Half an answer, then nothing: transient, and the retry comes over a new connection."""
+    gateway = start_gateway([FaultRule("drop_after", after_bytes=150, nth=(1,))])
+    history = bench.connect_to(gateway.port)
+    assert len(history.fetch(SERIES, REQUEST)) == 7
+    assert (history.retries, bench.time.long_sleeps) == (1, [15.0])
+    assert len(bench.leased(gateway.port)) == 1
+
+
+def test_a_gateway_that_goes_and_comes_back_is_waited_for(bench: Bench) -> None:
+    """Once there was a connection, an unreachable gateway is worth all retries; back again, the load goes on."""
+    gateway = run_in_thread(SyntheticMarket(), judge=False)
+    with ExitStack() as running:
+        running.enter_context(gateway)
+        port = gateway.port
+        history = bench.connect_to(port)
+        history.pin(stock("AAPL"))
+        gateway.stop()
+
+        def come_back(seconds: float) -> None:
+            if seconds == 30.0:
+                running.enter_context(run_in_thread(SyntheticMarket(), judge=False, port=port))
+
+        bench.time.on_sleep = come_back
+        assert len(history.fetch(SERIES, REQUEST)) == 7
+        assert bench.time.long_sleeps == [15.0, 30.0]
+        history.close()
+
+
+@pytest.mark.slow
+def test_after_a_time_out_a_dead_connection_is_found_out_before_the_retry(bench: Bench) -> None:
+    """A gateway that stopped answering is asked for the time before it is given another request, and connected to anew."""
+    alive = [True]
+
+    def on_history(fields: list[str]) -> list[Any]:
+        alive[0] = not alive[0]
+        return [bars(fields[1], BAR)] if alive[0] else []
+
+    def on_time(_: list[str]) -> list[Any]:
+        return [(49, 1, int(time.time()))] if alive[0] or gateway.connections == 2 else []
+
+    with ScriptedGateway({HISTORY: on_history, TIME: on_time}) as gateway:
+        history = bench.connect_to(gateway.port, request_timeout_s=0.3, probe_timeout_s=0.3)
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert (gateway.connections, len(gateway.told(HISTORY)), history.retries) == (2, 2, 1)
+        history.close()
+
+
+@pytest.mark.slow
+def test_requests_that_time_out_are_given_up_as_failures(bench: Bench, start_gateway: Any) -> None:
+    """Silence is never "no data": four requests, four cancels, RequestTimeout."""
+    gateway = start_gateway([FaultRule("silent")])
+    history = bench.connect_to(gateway.port, request_timeout_s=0.2)
+    with pytest.raises(RequestTimeout, match="given up after 4 tries"):
+        history.fetch(SERIES, REQUEST)
+    assert [record.kind for record in gateway.requests] == ["history", "cancel"] * 4
+
+
+def test_requests_are_held_while_the_history_farm_is_down(bench: Bench) -> None:
+    """After 2105 nothing is sent until 2106; the person is told once why nothing happens."""
+    slept: list[float] = []
+
+    def recover(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 5:
+            gateway.say(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
+        if len(slept) >= 5:
+            client.probe()  # whatever was said before is heard now
+
+    answers = {HISTORY: lambda fields: [bars(fields[1], BAR)]}
+    with ScriptedGateway(answers) as gateway:
+        history = bench.connect_to(gateway.port)
+        client = history.connect()
+        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        client.probe()
+        bench.time.on_sleep = recover
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert slept == [1.0] * 5
+        assert [wait.reason for wait in bench.waits] == ["the gateway says it is down: history farm"]
+        history.close()
+
+
+def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
+    """A notice that is never taken back delays a load once, not every request; bars are taken, "no data" is not."""
+    no_data = "HMDS query returned no data: AAPL"
+    replies = iter([lambda i: bars(i, BAR), lambda i: error(i, 162, no_data)])
+    with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
+        history = bench.connect_to(gateway.port, retry_waits_s=())
+        client = history.connect()
+        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        client.probe()
+        begun_s = bench.time.wall_s
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert HOLD_PATIENCE_S <= bench.time.wall_s - begun_s < HOLD_PATIENCE_S + 20
+        middle_s = bench.time.wall_s
+        with pytest.raises(TransientError, match="while a farm is down"):
+            history.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
+        assert bench.time.wall_s - middle_s < 5
+        history.close()
+
+
+def test_an_idle_connection_is_asked_before_it_is_trusted(bench: Bench, start_gateway: Any) -> None:
+    """A connection that went away while nobody used it costs no retry: it is made anew before the request."""
+    gateway = start_gateway()
+    history = bench.connect_to(gateway.port)
+    first = history.connect()
+    assert history.connect() is first
+    gateway.call(gateway.server.disconnect_clients)
+    deadline = time.monotonic() + 5
+    while first.is_connected:
+        assert time.monotonic() < deadline
+    assert len(history.fetch(SERIES, REQUEST)) == 7
+    assert history.retries == 0
+
+
+# -- client ids -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_id_of_another_program_is_passed_over(bench: Bench, start_gateway: Any, tmp_path: Path) -> None:
+    """326 takes the next id at once; each history has its own; all leases end with their connection."""
+    gateway = start_gateway()
+    stranger = Bench(tmp_path / "other program", bench.running).connect_to(gateway.port)
+    stranger.connect()
+    begun = time.monotonic()
+    ours, second = bench.connect_to(gateway.port), bench.connect_to(gateway.port)
+    daemon = bench.connect_to(gateway.port, client_ids=ClientIds.DAEMON)
+    wished = bench.connect_to(gateway.port, client_id=77)
+    ids = [history.connect().client_id for history in (stranger, ours, second, daemon, wished)]
+    assert ids == [1, 2, 3, 200, 77]
+    assert time.monotonic() - begun < 3
+    assert bench.leased(gateway.port) == [2, 3, 77, 200]
+    for history in (ours, second, daemon, wished):
+        history.close()
+        history.close()
+    assert bench.leased(gateway.port) == []
+
+
+def test_leases_end_on_every_path(bench: Bench, start_gateway: Any) -> None:
+    """After an exception in the block, and after a request that failed: the id can be leased again, the gateway has it free."""
+    gateway = start_gateway([refusing(200)])
+    with pytest.raises(PermanentError), bench.connect_to(gateway.port) as history:
+        history.fetch(SERIES, REQUEST)
+    with pytest.raises(ZeroDivisionError), bench.connect_to(gateway.port) as history:
+        _ = 1 / (history.connect().client_id - 1)
+    assert bench.leased(gateway.port) == []
+    with lease_client_id(ClientIds.PERSON, bench.lease_dir(gateway.port)) as lease:
+        assert lease.client_id == 1
+    deadline = time.monotonic() + 5
+    while gateway.server.gateway.client_ids:
+        assert time.monotonic() < deadline, "the gateway still knows the client"
+
+
+@pytest.mark.slow
+def test_when_every_id_is_taken_it_says_so(bench: Bench) -> None:
+    """A gateway that refuses every id: each is tried once and quickly, then the range is named."""
+    refused = ScriptedGateway(
+        ready=(error(-1, 326, "Unable to connect as the client id is already in use"), ("close",))
+    )
+    with refused as gateway:
+        history = bench.connect_to(gateway.port, retry_waits_s=(), client_ids=ClientIds.PERSON)
+        with pytest.raises(TransientError, match="all client ids from 1 to 50 are in use"):
+            history.connect()
+        assert gateway.connections == 50
+        assert bench.leased(gateway.port) == []
+
+
+# -- what is counted and remembered ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("account", "source"),
+    [
+        ("SIM0000001", "simulator"),
+        ("DU1234567", "paper"),
+        ("DF7654321", "paper"),
+        ("U1234567", "live"),
+        ("F99", "live"),
+    ],
+)
+def test_the_source_follows_the_account(bench: Bench, account: str, source: str) -> None:
+    """Simulator, paper and live are told apart by the account id, which no setting can get wrong."""
+    with ScriptedGateway(ready=((15, 1, f"{account},"), (9, 1, 1))) as gateway:
+        history = bench.connect_to(gateway.port)
+        history.connect()
+        assert history.source == source
+        history.close()
+
+
+def test_the_start_of_history_is_asked_once(bench: Bench, start_gateway: Any) -> None:
+    """It counts as a history request, so the answer is kept; no answer is kept of a failure."""
+    gateway = start_gateway([FaultRule("error", on="head", nth=(1,), code=162, text="odd")])
+    history = bench.connect_to(gateway.port, retry_waits_s=())
+    with pytest.raises(TransientError):
+        history.find_head(stock("AAPL"))
+    head = history.find_head(stock("AAPL"))
+    assert head is not None
+    assert history.find_head(stock("AAPL")) == head
+    assert history.requests_made == 2
+    assert [record.kind for record in gateway.requests] == ["head", "head"]
+
+
+def test_contract_look_ups_are_kept_and_not_counted(bench: Bench, start_gateway: Any) -> None:
+    """A contract is looked up once, costs nothing of the budget, and a conId decides even if the rest is equal."""
+    gateway = start_gateway()
+    history = bench.connect_to(gateway.port)
+    pinned = history.pin(stock("AAPL"))
+    assert history.pin(stock("AAPL")) is pinned
+    assert (history.requests_made, pinned.time_zone) == (0, "America/New_York")
+    other = Instrument("AAPL", "STK", "SMART", "USD", con_id=pinned.con_id + 987654)
+    with pytest.raises(PermanentError, match="looking up AAPL"):
+        history.pin(other)
+
+
+def test_discovery_tries_a_pair_and_then_a_stock(bench: Bench, start_gateway: Any) -> None:
+    """CASH first, STK second, in IB's own words what was tried, and no guess for what is no symbol."""
+    gateway = start_gateway()
+    history = bench.connect_to(gateway.port)
+    euro, apple = history.discover("eur.usd"), history.discover("aapl")
+    assert (euro.sec_type, euro.symbol, apple.sec_type) == ("CASH", "EURUSD", "STK")
+    assert min(euro.con_id, apple.con_id) > 0
+    with pytest.raises(PermanentError, match="tried as CASH XXX ZZZ, STK XXXZZZ USD"):
+        history.discover("XXXZZZ")
+    with pytest.raises(InputError):
+        history.discover("../etc")
+
+
+def test_no_request_goes_out_unpaced(bench: Bench, start_gateway: Any) -> None:
+    """Nine requests of one contract: never six in two seconds, and what waited is counted."""
+    gateway = start_gateway()
+    history = bench.connect_to(gateway.port)
+    for days in range(1, 10):
+        history.fetch(SERIES, Request(REQUEST.window, END, Duration(days, "D")))
+    assert history.requests_made == len(gateway.requests) == 9
+    assert history.pacing_wait_s == pytest.approx(2.5, abs=0.6)
+    assert [wait.reason for wait in bench.waits] == [
+        "pacing: fewer than six requests for one contract within 2 seconds"
+    ]
