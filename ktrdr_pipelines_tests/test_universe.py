@@ -1,0 +1,100 @@
+"""The universe file: read, refused with a reason, added to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.series import TIMEFRAMES, Hours, Instrument, Series, forex, stock
+from ktrdr_pipelines.universe import DEFAULT_UNIVERSE, add_series, entry_for, parse_universe, read_universe
+
+
+def test_without_a_file_there_is_a_small_default(tmp_path: Path) -> None:
+    """Five instruments at four timeframes."""
+    assert len(list(read_universe(tmp_path / "universe.yaml"))) == 20
+
+
+def test_what_an_entry_leaves_out_takes_the_defaults_of_its_kind() -> None:
+    """Stocks: SMART, USD, TRADES, regular hours. Pairs: IDEALPRO, MIDPOINT, all hours."""
+    universe = parse_universe(
+        "series:\n- {symbol: AAPL, timeframes: [1h], hours: extended}\n- {symbol: EUR.USD, sec_type: CASH, timeframes: [1M]}\n"
+    )
+    first, second = list(universe)
+    assert first == Series(stock("AAPL", hours=Hours.EXTENDED), TIMEFRAMES["1h"])
+    assert second == Series(forex("EURUSD"), TIMEFRAMES["1mo"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("series: [", "not YAML at line"),
+        ("series:\n- {symbol: AAPL, timeframes: [7m]}", "unknown timeframe '7m'"),
+        ("series:\n- {symbol: AAPL, timeframes: []}", "timeframes"),
+        ("series:\n- {symbol: AAPL}", "timeframes"),
+        ("series:\n- {symbol: AAPL, timeframes: [1h], colour: red}", "colour"),
+        (
+            "series:\n- {symbol: AAPL, timeframes: [1h, 1d]}\n- {symbol: AAPL, timeframes: [1d]}",
+            "AAPL 1d is listed twice",
+        ),
+        ("series:\n- {symbol: AAPL, timeframes: [1mo, 1M]}", "listed twice"),
+        ("series:\n- {symbol: ../x, timeframes: [1h]}", "is not a symbol"),
+        ("series:\n- {symbol: ESZ4, sec_type: FUT, timeframes: [1h]}", "needs an exchange"),
+        ("- AAPL", "top level"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused_with_the_place(text: str, words: str) -> None:
+    """One error that names the file, the place and the reason."""
+    with pytest.raises(InputError) as caught:
+        parse_universe(text, "data/universe.yaml")
+    assert words in str(caught.value)
+    assert "data/universe.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "instrument",
+    [
+        stock("TSLA"),
+        stock("SAP", exchange="IBIS", currency="EUR"),
+        stock("BRK B", primary_exchange="NYSE", hours=Hours.EXTENDED),
+        forex("USDJPY"),
+        Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", expiry="202412", hours=Hours.EXTENDED),
+        Instrument("BTC", "CRYPTO", "PAXOS", "USD", what_to_show="AGGTRADES", hours=Hours.EXTENDED, con_id=479624278),
+    ],
+)
+def test_an_added_series_is_read_back_as_it_was(tmp_path: Path, instrument: Instrument) -> None:
+    """Adding writes an entry that means the same instrument, keeps the others, and adding again changes nothing."""
+    path = tmp_path / "data" / "universe.yaml"
+    series = Series(instrument, TIMEFRAMES["1h"])
+    add_series(path, series)
+    text = path.read_text()
+    assert series in set(read_universe(path))
+    assert set(DEFAULT_UNIVERSE) <= set(read_universe(path))
+    found = read_universe(path).find(instrument.symbol, TIMEFRAMES["1h"])
+    assert found is not None
+    assert found.instrument.con_id == instrument.con_id
+    add_series(path, series)
+    assert path.read_text() == text
+
+
+def test_a_new_timeframe_joins_the_instruments_entry(tmp_path: Path) -> None:
+    """One entry per instrument, its timeframes in order of length."""
+    path = tmp_path / "universe.yaml"
+    add_series(path, Series(stock("AAPL"), TIMEFRAMES["15m"]))
+    (entry,) = [e for e in read_universe(path).entries if e.symbol == "AAPL"]
+    assert entry.timeframes == ["1m", "5m", "15m", "1h", "1d"]
+
+
+def test_symbols_are_found_as_people_type_them() -> None:
+    """Lower case, and pairs with a dot or a slash."""
+    for typed in ("eurusd", "EUR.USD", "eur/usd"):
+        found = DEFAULT_UNIVERSE.find_instrument(typed)
+        assert found == forex("EURUSD")
+    assert DEFAULT_UNIVERSE.find_instrument("NOSUCH") is None
+
+
+def test_an_entry_says_only_what_is_particular() -> None:
+    """A plain US stock needs a symbol and timeframes."""
+    entry = entry_for(stock("AAPL"), ["1h"])
+    assert entry.model_dump(exclude_defaults=True, exclude_none=True) == {"symbol": "AAPL", "timeframes": ["1h"]}
