@@ -13,6 +13,7 @@ how IB is asked (pacing, retries, connection) in `ib/history.py`. Here is only t
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, TransientError
+from ktrdr_pipelines.modes import Held
 from ktrdr_pipelines.partitions import Partition, partitions_in
 from ktrdr_pipelines.plan import Request, find_gaps, missing_bars, plan_requests, refetch_requests
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
@@ -105,6 +107,7 @@ class Load:
         self._head: datetime | None = None
         self._head_is_asked = False
         self._reported: set[str] = set()
+        self._history_start_is_new = False
         self.report = LoadReport(series, window, merged_file=str(store.csv_path(series)))
 
     def run(self) -> Iterator[Event]:
@@ -179,8 +182,13 @@ class Load:
         return self._expected.take(np.flatnonzero(wanted))
 
     def _report_touched(self, request: Request, rows: int, partitions: Sequence[Partition]) -> Iterator[Event]:
-        """Report the partitions that ``request`` completed, and those complete before whose bars it changed."""
-        for partition in partitions:
+        """Report the partitions that ``request`` completed, and those complete before whose bars it changed; all that are
+        still open when it showed where history starts."""
+        first = bisect_right(partitions, request.window.start, key=lambda p: p.window.end)
+        last = bisect_left(partitions, request.window.end, key=lambda p: p.window.start)
+        if self._history_start_is_new:
+            self._history_start_is_new, first = False, 0
+        for partition in partitions[first:last]:
             common = partition.window.intersect(request.window)
             if rows and common is not None and len(_inside(self._expected, common)):
                 self._reported.discard(partition.key)
@@ -395,6 +403,7 @@ class Load:
         known_by = f"nothing right before it, and IB's head timestamp is {format_instant(self._head)}"
         self._store.note(self._series, now=self._now(), history_start=HistoryStart(open=start, known_by=known_by))
         self._is_missing[: len(before)] = False
+        self._history_start_is_new = True
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -410,6 +419,14 @@ class Load:
         self.report.missing_bars = int(self._is_missing[self._indexes(self.window)].sum())
         if self.report.failures:
             self.report.status = "partial" if self.report.segments_fetched else "failed"
+
+
+def find_held(store: Store, series: Series) -> Held | None:
+    """First and last bar that the store holds of ``series``; None without a CSV or without a row in it."""
+    extent = store.extent(series)
+    if extent is None:
+        return None
+    return Held(datetime.fromtimestamp(extent.first_open_s, UTC), datetime.fromtimestamp(extent.last_open_s, UTC))
 
 
 def _concerns_all(error: KtrdrError) -> bool:

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 
 from ktrdr_pipelines.discovery import estimate_history_start, find_series
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.modes import Held, Mode, needs_history_start, resolve_window
+from ktrdr_pipelines.load import find_held
+from ktrdr_pipelines.modes import Mode, needs_history_start, resolve_window
 from ktrdr_pipelines.orchestration.door import Door
 from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
@@ -64,12 +65,7 @@ def load_series(
     with IBHistory(address, on_wait=progress.show_wait) as history:
         series = find_series(symbol, wanted_timeframe, universe, settings.universe_path, history)
         store = Store(settings.data_dir)
-        extent = store.extent(series)
-        held = (
-            Held(datetime.fromtimestamp(extent.first_open_s, UTC), datetime.fromtimestamp(extent.last_open_s, UTC))
-            if extent
-            else None
-        )
+        held = find_held(store, series)
         # What is wrong with the dates is said before IB is asked anything.
         earliest = first_partition_start(wanted_timeframe, settings)
         window = resolve_window(
@@ -104,7 +100,6 @@ def load_series(
                 door=door,
                 origin="cli",
                 mode=mode,
-                recheck_last=wanted_mode is Mode.TAIL and held is not None,
             )
         report.ib_requests_made += asked_before
         if clipped != window:

@@ -70,3 +70,15 @@ def resolve_window(
     if held is not None and mode is Mode.BACKFILL:
         until = min(until, held.first)
     return Window(min(begin, until), until)
+
+
+def narrow_window(mode: Mode, window: Window, held: Held | None) -> Window:
+    """The part of ``window`` (partitions that somebody chose) that ``mode`` loads; empty when there is none of that kind.
+
+    Without a CSV every mode loads all of it.
+    """
+    if held is None or mode is Mode.FULL:
+        return window
+    if mode is Mode.TAIL:
+        return Window(min(max(window.start, held.last), window.end), window.end)
+    return Window(window.start, max(min(window.end, held.first), window.start))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.modes import Held, Mode, needs_history_start, resolve_window
+from ktrdr_pipelines.modes import Held, Mode, narrow_window, needs_history_start, resolve_window
 from ktrdr_pipelines.partitions import partition_at, partition_from_key, partitions_in
 from ktrdr_pipelines.series import (
     TIMEFRAMES,
@@ -143,3 +143,14 @@ def test_a_key_that_is_not_on_the_grid_is_refused(key: str) -> None:
     """Saturdays and Sundays are no partitions of minutes."""
     with pytest.raises(InputError):
         partition_from_key(TIMEFRAMES["1m"], key)
+
+
+def test_a_mode_narrows_chosen_partitions() -> None:
+    """Tail: from the last held bar on. Backfill: up to the first. Full, or nothing held: all of them."""
+    chosen = window("2022-01-01", "2025-01-01")
+    assert narrow_window(Mode.TAIL, chosen, HELD) == Window(HELD.last, chosen.end)
+    assert narrow_window(Mode.BACKFILL, chosen, HELD) == Window(chosen.start, HELD.first)
+    assert narrow_window(Mode.FULL, chosen, HELD) == chosen
+    assert narrow_window(Mode.TAIL, chosen, None) == chosen
+    assert narrow_window(Mode.TAIL, window("2022-01-01", "2023-01-01"), HELD).is_empty
+    assert narrow_window(Mode.BACKFILL, window("2024-01-01", "2025-01-01"), HELD).is_empty

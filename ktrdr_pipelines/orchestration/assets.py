@@ -12,7 +12,8 @@ import dagster as dg
 from pydantic import Field
 
 from ktrdr_pipelines.errors import DataError, InputError, KtrdrError
-from ktrdr_pipelines.load import Load
+from ktrdr_pipelines.load import Load, find_held
+from ktrdr_pipelines.modes import Held, Mode, narrow_window
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
@@ -29,16 +30,24 @@ class LoadConfig(dg.Config):
 
     start: str = Field(default="", description="Ask for nothing before this time (ISO 8601, UTC; included).")
     end: str = Field(default="", description="Ask for nothing from this time on (ISO 8601, UTC; not included).")
-    recheck_last: bool = Field(
-        default=False, description="Ask again for the last held bar, if anything is asked (tail)."
+    mode: str = Field(
+        default="full",
+        description="full: everything missing in the partitions of the run. tail: only from the last held bar on, which is "
+        "asked for again. backfill: only before the first held bar. A given start or end wins.",
     )
 
-    def cut(self, window: Window) -> Window:
-        """``window`` without what this config leaves out.
+    def narrow(self, window: Window, held: Held | None) -> Window:
+        """``window`` without what this config leaves out; empty if the mode has nothing to do in it.
 
         Raises:
-            InputError: a malformed time, or nothing of the window is left.
+            InputError: a malformed time or mode, or start and end leave nothing of the window.
         """
+        try:
+            mode = Mode(self.mode)
+        except ValueError:
+            raise InputError(
+                f"unknown mode {self.mode!r}", doing="reading the run config", advice=f"Use {', '.join(Mode)}."
+            ) from None
         start = max(window.start, parse_instant(self.start, "start")) if self.start else window.start
         end = min(window.end, parse_instant(self.end, "end")) if self.end else window.end
         if start >= end:
@@ -47,7 +56,10 @@ class LoadConfig(dg.Config):
                 doing="reading the run config",
                 advice="Widen them, or choose other partitions.",
             )
-        return Window(start, end)
+        cut = Window(start, end)
+        if (self.start and mode is Mode.TAIL) or (self.end and mode is Mode.BACKFILL):
+            return cut
+        return narrow_window(mode, cut, held)
 
 
 def asset_key(series: Series) -> dg.AssetKey:
@@ -87,8 +99,9 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         context: dg.AssetExecutionContext, config: LoadConfig, gateway: GatewayResource, storage: StoreResource
     ) -> Iterator[dg.AssetMaterialization | dg.AssetCheckResult]:
         windows = context.partition_time_window
-        window = config.cut(Window(windows.start.astimezone(UTC), windows.end.astimezone(UTC)))
         store = storage.store()
+        held = find_held(store, series)
+        window = config.narrow(Window(windows.start.astimezone(UTC), windows.end.astimezone(UTC)), held)
         load = Load(
             series,
             window,
@@ -96,7 +109,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             history=gateway.history,
             limits=storage.history_limits,
             now=lambda: datetime.now(UTC),
-            recheck_last=config.recheck_last,
+            recheck_last=config.mode == Mode.TAIL and held is not None,
         )
         door = current_door()
         door.reports.append(load.report)

@@ -49,7 +49,6 @@ def execute_load(
     door: Door,
     origin: str,
     mode: str,
-    recheck_last: bool = False,
 ) -> tuple[LoadReport, str]:
     """Materialize the partitions that ``window`` touches, asking for nothing outside of it. Returns report and run id.
 
@@ -65,7 +64,7 @@ def execute_load(
     config = LoadConfig(
         start=format_instant(window.start) if window.start > first.window.start else "",
         end=format_instant(window.end) if window.end < last.window.end else "",
-        recheck_last=recheck_last,
+        mode=mode,
     )
     tags = {**owner_tags(origin), "ktrdr/mode": mode, "ktrdr/series": series.name}
     if first == last:
