@@ -88,7 +88,7 @@ def test_a_setting_that_cannot_be_meant_names_its_variable(ktrdr: Ktrdr, name: s
 def test_a_closed_gateway_says_where_it_looked_and_what_to_do(ktrdr: Ktrdr, unused_port: int, tmp_path: Path) -> None:
     """Exit code 5, the port, the well-known ports, the simulator; no file appears."""
     done = ktrdr("ib-load", "AAPL", "1h", "--start", "2024-03-01", "--end", "2024-03-05")
-    assert_refused(done, 5, f"127.0.0.1:{unused_port}", "4001", "7497", "ktrdr simulator", "AAPL 1h")
+    assert_refused(done, 5, f"127.0.0.1:{unused_port}", "4001", "ktrdr simulator", "AAPL 1h")
     assert not list((tmp_path / "data").glob("*.csv"))
 
 

@@ -62,7 +62,7 @@ def execute_load(
     # A window up to now ends inside the newest partition; one second later would be a partition that does not exist yet.
     last = min(last, partition_at(series.timeframe, window.end), key=lambda p: p.window.start)
     config = LoadConfig(
-        start=format_instant(window.start) if window.start > first.window.start else "",
+        start=format_instant(window.start),  # always: a given start is not narrowed by the mode
         end=format_instant(window.end) if window.end < last.window.end else "",
         mode=mode,
     )
