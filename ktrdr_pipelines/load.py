@@ -24,10 +24,11 @@ import numpy.typing as npt
 
 from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
+from ktrdr_pipelines.coverage import STAMP_SLACK_S, mark_missing
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, TransientError
 from ktrdr_pipelines.modes import Held
 from ktrdr_pipelines.partitions import Partition, partitions_in
-from ktrdr_pipelines.plan import Request, find_gaps, missing_bars, plan_requests, refetch_requests
+from ktrdr_pipelines.plan import Request, find_gaps, plan_requests, refetch_requests
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.series import HistoryLimits, Instrument, Series, Window, format_instant
 from ktrdr_pipelines.store.intake import Prepared
@@ -39,6 +40,9 @@ FloatArray = npt.NDArray[np.float64]
 
 MAX_CONFIRMATIONS = 5
 """How often one window is asked again while each answer still brings bars that the ones before lacked."""
+
+SPARSE_AFTER = 3
+"""So many confirmations in a row that brought nothing new make a series sparse."""
 
 
 class Answer(Protocol):
@@ -106,6 +110,7 @@ class Load:
         self._recheck_last = recheck_last
         self._head: datetime | None = None
         self._head_is_asked = False
+        self._agreed = 0
         self._reported: set[str] = set()
         self._history_start_is_new = False
         self.report = LoadReport(series, window, merged_file=str(store.csv_path(series)))
@@ -158,14 +163,8 @@ class Load:
         """For each expected bar: is it neither held nor known to be empty?"""
         held = self._store.held_opens(self.series, _widen(span))
         sidecar, extent = self._store.read_sidecar(self.series), self._store.extent(self.series)
-        empty = [Window(e.start, e.end) for e in sidecar.proven_empty]
-        missing = np.isin(self._expected.opens, missing_bars(self._expected, held, empty, self.series.timeframe).opens)
-        if sidecar.history_start is not None:
-            start_s = int(sidecar.history_start.open.timestamp())
-            # A bar older than the start of history disproves it.
-            if extent is None or extent.first_open_s >= start_s:
-                missing &= self._expected.opens >= start_s
-        return missing
+        first_held_s = extent.first_open_s if extent else None
+        return mark_missing(self._expected, held, sidecar, first_held_s, self.series.timeframe)
 
     def _indexes(self, window: Window) -> slice:
         """Where the expected bars that open in ``window`` stand."""
@@ -273,7 +272,7 @@ class Load:
         rows = self._fetch_and_write(request, evidence)
         holes = self._holes(expected)
         asked = [request]
-        while len(holes) and not self._lie_before_head(holes, request, evidence):
+        while len(holes) and not (self._lie_before_head(holes, request, evidence) or self._are_usual(holes, expected)):
             if len(asked) > MAX_CONFIRMATIONS:
                 raise DataError(
                     f"{len(asked)} answers each brought other bars and {len(holes)} are still missing",
@@ -289,10 +288,33 @@ class Load:
             before, holes = holes, self._holes(holes)
             if len(holes) == len(before):
                 break  # a second, differently shaped request agrees
+        if len(asked) > 1:
+            self._learn_sparseness(agreed=len(holes) > 0)
         self._prove(request.window, expected, holes, evidence)
         if len(holes):
             self._note_history_start(holes)
         return rows
+
+    def _are_usual(self, holes: ExpectedBars, expected: ExpectedBars) -> bool:
+        """True if ``holes`` are what this sparse series is known for: runs no longer than two answers agreed on before, and
+        neither end of the window is missing (as it is when half an answer arrives)."""
+        sidecar = self._store.read_sidecar(self.series)
+        if not sidecar.sparse:
+            return False
+        known = max((e.opens for e in sidecar.proven_empty if len(e.evidence) > 1), default=0)
+        runs = find_gaps(expected, holes)
+        at_an_end = expected.opens[0] in holes.opens or expected.opens[-1] in holes.opens
+        return not at_an_end and max(run.opens for run in runs) <= known
+
+    def _learn_sparseness(self, *, agreed: bool) -> None:
+        """After a window was asked for twice: a series whose second answers keep agreeing is sparse (illiquid minutes without
+        trades have no bars); one that brought bars the first answer lacked is a reason to doubt again."""
+        self._agreed = self._agreed + 1 if agreed else 0
+        is_sparse = self._store.read_sidecar(self.series).sparse
+        if self._agreed >= SPARSE_AFTER and not is_sparse and self.series.timeframe.is_intraday:
+            self._store.note(self._series, now=self._now(), sparse=True)
+        elif not agreed and is_sparse:
+            self._store.note(self._series, now=self._now(), sparse=False)
 
     def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
         raw = self._history.fetch(self._series, request)
@@ -351,9 +373,11 @@ class Load:
 
     def _prove(self, window: Window, expected: ExpectedBars, holes: ExpectedBars, evidence: Sequence[Evidence]) -> None:
         """Record that IB gave a verified answer for ``window``, and which of its bars are proven not to exist."""
+        # Of a sparse series the answered window says it all; a range for each minute without a trade would swamp the sidecar.
+        runs = [] if self._store.read_sidecar(self.series).sparse else find_gaps(expected, holes)
         proven = [
             ProvenEmpty(start=gap.window.start, end=gap.window.end, opens=gap.opens, evidence=tuple(evidence))
-            for gap in find_gaps(expected, holes)
+            for gap in runs
         ]
         self._store.write(
             self._series,
@@ -460,4 +484,4 @@ def _inside(bars: ExpectedBars, window: Window) -> ExpectedBars:
 
 def _widen(window: Window) -> Window:
     """Room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock grid)."""
-    return Window.from_epoch(max(0, window.start_s - 40 * 86400), window.end_s + 40 * 86400)
+    return Window.from_epoch(max(0, window.start_s - STAMP_SLACK_S), window.end_s + STAMP_SLACK_S)

@@ -348,3 +348,27 @@ def test_progress_is_told_request_by_request(store: Store) -> None:
     fetched = [e for e in events if isinstance(e, Fetched)]
     assert [(e.done, e.planned) for e in fetched] == [(1, 3), (2, 3), (3, 3)]
     assert sum(e.rows for e in fetched) == 427 - 0
+
+
+def test_a_sparse_series_is_asked_twice_only_at_first(store: Store) -> None:
+    """Minutes without trades have no bars: after three windows whose second answer agreed, one request a window is enough;
+    an answer of which half is missing is still noticed."""
+    series = Series(stock("TINY"), TIMEFRAMES["1m"])
+    span = window("2024-03-04", "2024-03-16")
+    everything = expected_bars(series, span).opens
+    minute = np.arange(len(everything)) % 390
+    rare = everything[(minute % 7 != 3) | (minute > 385)]
+    history = FakeHistory(rare)
+    job, _ = load(store, history, series, span)
+    assert held(store, series) == rare.tolist()
+    assert len(history.requests) == 10 + 3
+    assert store.read_sidecar(series).sparse
+    assert len(sorted(job.report.completed)) == 10
+    again, _ = load(store, history, series, span)
+    assert again.report.ib_requests_made == 0
+    later = window("2024-03-18", "2024-03-19")
+    minutes = expected_bars(series, later).opens
+    history.truth = minutes[(np.arange(390) % 7 != 3) | (np.arange(390) > 385)]
+    history.script[len(history.requests) + 1] = lambda raw: pick(raw, slice(0, len(raw) // 2))
+    load(store, history, series, later)
+    assert held(store, series) == rare.tolist() + history.truth.tolist()
