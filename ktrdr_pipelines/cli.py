@@ -7,6 +7,9 @@ A known failure is one line on stderr and an exit code (`errors.py`, README); a 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -15,7 +18,6 @@ from ktrdr_pipelines.errors import KtrdrError
 
 if TYPE_CHECKING:
     from ktrdr_pipelines.progress import Progress
-    from ktrdr_pipelines.report import LoadReport
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -27,6 +29,8 @@ def cli() -> None:
 
     \b
     ktrdr ib-load AAPL 1h --mode tail      fill from the last held bar to now
+    ktrdr gaps                             what is held and what is missing
+    ktrdr adopt AAPL 1h old.csv            take over a file made by something else
     ktrdr simulator                        a pretend gateway to try it with
     ktrdr ui                               everything in the browser
     """
@@ -45,10 +49,18 @@ def cli() -> None:
 )
 @click.option("--start", metavar="TIME", help="Included. ISO 8601; a bare date is its midnight UTC.")
 @click.option("--end", metavar="TIME", help="Not included. Without it: now.")
+@click.option("--dry-run", is_flag=True, help="Show gaps, requests and when they could be done; ask and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def ib_load(
-    symbol: str, timeframe: str, mode: str, start: str | None, end: str | None, as_json: bool, quiet: bool
+    symbol: str,
+    timeframe: str,
+    mode: str,
+    start: str | None,
+    end: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Load the missing bars of SYMBOL at TIMEFRAME.
 
@@ -67,7 +79,16 @@ def ib_load(
     # Wrong input is told before the second that the imports below take.
     file_symbol(symbol)
     parse_timeframe(timeframe)
-    parse_range(start, end)
+    parse_range(start, end, now=datetime.now(UTC))
+
+    from ktrdr_pipelines.tables import describe_dry_run, describe_load
+
+    if dry_run:
+        from ktrdr_pipelines.dry_run import plan_series
+
+        dry = plan_series(symbol, timeframe, mode, start=start, end=end)
+        _show(dry.as_dict(), describe_dry_run(dry), as_json=as_json)
+        return
 
     from ktrdr_pipelines.loading import load_series
     from ktrdr_pipelines.progress import Progress, show_notice
@@ -75,12 +96,13 @@ def ib_load(
     progress: Progress = Progress(enabled=not quiet and not as_json)
     with progress:
         result = load_series(symbol, timeframe, mode, start=start, end=end, progress=progress)
-    if as_json:
-        import json
-
-        click.echo(json.dumps(result.as_dict() | {"run_ids": result.run_ids}, indent=2))
-    elif result.report.segments_fetched or not result.report.failures:
-        _print_report(result.report)
+    if as_json or result.report.segments_fetched or not result.report.failures:
+        _show(
+            result.as_dict() | {"run_ids": result.run_ids, "dry_run": False},
+            describe_load(result.report),
+            as_json=as_json,
+        )
+    if not as_json and (result.report.segments_fetched or not result.report.failures):
         for run_id in result.run_ids[-1:]:
             show_notice(f"Dagster run {run_id}")
     if result.report.failures:
@@ -89,23 +111,90 @@ def ib_load(
         raise SystemExit(result.report.failures[0].error.exit_code)
 
 
-def _print_report(report: LoadReport) -> None:
-    def count(n: int, noun: str) -> str:
-        return f"{n:,} {noun}" + ("" if n == 1 else "s")
+def _show(values: object, lines: Iterable[str], *, as_json: bool) -> None:
+    """The answer on stdout, for programs or for people."""
+    if as_json:
+        import json
 
-    click.echo(f"{report.series} {report.window}: {report.status}")
-    click.echo(
-        f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
-        f"{count(report.retries, 'retry').replace('retrys', 'retries')}, {report.pacing_wait_s:.0f} s waiting for pacing"
-    )
-    missing = f", {count(report.missing_bars, 'bar')} STILL MISSING" if report.missing_bars else ""
-    click.echo(
-        f"  {count(report.gaps_analyzed, 'gap')}, {count(len(report.completed), 'partition')} complete, "
-        f"{count(report.proven_empty, 'bar')} proven not to exist{missing}"
-    )
-    for notice in report.notices:
-        click.echo(f"  note: {notice}")
-    click.echo(f"  {report.merged_file}")
+        click.echo(json.dumps(values, indent=2))
+        return
+    for line in lines:
+        click.echo(line)
+
+
+@cli.command("gaps")
+@click.argument("symbol", required=False)
+@click.argument("timeframe", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object on stdout.")
+def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
+    """Show what is held, what is missing and why, and what was proven not to exist.
+
+    Without SYMBOL and TIMEFRAME one line for each series of the universe. Asks nobody and changes nothing.
+
+    \b
+    $ ktrdr gaps AAPL 1h
+    AAPL 1h: 287 bars
+      held     2024-01-02T14:30:00Z to 2024-02-29T20:00:00Z, data/AAPL_1h.csv
+      missing  36,035 bars
+        from                  to                    bars    where                      why
+        2004-01-02T14:30:00Z  2023-12-29T21:00:00Z  35,236  before the first held bar  never asked
+        ...
+      proven empty  3 bars in 1 range
+        2024-01-09T15:00:00Z..2024-01-09T18:00:00Z, 3 bars
+          asked 2024-03-05T15:04:05Z for 22 D to 2024-02-01T00:00:00Z: 151 bars, 137 of them in the window
+    """
+    from ktrdr_pipelines.series import file_symbol, parse_timeframe
+
+    if symbol is not None:
+        if timeframe is None:
+            raise click.UsageError("gaps needs SYMBOL and TIMEFRAME, or neither.")
+        file_symbol(symbol)
+        parse_timeframe(timeframe)
+
+    from ktrdr_pipelines.inspection import Unreadable, inspect_one, inspect_universe
+    from ktrdr_pipelines.tables import describe_holding, describe_universe
+
+    if symbol is not None and timeframe is not None:
+        held = inspect_one(symbol, timeframe)
+        _show(held.as_dict(), describe_holding(held), as_json=as_json)
+        return
+    found = list(inspect_universe())
+    unreadable = [item for item in found if isinstance(item, Unreadable)]
+    _show({"series": [item.as_dict() for item in found]}, describe_universe(found), as_json=as_json)
+    for item in unreadable:
+        click.echo(f"ktrdr: {item.series}: {item.error}", err=True)
+    if unreadable:
+        raise SystemExit(unreadable[0].error.exit_code)
+
+
+@cli.command("adopt")
+@click.argument("symbol")
+@click.argument("timeframe")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--assume-utc", is_flag=True, help="Read timestamps without a time zone as UTC.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bool) -> None:
+    """Make FILE, a CSV of bars made by something else, part of the series SYMBOL TIMEFRAME.
+
+    Columns timestamp (or date, datetime, or a nameless first one), open, high, low, close, volume, in any order. Bars that
+    are held already win. Rows that are no good bars are shown and left out. FILE stays as it is, except when it is the
+    series' own CSV: then it is converted where it is, and the original is kept beside it.
+
+    \b
+    $ ktrdr adopt AAPL 1d old/aapl.csv
+    AAPL 1d: 250 rows adopted from old/aapl.csv, 1 row dropped; 250 held now
+        line 17: high 189.2 is below open 190.1: 2024-01-26,190.1,189.2,...
+    """
+    from ktrdr_pipelines.series import file_symbol, parse_timeframe
+
+    file_symbol(symbol)
+    parse_timeframe(timeframe)
+
+    from ktrdr_pipelines.inspection import adopt_file
+    from ktrdr_pipelines.tables import describe_adoption
+
+    adoption = adopt_file(symbol, timeframe, file, assume_utc=assume_utc)
+    _show(adoption.as_dict(), describe_adoption(adoption), as_json=as_json)
 
 
 @cli.command("ui")
@@ -135,7 +224,7 @@ _add_simulator()
 def main() -> NoReturn:
     """Entry point: known failures become one line and an exit code."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="ktrdr", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.Abort:
@@ -144,9 +233,14 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = 130
         click.echo("ktrdr: interrupted; what was loaded is kept", err=True)
+    except click.exceptions.NoArgsIsHelpError as wrong:
+        code = 0
+        click.echo(wrong.ctx.get_help() if wrong.ctx else "")
     except click.ClickException as wrong:
         code = 2
-        click.echo(f"ktrdr: {wrong.format_message()} See `ktrdr --help`.", err=True)
+        where = getattr(wrong, "ctx", None)
+        command = where.command_path if where is not None else "ktrdr"
+        click.echo(f"ktrdr: {wrong.format_message()} See `{command} --help`.", err=True)
     except KtrdrError as error:
         code = error.exit_code
         click.echo(f"ktrdr: {error}", err=True)

@@ -14,7 +14,12 @@ from ktrdr_pipelines.universe import read_universe
 def build_defs(settings: Settings | None = None, universe: Iterable[Series] | None = None) -> dg.Definitions:
     """The definitions for ``settings`` (default: environment and `.env`) and ``universe`` (default: the universe file)."""
     settings = settings or load_settings()
-    return build_definitions(settings, universe if universe is not None else read_universe(settings.universe_path))
+    chosen = (
+        universe
+        if universe is not None
+        else read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    )
+    return build_definitions(settings, chosen, automation=True)
 
 
 defs = build_defs()

@@ -8,33 +8,25 @@ begins earlier by a margin, and a load asks further back when bars begin right a
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.series import Series, Timeframe, file_symbol
-from ktrdr_pipelines.universe import Universe, add_series
+from ktrdr_pipelines.universe import Universe
 
 SHORT_BAR_HISTORY = timedelta(days=183)
 """IB keeps bars of 30 seconds and less for six months (ib_facts.md, 5)."""
 
 
-def find_series(
-    symbol: str, timeframe: Timeframe, universe: Universe, universe_path: Path, history: IBHistory
-) -> Series:
-    """The series called ``symbol`` at ``timeframe``. One that no universe names is looked up at IB and added to the file.
+def identify_series(symbol: str, timeframe: Timeframe, universe: Universe, history: IBHistory) -> Series:
+    """The series called ``symbol`` at ``timeframe``. An instrument that no universe names is looked up at IB; nothing is kept.
 
     Raises:
         InputError: not a symbol, or several contracts fit. PermanentError: IB knows none.
     """
     file_symbol(symbol)
     series = universe.find(symbol, timeframe)
-    if series is not None:
-        return series
-    instrument = universe.find_instrument(symbol) or history.discover(symbol)
-    series = Series(instrument, timeframe)
-    add_series(universe_path, series)
-    return series
+    return series or Series(universe.find_instrument(symbol) or history.discover(symbol), timeframe)
 
 
 def margin_before_head(timeframe: Timeframe) -> timedelta:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
-from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
+from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held, period_keys
 from ktrdr_pipelines.coverage import STAMP_SLACK_S, mark_missing
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, TransientError
 from ktrdr_pipelines.modes import Held
@@ -39,7 +39,10 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 MAX_CONFIRMATIONS = 5
-"""How often one window is asked again while each answer still brings bars that the ones before lacked."""
+"""How often one window is asked again while each answer brings a few bars that the ones before lacked."""
+
+INTRADAY_GRACE_S, DAILY_GRACE_S = 15 * 60, 24 * 3600
+"""How long after its close a newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours)."""
 
 SPARSE_AFTER = 3
 """So many confirmations in a row that brought nothing new make a series sparse."""
@@ -101,6 +104,7 @@ class Load:
         limits: HistoryLimits,
         now: Callable[[], datetime],
         recheck_last: bool = False,
+        report: LoadReport | None = None,
     ) -> None:
         """``window`` is what was asked for (its end may lie in the future). ``history`` is called once something has to be
         asked, not before. ``recheck_last``: if anything is asked at all, the last held bar is asked again (tail)."""
@@ -111,9 +115,11 @@ class Load:
         self._head: datetime | None = None
         self._head_is_asked = False
         self._agreed = 0
+        self._was_wordless = True
+        self._may_put_off = self._is_put_off = False
         self._reported: set[str] = set()
         self._history_start_is_new = False
-        self.report = LoadReport(series, window, merged_file=str(store.csv_path(series)))
+        self.report = report or LoadReport(series, window, merged_file=str(store.csv_path(series)))
 
     def run(self) -> Iterator[Event]:
         """Drive the load, event by event. A window that fails is an event.
@@ -156,7 +162,7 @@ class Load:
     def _settle_files(self) -> None:
         """Adopt a foreign or edited file before it is counted, and say so."""
         prepared = self._store.prepare(self.series, now=self._now())
-        self.report.notices += _describe_prepared(prepared)
+        self.report.notices += describe_prepared(prepared)
         self.report.cached_before = self._store.extent(self.series) is not None
 
     def _find_missing(self, span: Window) -> npt.NDArray[np.bool_]:
@@ -233,6 +239,7 @@ class Load:
         while waiting or skipped:
             # What was skipped needs asking after all when the start of history could not be shown to lie later.
             request = waiting.popleft() if waiting else skipped.pop()
+            self._may_put_off, self._is_put_off = bool(waiting), False
             try:
                 rows = self._load_request(request) if self._lacks(request) else 0
             except KtrdrError as error:
@@ -241,12 +248,16 @@ class Load:
                     yield self._fail(Window(request.window.start, everything.end), error)
                     return
                 yield self._fail(request.window, error)
+                yield from self._report_touched(request, 0, partitions)
                 continue
-            done += 1
-            self.report.segments_fetched += 1
             self._count_requests()
-            yield Fetched(request, rows, done, len(requests))
-            yield from self._report_touched(request, rows, partitions)
+            if self._is_put_off:
+                skipped.append(request)
+            else:
+                done += 1
+                self.report.segments_fetched += 1
+                yield Fetched(request, rows, done, len(requests))
+                yield from self._report_touched(request, rows, partitions)
             if self._head is not None and self._store.extent(self.series) is None:
                 skipped += [r for r in waiting if r.window.end <= self._head]
                 waiting = deque(r for r in waiting if r.window.end > self._head)
@@ -269,13 +280,14 @@ class Load:
         """Fetch, verify and write one planned request. Returns the number of rows that are new in the file."""
         expected = _inside(self._expected, request.window)
         evidence: list[Evidence] = []
+        self._was_wordless = True  # until a bar or IB's own "no data" arrives
         rows = self._fetch_and_write(request, evidence)
         holes = self._holes(expected)
-        asked = [request]
+        asked, poor = [request], 0
         while len(holes) and not (self._lie_before_head(holes, request, evidence) or self._are_usual(holes, expected)):
-            if len(asked) > MAX_CONFIRMATIONS:
+            if poor > MAX_CONFIRMATIONS:
                 raise DataError(
-                    f"{len(asked)} answers each brought other bars and {len(holes)} are still missing",
+                    f"{len(asked)} answers each brought a few other bars and {len(holes)} are still missing",
                     doing=f"loading {self.series} {request.window}",
                     advice="What arrived is in the file; run the load again.",
                 )
@@ -286,10 +298,18 @@ class Load:
                 rows += self._fetch_and_write(other, evidence)
             asked += again
             before, holes = holes, self._holes(holes)
+            poor += len(before) - len(holes) < len(before) / 10  # a gateway may send little at a time, and get there
             if len(holes) == len(before):
+                if self._was_wordless:
+                    raise TransientError(
+                        f"{len(asked)} answers without a bar, and without a word that there are none",
+                        advice="This is no proof of an empty window; run the load again.",
+                    )
                 break  # a second, differently shaped request agrees
         if len(asked) > 1:
             self._learn_sparseness(agreed=len(holes) > 0)
+        if self._is_put_off:
+            return rows
         self._prove(request.window, expected, holes, evidence)
         if len(holes):
             self._note_history_start(holes)
@@ -318,7 +338,8 @@ class Load:
 
     def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
         raw = self._history.fetch(self._series, request)
-        answer = self._normalise(raw, request.window)
+        answer = self._normalise(raw, request)
+        self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
         evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
         if not len(answer.bars):
@@ -341,10 +362,13 @@ class Load:
             self.report.notices.append(f"IB answers {written.rows_revised} held bars differently now, first {first}")
         return written.rows_added
 
-    def _normalise(self, raw: Answer, window: Window) -> NormalisedAnswer:
+    def _normalise(self, raw: Answer, request: Request) -> NormalisedAnswer:
+        # A request that ends inside a bar brings that bar cut off at its end: only what closed by then is whole.
+        until_s = min(self._now_s, request.end.timestamp()) if self.series.timeframe.is_intraday else self._now_s
+        window = self._period_window(request.window)
         columns = {"timestamp": raw.opens_s, "open": raw.open, "high": raw.high, "low": raw.low, "close": raw.close}
         return normalise_answer(
-            {**columns, "volume": raw.volume}, self._series, window, now_s=self._now_s, closes=self._closes_of
+            {**columns, "volume": raw.volume}, self._series, window, now_s=until_s, closes=self._closes_of
         )
 
     def _closes_of(self, opens_s: IntArray) -> IntArray:
@@ -353,8 +377,22 @@ class Load:
         nominal = opens_s + timeframe.seconds + (0 if timeframe.is_intraday else LATEST_SESSION_END_S)
         if not len(self._all_expected):
             return nominal
-        at = np.minimum(np.searchsorted(self._all_expected.opens, opens_s), len(self._all_expected) - 1)
-        return np.where(self._all_expected.opens[at] == opens_s, self._all_expected.closes[at], nominal)
+        # A week or month may be labelled with any of its days.
+        known, wanted = (period_keys(timeframe, stamps) for stamps in (self._all_expected.opens, opens_s))
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.where(known[at] == wanted, self._all_expected.closes[at], nominal)
+
+    def _period_window(self, window: Window) -> Window:
+        """``window`` as bars are cut to it: for weeks and months it holds every label that one of its bars may carry."""
+        if self.series.timeframe.seconds <= 86400:
+            return window
+        expected = _inside(self._expected, window)
+        if not len(expected):
+            return window
+        days = np.arange(window.start_s // 86400 - 31, window.end_s // 86400 + 32, dtype=np.int64) * 86400
+        keys = period_keys(self.series.timeframe, days)
+        inside = days[np.isin(keys, period_keys(self.series.timeframe, expected.opens))]
+        return Window.from_epoch(int(inside[0]), int(inside[-1]) + 86400)
 
     def _holes(self, expected: ExpectedBars) -> ExpectedBars:
         """The bars of ``expected`` that are not in the file."""
@@ -373,6 +411,14 @@ class Load:
 
     def _prove(self, window: Window, expected: ExpectedBars, holes: ExpectedBars, evidence: Sequence[Evidence]) -> None:
         """Record that IB gave a verified answer for ``window``, and which of its bars are proven not to exist."""
+        asked = window
+        holes, pending = self._split_pending(holes)
+        if len(pending):
+            window = Window.from_epoch(window.start_s, max(window.start_s, int(pending.opens[0])))
+            self.report.notices.append(
+                f"{len(pending)} of the newest bars are not there yet, from {_instant(pending.opens[0])}; "
+                "they are asked for again next time"
+            )
         # Of a sparse series the answered window says it all; a range for each minute without a trade would swamp the sidecar.
         runs = [] if self._store.read_sidecar(self.series).sparse else find_gaps(expected, holes)
         proven = [
@@ -389,7 +435,18 @@ class Load:
             complete_until=datetime.fromtimestamp(int(expected.closes[-1]), UTC) if len(expected) else None,
         )
         self.report.proven_empty += len(holes)
-        self._is_missing[self._indexes(window)] = False
+        self._is_missing[self._indexes(asked)] = False
+        self._is_missing |= np.isin(self._expected.opens, pending.opens)
+
+    def _split_pending(self, holes: ExpectedBars) -> tuple[ExpectedBars, ExpectedBars]:
+        """Holes that two answers can prove, and those that closed a moment ago with nothing newer held: IB may be late, and two
+        questions within a second agree about nothing but that."""
+        extent = self._store.extent(self.series)
+        grace_s = INTRADAY_GRACE_S if self.series.timeframe.is_intraday else DAILY_GRACE_S
+        is_pending = holes.closes > self._now_s - grace_s
+        if extent is not None:
+            is_pending &= holes.opens > extent.last_open_s
+        return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
     # -- the start of history ---------------------------------------------------------------------------------------
 
@@ -402,29 +459,43 @@ class Load:
         extent = self._store.extent(self.series)
         if extent is not None and extent.first_open_s <= int(holes.opens[-1]):
             return False
+        head_s = self._find_head_s()
+        if head_s is None or head_s < int(holes.opens[-1]):
+            return False
+        if extent is None and self._may_put_off:
+            self._is_put_off = True  # until bars are held, which may disprove the head timestamp
+            return True
+        evidence.append(
+            Evidence(asked_at=self._now(), duration="", end=request.end, text=f"head timestamp {_instant(head_s)}")
+        )
+        return True
+
+    def _find_head_s(self) -> int | None:
+        """IB's head timestamp (of daily and longer bars its day), asked for once; None when there is none, or a held bar is older
+        and disproves it."""
         if not self._head_is_asked:
             self._head_is_asked = True
             self._head = self._history.find_head(self._series.instrument)
-        if self._head is None or int(self._head.timestamp()) < int(holes.closes[-1]):
-            return False
-        evidence.append(
-            Evidence(
-                asked_at=self._now(), duration="", end=request.end, text=f"head timestamp {self._head.isoformat()}"
-            )
-        )
-        return True
+        if self._head is None:
+            return None
+        head_s = int(self._head.timestamp())
+        if not self.series.timeframe.is_intraday:
+            head_s -= head_s % 86400
+        extent = self._store.extent(self.series)
+        return None if extent is not None and extent.first_open_s < head_s else head_s
 
     def _note_history_start(self, holes: ExpectedBars) -> None:
         """If the proven holes lie right before the first held bar, and not before IB's head timestamp either: that bar is
         where history starts, and nothing older needs to be asked for, now or ever."""
         extent = self._store.extent(self.series)
-        if extent is None or self._head is None or int(self._head.timestamp()) < int(holes.opens[0]):
+        head_s = self._find_head_s() if self._head_is_asked else None
+        if extent is None or head_s is None or head_s < int(holes.opens[0]):
             return
         before = self._expected.opens[self._expected.opens < extent.first_open_s]
         if not len(before) or int(before[-1]) not in holes.opens:
             return
         start = datetime.fromtimestamp(extent.first_open_s, UTC)
-        known_by = f"nothing right before it, and IB's head timestamp is {format_instant(self._head)}"
+        known_by = f"nothing right before it, and IB's head timestamp is {_instant(head_s)}"
         self._store.note(self._series, now=self._now(), history_start=HistoryStart(open=start, known_by=known_by))
         self._is_missing[: len(before)] = False
         self._history_start_is_new = True
@@ -442,7 +513,7 @@ class Load:
         self._count_requests()
         self.report.missing_bars = int(self._is_missing[self._indexes(self.window)].sum())
         if self.report.failures:
-            self.report.status = "partial" if self.report.segments_fetched else "failed"
+            self.report.status = "partial" if self.report.segments_fetched or self.report.fetched_bars else "failed"
 
 
 def find_held(store: Store, series: Series) -> Held | None:
@@ -461,7 +532,7 @@ def _concerns_all(error: KtrdrError) -> bool:
     return not isinstance(error, DataError | TransientError)
 
 
-def _describe_prepared(prepared: Prepared) -> list[str]:
+def describe_prepared(prepared: Prepared) -> list[str]:
     """What was put right in the files before the load, as sentences."""
     said = []
     if (adopted := prepared.adopted) is not None:
@@ -475,6 +546,10 @@ def _describe_prepared(prepared: Prepared) -> list[str]:
     if prepared.csv_gone:
         said.append("the CSV is gone; everything counts as never asked")
     return said
+
+
+def _instant(second: int | np.int64) -> str:
+    return format_instant(datetime.fromtimestamp(int(second), UTC))
 
 
 def _inside(bars: ExpectedBars, window: Window) -> ExpectedBars:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from ktrdr_pipelines.discovery import estimate_history_start, find_series
+from ktrdr_pipelines.coverage import valid_history_start_s
+from ktrdr_pipelines.discovery import estimate_history_start, identify_series
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.load import find_held
+from ktrdr_pipelines.load import describe_prepared, find_held
 from ktrdr_pipelines.modes import Mode, needs_history_start, resolve_window
 from ktrdr_pipelines.orchestration.door import Door
 from ktrdr_pipelines.orchestration.instance import open_instance
@@ -23,7 +24,7 @@ from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.series_store import Store
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import add_series, read_universe
 
 
 @dataclass
@@ -56,38 +57,33 @@ def load_series(
     """
     wanted_timeframe = parse_timeframe(timeframe)
     wanted_mode = Mode(mode)
-    first, last = parse_range(start, end)
+    now = datetime.now(UTC)
+    first, last = parse_range(start, end, now=now)
     settings = settings or load_settings()
     progress = progress or Progress(enabled=False)
-    now = datetime.now(UTC)
-    universe = read_universe(settings.universe_path)
+    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
     address = GatewayResource.of(settings).address()
     with IBHistory(address, on_wait=progress.show_wait) as history:
-        series = find_series(symbol, wanted_timeframe, universe, settings.universe_path, history)
+        series = identify_series(symbol, wanted_timeframe, universe, history)
         store = Store(settings.data_dir)
+        put_right = describe_prepared(store.prepare(series, now=now))
         held = find_held(store, series)
-        # What is wrong with the dates is said before IB is asked anything.
-        earliest = first_partition_start(wanted_timeframe, settings)
-        window = resolve_window(
-            wanted_mode,
-            series,
-            held,
-            now=now,
-            start=first,
-            end=last,
-            history_start=earliest,
-            limits=settings.history_limits,
+        window = choose_window(
+            series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now
         )
-        if needs_history_start(wanted_mode, held, first):
-            begin = estimate_history_start(series, history, earliest=earliest, now=now)
-            window = resolve_window(
-                wanted_mode, series, held, now=now, start=first, end=last, history_start=begin, limits=settings.history_limits
-            )  # fmt: skip
         if window.is_empty:
             return LoadResult(
-                LoadReport(series, window, merged_file=str(store.csv_path(series)), cached_before=bool(held))
+                LoadReport(
+                    series,
+                    window,
+                    merged_file=str(store.csv_path(series)),
+                    cached_before=bool(held),
+                    notices=put_right,
+                )
             )
         clipped = clip_to_partitions(series, window, settings)
+        if universe.find(symbol, wanted_timeframe) is None:
+            add_series(settings.universe_path, series)
         asked_before = history.requests_made
         instance = open_instance(settings)
         with instance:
@@ -102,12 +98,55 @@ def load_series(
                 mode=mode,
             )
         report.ib_requests_made += asked_before
+        report.notices[:0] = put_right
         if clipped != window:
-            report.notices.append(_say_clipped(series, clipped, window))
+            report.notices.append(say_clipped(series, clipped, window))
         return LoadResult(report, [run_id])
 
 
-def _say_clipped(series: Series, clipped: Window, window: Window) -> str:
+def choose_window(
+    series: Series,
+    mode: Mode,
+    store: Store,
+    *,
+    settings: Settings,
+    history: IBHistory,
+    start: datetime | None,
+    end: datetime | None,
+    now: datetime,
+) -> Window:
+    """The window that ``mode`` means for what ``store`` holds. IB is asked only where history starts, and only if the window
+    begins there and the sidecar does not know.
+
+    Raises:
+        InputError: the dates cannot be meant; said before IB is asked anything.
+    """
+    held = find_held(store, series)
+    earliest = first_partition_start(series.timeframe, settings)
+
+    def resolve(history_start: datetime) -> Window:
+        return resolve_window(
+            mode,
+            series,
+            held,
+            now=now,
+            start=start,
+            end=end,
+            history_start=history_start,
+            limits=settings.history_limits,
+        )
+
+    window = resolve(earliest)
+    if not needs_history_start(mode, held, start):
+        return window
+    known_s = valid_history_start_s(store.read_sidecar(series), int(held.first.timestamp()) if held else None)
+    if known_s is not None:
+        return resolve(max(earliest, datetime.fromtimestamp(known_s, UTC)))
+    return resolve(estimate_history_start(series, history, earliest=earliest, now=now))
+
+
+def say_clipped(series: Series, clipped: Window, window: Window) -> str:
+    """That less is asked for than was wanted, and which setting reaches further back."""
     return (
         f"nothing before {format_instant(clipped.start)} was asked, where {series.timeframe} partitions begin; "
         f"KTRDR_PARTITION_STARTS reaches back to {window.start:%Y-%m-%d}"

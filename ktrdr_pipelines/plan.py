@@ -291,7 +291,9 @@ def _shapes_of(
     timeframe: Timeframe, span: Span, limits: HistoryLimits, attempt: int, until_s: int | None
 ) -> Iterator[tuple[int, Duration]]:
     """Ends (epoch seconds) and durations that cover ``span``, the most unlike the plain one first."""
-    for shift_s in (60 * attempt, 60 * attempt + 60, 60 * attempt + 120, 1, 0):
+    # A daily bar may carry the date on which its session began: only an end days later shows it.
+    step_s = 60 if timeframe.is_intraday else 86400
+    for shift_s in (step_s * attempt, step_s * (attempt + 1), step_s * (attempt + 2), 60 * attempt, 1, 0):
         end_s = span.end_s + shift_s
         if shift_s and until_s is not None and end_s > until_s:
             continue

@@ -16,6 +16,8 @@ from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.report import Event, Failure, Fetched, Planned
 from ktrdr_pipelines.series import Series
 
+LONG_WAIT_S = 30
+
 
 class Progress:
     """Shows events as they happen; silent when not ``enabled``. Use as a context manager."""
@@ -49,7 +51,7 @@ class Progress:
             if self._bar is not None:
                 self._task = self._bar.add_task(str(series), total=len(event.requests), note="")
             elif event.requests:
-                self._say(f"{series}: {len(event.requests)} requests planned")
+                self._say(f"{series}: {len(event.requests)} request{'s' * (len(event.requests) != 1)} planned")
         elif isinstance(event, Fetched):
             self._bars += event.rows
             if self._bar is not None and self._task is not None:
@@ -64,6 +66,8 @@ class Progress:
         text = f"waiting until {waiting.until:%H:%M:%S} UTC ({waiting.reason})"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, note=text)
+        elif waiting.seconds >= LONG_WAIT_S:
+            show_notice(text)  # even when quiet: minutes of silence look like a hang
         elif waiting.seconds >= 5:
             self._say(text)
 

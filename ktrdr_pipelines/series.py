@@ -54,11 +54,13 @@ def parse_instant(text: str, what: str) -> datetime:
     return instant
 
 
-def parse_range(start: str | None, end: str | None) -> tuple[datetime | None, datetime | None]:
+def parse_range(
+    start: str | None, end: str | None, *, now: datetime | None = None
+) -> tuple[datetime | None, datetime | None]:
     """Start (included) and end (not included) as people write them on every door; None where they wrote nothing.
 
     Raises:
-        InputError: one is no date, or start is not before end.
+        InputError: one is no date, start is not before end, or (with ``now``) start lies in the future.
     """
     first = parse_instant(start, "start") if start else None
     last = parse_instant(end, "end") if end else None
@@ -66,6 +68,8 @@ def parse_range(start: str | None, end: str | None) -> tuple[datetime | None, da
         raise InputError(
             f"start {format_instant(first)} is not before end {format_instant(last)}", advice="Swap or widen them."
         )
+    if first is not None and now is not None and first >= now:
+        raise InputError(f"start {format_instant(first)} is in the future", advice="Give an earlier start.")
     return first, last
 
 
@@ -300,8 +304,8 @@ class Instrument:
 
     @property
     def use_rth(self) -> bool:
-        """IB's ``useRTH``: regular trading hours only."""
-        return self.hours is Hours.REGULAR
+        """IB's ``useRTH``: regular trading hours only. Stocks have a choice; of everything else all hours are held."""
+        return self.sec_type == "STK" and self.hours is Hours.REGULAR
 
     @property
     def has_volume(self) -> bool:

@@ -7,6 +7,7 @@ IB's pacing rules are not settings.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from datetime import date
@@ -16,8 +17,9 @@ from typing import Annotated
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from ktrdr_pipelines.cron import check_cron
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, parse_timeframe
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +70,7 @@ class Settings(BaseSettings):
             120.0,
             "Seconds to wait for one answer before it is cancelled and counted as failed.",
             gt=0,
+            le=3600,
         ),
     ]
     ib_retry_waits_s: Annotated[
@@ -113,10 +116,37 @@ class Settings(BaseSettings):
         ),
     ]
 
+    tail_schedules: Annotated[
+        dict[str, str],
+        _field(
+            "KTRDR_TAIL_SCHEDULES",
+            {},
+            'Timeframes whose new bars are fetched at fixed times (cron, UTC), as JSON: {"1d": "30 22 * * 1-5"}. '
+            "All others are fetched as soon as they are due.",
+        ),
+    ]
+    settlement_delay_min: Annotated[
+        float,
+        _field(
+            "KTRDR_SETTLEMENT_DELAY",
+            30.0,
+            "Minutes after the close of its last session until a daily or longer bar without a schedule counts as due.",
+            ge=0,
+            le=1440,
+        ),
+    ]
+
     @field_validator("ib_retry_waits_s", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("ib_retry_waits_s")
+    @classmethod
+    def _waits_are_waits(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= wait <= 3600 for wait in value):  # NaN is neither
+            raise ValueError("waits are seconds from 0 to 3600")
+        return value
 
     @field_validator("ib_client_id", "universe_file", mode="before")
     @classmethod
@@ -130,6 +160,14 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError(f"unknown timeframe {', '.join(unknown)}; there are {', '.join(TIMEFRAMES)}")
         return {**DEFAULT_PARTITION_STARTS, **value}
+
+    @field_validator("tail_schedules")
+    @classmethod
+    def _are_crons(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            return {parse_timeframe(name).name: check_cron(cron) for name, cron in value.items()}
+        except InputError as error:
+            raise ValueError(f"{error.observed}; there are {', '.join(TIMEFRAMES)}") from None
 
     @property
     def universe_path(self) -> Path:
@@ -163,14 +201,33 @@ def load_settings(**overrides: object) -> Settings:
         raise InputError(
             f"{name}: not valid JSON" if name else str(error), doing="reading settings", advice="See README, Settings."
         ) from None
+    home = settings.dagster_home
+    if "dagster_home" not in overrides and "DAGSTER_HOME" not in os.environ:
+        # `.env` sets it for Dagster's own commands, relative to the folder they are started in. For ours the project's home
+        # counts wherever they are started: the pacing ledger lives there, and two of them would be two budgets.
+        home = PROJECT_ROOT / "dagster_home"
     # Dagster insists on an absolute home; relative folders count from the current directory.
-    absolute = {
+    absolute: dict[str, object] = {
         "data_dir": settings.data_dir.expanduser().absolute(),
-        "dagster_home": settings.dagster_home.expanduser().absolute(),
+        "dagster_home": home.expanduser().absolute(),
     }
+    if settings.universe_file is not None:
+        absolute["universe_file"] = settings.universe_file.expanduser().absolute()
     return settings.model_copy(update=absolute)
 
 
-def export_dagster_home(settings: Settings) -> None:
-    """Let child processes (webserver, daemon, runs) find the same Dagster home."""
-    os.environ["DAGSTER_HOME"] = str(settings.dagster_home)
+def as_environment(settings: Settings) -> dict[str, str]:
+    """``settings`` as environment variables, for child processes that have to see the same ones wherever they are started."""
+    found: dict[str, str] = {}
+    for field_name, field in Settings.model_fields.items():
+        value = getattr(settings, field_name)
+        if not isinstance(field.validation_alias, AliasChoices) or value is None:
+            continue
+        name = str(field.validation_alias.choices[0])
+        if isinstance(value, tuple):
+            found[name] = ",".join(str(part) for part in value)
+        elif isinstance(value, dict):
+            found[name] = json.dumps(value, default=str)
+        else:
+            found[name] = str(value)
+    return found

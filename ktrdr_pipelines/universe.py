@@ -17,6 +17,8 @@ series:
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ from ktrdr_pipelines.series import (
     parse_timeframe,
 )
 
+WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
 _DEFAULT_WHAT = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
 _DEFAULT_EXCHANGE = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
@@ -72,6 +75,13 @@ class Entry(BaseModel):
         if exchange is None:
             raise InputError(f"{self.symbol}: a {self.sec_type} needs an exchange")
         default_hours = Hours.REGULAR if self.sec_type == "STK" else Hours.EXTENDED
+        if self.hours is Hours.REGULAR and self.sec_type != "STK":
+            raise InputError(f"{self.symbol}: only stocks have regular hours", advice="Leave `hours` out.")
+        if self.what_to_show is not None and self.what_to_show not in WHAT_TO_SHOW:
+            raise InputError(
+                f"{self.symbol}: unknown what_to_show {self.what_to_show!r}",
+                advice=f"Use one of {', '.join(WHAT_TO_SHOW)}.",
+            )
         return Instrument(
             symbol=symbol,
             sec_type=self.sec_type,
@@ -184,11 +194,17 @@ def parse_universe(text: str, origin: str = "universe file") -> Universe:
     return Universe(entries)
 
 
-def read_universe(path: Path) -> Universe:
-    """The universe of ``path``; the default universe when there is no such file."""
+def read_universe(path: Path, *, must_exist: bool = False) -> Universe:
+    """The universe of ``path``; the default universe when there is no such file, unless it ``must_exist`` (a person named it).
+
+    Raises:
+        InputError: see `parse_universe`; or the file is missing and must not be.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
+        if must_exist:
+            raise InputError(f"{path} does not exist", advice="Correct KTRDR_UNIVERSE, or make the file.") from None
         return DEFAULT_UNIVERSE
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
@@ -212,16 +228,14 @@ def add_series(path: Path, series: Series) -> Universe:
             if series in set(universe):
                 return universe
             entries = list(universe.entries)
-            for i, entry in enumerate(entries):
-                if entry.instrument() == series.instrument:
-                    names = sorted({*entry.timeframes, series.timeframe.name}, key=list(TIMEFRAMES).index)
-                    entries[i] = entry.model_copy(update={"timeframes": names})
-                    break
-            else:
+            at = next((i for i, entry in enumerate(entries) if entry.instrument() == series.instrument), None)
+            if at is None:
                 entries.append(entry_for(series.instrument, [series.timeframe.name]))
-            universe = Universe(tuple(entries))
-            _write(path, universe)
-            return universe
+            else:
+                names = sorted({*entries[at].timeframes, series.timeframe.name}, key=list(TIMEFRAMES).index)
+                entries[at] = entries[at].model_copy(update={"timeframes": names})
+            _write(path, universe, Universe(tuple(entries)))
+            return Universe(tuple(entries))
     except Timeout:
         raise StoreError(f"{path} is locked by another process", advice="Try again in a moment.") from None
     except OSError as error:
@@ -231,12 +245,34 @@ def add_series(path: Path, series: Series) -> Universe:
         ) from None
 
 
-def _write(path: Path, universe: Universe) -> None:
-    rows = [e.model_dump(mode="json", exclude_defaults=True, exclude_none=True) for e in universe.entries]
-    body = yaml.safe_dump({"series": rows}, sort_keys=False, allow_unicode=True, default_flow_style=None)
+def _render(entries: Iterable[Entry]) -> str:
+    rows = [e.model_dump(mode="json", exclude_defaults=True, exclude_none=True) for e in entries]
+    return yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _write(path: Path, before: Universe, after: Universe) -> None:
+    """Write ``after``: appended to a person's file where that says the same, so that comments and layout stay; else the file
+    is written anew and the old one kept beside it."""
+    text = "# Which series exist. See README, The universe file.\nseries:\n" + _render(after.entries)
+    if path.exists():
+        old = path.read_text(encoding="utf-8-sig")
+        dash = re.search(r"^( *)- ", old, re.MULTILINE)
+        added = textwrap.indent(_render(after.entries[len(before.entries) :]), dash.group(1) if dash else "")
+        appended = old.rstrip("\n") + "\n" + added
+        if _means(appended, after):
+            text = appended
+        elif "#" in old:
+            path.with_name(f"{path.name}.bak").write_text(old, encoding="utf-8")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write("# Which series exist. See README, The universe file.\n" + body)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _means(text: str, universe: Universe) -> bool:
+    try:
+        return parse_universe(text) == universe
+    except InputError:
+        return False

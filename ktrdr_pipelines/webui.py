@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,9 @@ import urllib.request
 
 import click
 
-from ktrdr_pipelines.errors import StoreError
+from ktrdr_pipelines.errors import InputError, TransientError
 from ktrdr_pipelines.orchestration.instance import open_instance
-from ktrdr_pipelines.settings import PROJECT_ROOT, load_settings
+from ktrdr_pipelines.settings import PROJECT_ROOT, as_environment, load_settings
 
 READY_WITHIN_S = 120
 
@@ -22,14 +23,18 @@ READY_WITHIN_S = 120
 def serve_ui(host: str, port: int) -> int:
     """Serve until interrupted; returns the exit code. The home is initialised before several processes open it at once."""
     settings = load_settings()
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"{host}:{port} cannot be used: {error.strerror}",
+                doing="opening the UI",
+                advice="Choose another --port.",
+            ) from None
     with open_instance(settings):
         pass
-    environment = {
-        **os.environ,
-        "DAGSTER_HOME": str(settings.dagster_home),
-        "KTRDR_DATA_DIR": str(settings.data_dir),
-        "PWD": str(PROJECT_ROOT),
-    }
+    environment = {**os.environ, **as_environment(settings), "PWD": str(settings.dagster_home)}
     command = [
         sys.executable,
         "-m",
@@ -42,20 +47,22 @@ def serve_ui(host: str, port: int) -> int:
         "-p",
         str(port),
     ]
-    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (dagster_facts.md, 1).
-    child = subprocess.Popen(command, env=environment, cwd=settings.dagster_home, start_new_session=True)
+    child: subprocess.Popen[bytes] | None = None
 
     def stop(*_: object) -> None:
-        if child.poll() is None:
+        if child is not None and child.poll() is None:
             os.killpg(child.pid, signal.SIGINT)
 
+    # Before the child starts: one that inherits ignored signals (a shell's background job) could never be stopped.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (dagster_facts.md, 1).
+    child = subprocess.Popen(command, env=environment, cwd=settings.dagster_home, start_new_session=True)
     if _wait_until_ready(child, f"http://{host}:{port}/server_info"):
         click.echo(f"Dagster UI at http://{host}:{port}/assets (Ctrl-C ends it)")
     elif child.poll() is None:
         stop()
-        raise StoreError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
+        raise TransientError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
     return child.wait()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +25,7 @@ hypothesis_settings.register_profile("ktrdr", deadline=None)
 hypothesis_settings.load_profile("ktrdr")
 
 StartGateway = Callable[..., GatewayThread]
+Ktrdr = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +83,21 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def ktrdr(tmp_path: Path, unused_port: int) -> Ktrdr:
+    """Run `ktrdr` in an empty folder; by default no gateway answers."""
+
+    def run(*arguments: str, port: int = unused_port, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("IB_", "KTRDR_", "DAGSTER_"))} | {
+            "IB_PORT": str(port),
+            "KTRDR_DATA_DIR": str(tmp_path / "data"),
+            "DAGSTER_HOME": str(tmp_path / "home"),
+            "IB_RETRY_WAITS": "",
+            **settings,
+        }
+        command = [sys.executable, "-m", "ktrdr_pipelines.cli", *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+
+    return run

@@ -5,12 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from ktrdr_pipelines.bars import bars_from_columns, opens_of
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.series import Series, forex, parse_timeframe, stock
+from ktrdr_pipelines.series import TIMEFRAMES, Series, forex, parse_timeframe, stock
 from ktrdr_pipelines.store.adopt import read_foreign, read_stamp
 from ktrdr_pipelines.store.csvfile import HEADER, render_rows
 from ktrdr_pipelines.store.series_store import Store
@@ -306,3 +307,20 @@ def test_stamps_that_python_might_read_otherwise_are_refused(text: str) -> None:
     """Week dates, compact dates and epoch seconds are not guessed at."""
     with pytest.raises(ValueError, match="no "):
         read_stamp(text, is_intraday=True, assume_utc=True)
+
+
+def test_a_write_cut_off_inside_a_number_loses_its_last_row_and_says_so(tmp_path: Path) -> None:
+    """A file of ours ends with a newline; without one its last line was cut, and half a number is no price."""
+    store = Store(tmp_path)
+    series = Series(stock("AAPL"), TIMEFRAMES["1d"])
+    days = np.array([int(datetime(2024, 1, d, tzinfo=UTC).timestamp()) for d in (2, 3, 4)])
+    bars = bars_from_columns(days, [100.5] * 3, [101.25] * 3, [99.75] * 3, [100.5] * 3, [12345] * 3)
+    now = datetime(2024, 2, 1, tzinfo=UTC)
+    store.write(series, bars, answered=None, source="paper", now=now)
+    path = store.csv_path(series)
+    path.write_bytes(path.read_bytes()[:-4])
+    prepared = store.prepare(series, now=now)
+    assert prepared.adopted is not None
+    assert "cut off" in str(prepared.adopted.dropped[0])
+    assert store.held_opens(series).tolist() == days[:2].tolist()
+    assert prepared.adopted.backup is not None

@@ -7,37 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
 
 from ktrdr_pipelines.simulator.faults import FaultRule
-from ktrdr_pipelines_tests.conftest import StartGateway
+from ktrdr_pipelines_tests.conftest import Ktrdr, StartGateway
 
 pytestmark = pytest.mark.slow
-
-Ktrdr = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def ktrdr(tmp_path: Path, unused_port: int) -> Ktrdr:
-    """Run `ktrdr` in an empty folder; by default no gateway answers."""
-
-    def run(*arguments: str, port: int = unused_port, **settings: str) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("IB_", "KTRDR_", "DAGSTER_"))} | {
-            "IB_PORT": str(port),
-            "KTRDR_DATA_DIR": str(tmp_path / "data"),
-            "DAGSTER_HOME": str(tmp_path / "home"),
-            "IB_RETRY_WAITS": "",
-            **settings,
-        }
-        command = [sys.executable, "-m", "ktrdr_pipelines.cli", *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90)
-
-    return run
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -78,7 +60,7 @@ def test_input_that_cannot_be_meant_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("name", "value"),
     [("IB_PORT", "abc"), ("IB_PORT", "0"), ("KTRDR_HISTORY_LIMITS", "huge"), ("KTRDR_PARTITION_STARTS", "{"),
-     ("KTRDR_PARTITION_STARTS", '{"7m": "2020-01-01"}'), ("IB_RETRY_WAITS", "soon")],
+     ("KTRDR_PARTITION_STARTS", '{"7m": "2020-01-01"}'), ("IB_RETRY_WAITS", "soon"), ("IB_RETRY_WAITS", "nan"), ("IB_RETRY_WAITS", "-1")],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_meant_names_its_variable(ktrdr: Ktrdr, name: str, value: str) -> None:
     """The line names the variable, so that a person finds it."""
@@ -195,3 +177,35 @@ def test_help_needs_no_heavy_imports() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_ctrl_c_in_the_middle_of_a_load_is_one_line(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """Exit code 130, no traceback, what was loaded is kept, and the next run completes it."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(2,))])
+    environment = os.environ | {
+        "IB_PORT": str(gateway.port), "KTRDR_DATA_DIR": str(tmp_path / "data"), "DAGSTER_HOME": str(tmp_path / "home"),
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "ktrdr_pipelines.cli",
+        "ib-load",
+        "AAPL",
+        "1h",
+        "--start",
+        "2024-01-01",
+        "--end",
+        "2024-04-01",
+    ]
+    running = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(gateway.requests) < 2 and time.monotonic() < deadline and running.poll() is None:
+        select.select([], [], [], 0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "ktrdr: interrupted; what was loaded is kept" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "data" / "AAPL_1h.csv").exists()

@@ -347,7 +347,7 @@ def test_progress_is_told_request_by_request(store: Store) -> None:
     _, events = load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
     fetched = [e for e in events if isinstance(e, Fetched)]
     assert [(e.done, e.planned) for e in fetched] == [(1, 3), (2, 3), (3, 3)]
-    assert sum(e.rows for e in fetched) == 427 - 0
+    assert sum(e.rows for e in fetched) == 427
 
 
 def test_a_sparse_series_is_asked_twice_only_at_first(store: Store) -> None:
@@ -372,3 +372,132 @@ def test_a_sparse_series_is_asked_twice_only_at_first(store: Store) -> None:
     history.script[len(history.requests) + 1] = lambda raw: pick(raw, slice(0, len(raw) // 2))
     load(store, history, series, later)
     assert held(store, series) == rare.tolist() + history.truth.tolist()
+
+
+def test_empty_answers_without_a_word_prove_nothing(store: Store) -> None:
+    """Twice no bars and no sentence of IB's that there are none: the window has failed, and the next run completes it."""
+    span = window("2024-02-01", "2024-03-01")
+    nothing = lambda raw: pick(raw, slice(0, 0))  # noqa: E731 - a fault, as in the table above
+    history = FakeHistory.of(AAPL_1H, span, script=dict.fromkeys(range(1, 7), nothing), head=utc("1980-12-12"))
+    job, _ = load(store, history, AAPL_1H, span)
+    assert job.report.status == "failed"
+    assert job.report.failures[0].error.retry_helps
+    assert not store.read_sidecar(AAPL_1H).proven_empty
+    history.script.clear()
+    load(store, history, AAPL_1H, span)
+    assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()
+
+
+def test_what_a_failed_window_completed_is_reported(store: Store) -> None:
+    """One request for a month of minutes, one hole whose confirmation fails: the other days are complete and say so."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span = window("2024-03-04", "2024-03-16")
+    history = FakeHistory.of(series, span, script={1: drop(400, 410), 2: RequestTimeout("no answer")})
+    job, _ = load(store, history, series, span, limits=HistoryLimits.CURRENT)
+    assert job.report.status == "partial"
+    assert len(job.report.completed) == 9
+    assert "2024-03-05" not in job.report.completed
+
+
+@pytest.mark.parametrize(
+    ("series", "closed", "later"),
+    [(AAPL_1H, "2024-06-14T18:00:30", "2024-06-14T18:20:00"), (AAPL_1D, "2024-06-14T20:20:00", "2024-06-17T12:00:00")],
+)
+def test_a_bar_that_ib_has_not_got_yet_is_not_proven_empty(
+    store: Store, series: Series, closed: str, later: str
+) -> None:
+    """Moments after its close IB may lack the newest bar, and two questions in one second agree: it stays missing, and the next
+    load gets it."""
+    span = window("2024-06-03", "2024-06-22")
+    late = utc(closed)
+    history = FakeHistory.of(series, span)
+    newest = expected_bars(series, span, complete_at_s=int(late.timestamp())).opens[-1]
+    for n in range(1, 4):
+        history.script[n] = lambda raw: pick(raw, raw.opens_s < newest)
+    job, _ = load(store, history, series, span, now=late)
+    assert job.report.status == "success"
+    assert job.report.missing_bars == 1
+    assert not store.read_sidecar(series).proven_empty
+    assert any("not there yet" in notice for notice in job.report.notices)
+    assert max(held(store, series)) < newest
+    history.script.clear()
+    load(store, history, series, span, now=utc(later))
+    assert newest in held(store, series)
+
+
+def test_a_head_timestamp_later_than_held_bars_is_not_believed(store: Store) -> None:
+    """One missing bar at the start of a window and a head timestamp that is years too late: the months before are still asked."""
+    everything = expected_bars(AAPL_1H, window("2024-02-01", "2024-04-01")).opens
+    first = int(utc("2024-03-04T14:30:00").timestamp())
+    history = FakeHistory(everything[everything != first], head=utc("2025-01-01"))
+    load(store, history, AAPL_1H, window("2024-03-04", "2024-03-20"), now=utc("2024-06-15"))
+    assert store.read_sidecar(AAPL_1H).history_start is None
+    load(store, history, AAPL_1H, window("2024-02-01", "2024-04-01"), now=utc("2024-06-15"))
+    assert held(store, AAPL_1H) == history.truth.tolist()
+
+
+@pytest.mark.parametrize("name", ["1w", "1mo"])
+@pytest.mark.parametrize("label", ["first", "last"])
+def test_weeks_and_months_may_be_labelled_with_any_of_their_days(store: Store, name: str, label: str) -> None:
+    """Monday or Friday, the first day or the last session of a month: every finished bar is stored, the forming one is not; Good Friday."""
+    series = Series(stock("AAPL"), TIMEFRAMES[name])
+    # Friday 2024-06-28 after the close: the week and the month have just ended.
+    now, span = utc("2024-06-28T20:30:00"), window("2023-01-01", "2025-01-01")
+    days = expected_bars(AAPL_1D, window("2023-01-01", "2024-07-20")).opens
+    if name == "1w":
+        labels = days - (days // 86400 + 3) % 7 * 86400
+        labels = np.unique(labels) + (0 if label == "first" else 4 * 86400)
+    else:
+        months = days.astype("datetime64[s]").astype("datetime64[M]")
+        last_days = np.append(np.diff(months.astype(np.int64)) > 0, True)
+        labels = days[last_days] if label == "last" else np.unique(months).astype("datetime64[s]").astype(np.int64)
+    history = FakeHistory(labels)
+    load(store, history, series, span, now=now)
+    expected = [s for s in labels.tolist() if s <= int(utc("2024-06-30").timestamp())]
+    assert held(store, series) == expected
+    again, _ = load(store, history, series, span, now=now)
+    assert again.report.ib_requests_made == 0
+
+
+def test_a_bar_cut_off_by_the_end_of_its_request_is_not_stored(store: Store) -> None:
+    """A gateway that trades through the forex break sends a bar that stops where the request ends: it is not taken for whole."""
+    series = Series(forex("EURUSD"), TIMEFRAMES["5m"])
+    span = window("2024-01-08", "2024-01-13")
+    grid = np.arange(span.start_s, span.end_s, 300, dtype=np.int64)
+    history = FakeHistory(grid)
+    load(store, history, series, span)
+    ends = [int(request.end.timestamp()) for request in history.requests]
+    assert not [s for s in held(store, series) if any(s < end < s + 300 for end in ends)]
+
+
+def test_daily_bars_dated_by_the_start_of_their_session_are_not_lost(store: Store) -> None:
+    """Forex days stamped Sunday to Thursday: none is missed where two requests meet."""
+    series = Series(forex("EURUSD"), TIMEFRAMES["1d"])
+    span = window("2022-01-01", "2024-06-01")
+    days = expected_bars(series, window("2021-12-20", "2024-06-10")).opens
+    labels = days - 86400
+    history = FakeHistory(labels)
+    load(store, history, series, span, now=utc("2024-06-15"))
+    found = held(store, series)
+    wanted = [s for s in labels.tolist() if utc("2022-01-03").timestamp() <= s < utc("2024-05-30").timestamp()]
+    assert [s for s in wanted if s not in found] == []
+
+
+def test_a_gateway_that_sends_a_few_bars_at_a_time_is_asked_until_it_is_done(store: Store) -> None:
+    """Sixty bars an answer: as long as each brings some, the window is completed."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span = window("2024-03-04", "2024-03-05")
+    history = FakeHistory.of(series, span)
+    history.script = {n: lambda raw: pick(raw, slice(-60, None)) for n in range(1, 40)}
+    job, _ = load(store, history, series, span)
+    assert job.report.status == "success"
+    assert held(store, series) == expected_bars(series, span).opens.tolist()
+
+
+def test_a_csv_with_a_header_and_no_row_is_an_empty_one(store: Store) -> None:
+    """Somebody deleted every row: everything is asked for."""
+    store.data_dir.mkdir()
+    store.csv_path(AAPL_1H).write_text("timestamp,open,high,low,close,volume\n")
+    span = window("2024-01-02", "2024-01-20")
+    load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
+    assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from datetime import UTC, datetime
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -116,3 +117,35 @@ def test_a_partition_key_that_is_none_withdraws_nothing_else() -> None:
     assert changed == ("yesterday",)
     assert corrected.answered == sidecar.answered
     assert corrected.partitions == {"1970-01-01": mark}
+
+
+def test_many_proven_ranges_stay_cheap() -> None:
+    """Fifty thousand ranges (an illiquid series) and forty new ones: the work grows with the new ones, not with all squared."""
+    start = datetime(2000, 1, 1, tzinfo=UTC)
+    ranges = tuple(
+        ProvenEmpty(start=start + timedelta(hours=i), end=start + timedelta(hours=i, minutes=1), opens=1)
+        for i in range(50_000)
+    )
+    new = [
+        ProvenEmpty(start=start + timedelta(hours=i, minutes=30), end=start + timedelta(hours=i, minutes=31), opens=1)
+        for i in range(40)
+    ]
+    before = time.process_time()
+    found = add_proven_empty(ranges, new)
+    assert time.process_time() - before < 2.0  # it took 11 seconds when every range was compared with every other
+    assert len(found) == 50_040
+    assert list(found) == sorted(found, key=lambda r: r.start)
+
+
+def test_a_wider_range_takes_the_place_of_those_it_covers() -> None:
+    """Their evidence is kept with it; a narrower one adds nothing."""
+
+    def make(first: int, last: int) -> ProvenEmpty:
+        day = datetime(2024, 1, 1, tzinfo=UTC)
+        return ProvenEmpty(start=day + timedelta(hours=first), end=day + timedelta(hours=last), opens=last - first)
+
+    ranges = add_proven_empty((), [make(1, 2), make(3, 4), make(8, 9)])
+    assert [(r.start.hour, r.end.hour) for r in add_proven_empty(ranges, [make(1, 5)])] == [(1, 5), (8, 9)]
+    assert add_proven_empty(ranges, [make(3, 4)]) == ranges
+    wide = add_proven_empty(ranges, [make(0, 10)])
+    assert add_proven_empty(wide, [make(3, 4), make(0, 5), make(5, 10)]) == wide

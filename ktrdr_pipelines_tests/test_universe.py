@@ -98,3 +98,22 @@ def test_an_entry_says_only_what_is_particular() -> None:
     """A plain US stock needs a symbol and timeframes."""
     entry = entry_for(stock("AAPL"), ["1h"])
     assert entry.model_dump(exclude_defaults=True, exclude_none=True) == {"symbol": "AAPL", "timeframes": ["1h"]}
+
+
+def test_adding_keeps_what_a_person_wrote(tmp_path: Path) -> None:
+    """Comments and layout stay; where an entry has to change, the file as it was is kept beside it."""
+    path = tmp_path / "universe.yaml"
+    mine = "# mine\nseries:\n  - symbol: AAPL   # the apple\n    timeframes: [1h]\n"
+    path.write_text(mine)
+    add_series(path, Series(forex("GBPUSD"), TIMEFRAMES["1h"]))
+    assert path.read_text().startswith(mine)
+    assert read_universe(path).find("GBPUSD", TIMEFRAMES["1h"]) is not None
+    add_series(path, Series(stock("AAPL"), TIMEFRAMES["1d"]))
+    assert read_universe(path).find("AAPL", TIMEFRAMES["1d"]) is not None
+    assert "# the apple" in (tmp_path / "universe.yaml.bak").read_text()
+
+
+def test_a_universe_that_was_named_has_to_exist(tmp_path: Path) -> None:
+    """Only the default place may be empty."""
+    with pytest.raises(InputError, match="does not exist"):
+        read_universe(tmp_path / "typo.yaml", must_exist=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -157,13 +158,14 @@ def report() -> int:
     requests = [json.loads(line) for line in LOG.read_text().splitlines()]
     partitions = count_partitions()
     failed = 0
-    print(f"\nWhat was fetched ({sum(r['kind'] == 'history' for r in requests)} history requests in all):")
+    bars, heads = (sum(r["kind"] == kind for r in requests) for kind in ("history", "head"))
+    print(f"\nWhat was fetched ({bars} requests for bars, {heads} for the start of history):")
     for series in SERIES:
         symbol, timeframe = series.split("_")
         mine = [r for r in requests if r["symbol"] in (symbol, symbol[:3]) and r["kind"] == "history"]
         count, wrong = compare(series)
         print(
-            f"  {symbol} {timeframe}: {count} bars in {len(mine)} requests, {partitions.get(series, 0)} partitions, "
+            f"  {symbol} {timeframe}: {count} bars in {len(mine)} requests, {partitions.get(series, 0)} partitions complete, "
             f"{DATA.relative_to(ROOT) / series}.csv"
         )
         if wrong:
@@ -180,7 +182,23 @@ def report() -> int:
     return 1 if failed else 0
 
 
+@contextmanager
+def only_user_of_the_demo() -> Iterator[None]:
+    """One demo or UI at a time: a demo makes the folders anew, which would pull them away from under an open UI."""
+    with (ROOT / ".venv" / ".demo.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit("demo: another `make demo` or `make ui` is running on demo/; end it first.") from None
+        yield
+
+
 def main() -> int:
+    with only_user_of_the_demo():
+        return run_demo()
+
+
+def run_demo() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--ui", action="store_true", help="open the Dagster UI on the demo's data (made first if missing)"
@@ -200,6 +218,7 @@ def main() -> int:
         if code or not options.ui:
             return code
     with gateway() as port:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             return subprocess.run([BIN / "ktrdr", "ui", "--port", str(options.port)], env=environment(port)).returncode
         except KeyboardInterrupt:

@@ -56,7 +56,7 @@ _lock = threading.Lock()
 
 def hours_of(instrument: Instrument) -> Hours:
     """The hours its series hold. Only stocks have a choice; everything else holds all hours there are."""
-    return instrument.hours if instrument.sec_type == "STK" else Hours.EXTENDED
+    return Hours.REGULAR if instrument.use_rth else Hours.EXTENDED
 
 
 def table_of(instrument: Instrument) -> SessionTable:

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 import tenacity
 
-from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError
+from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.answers import RawBars
 from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
 from ktrdr_pipelines.ib.clock import Clock
@@ -61,7 +61,8 @@ class GatewayAddress:
     def login(self) -> str:
         """What all programs that share the budget agree on. The account would be better, but is known only once
         connected, and asking is what has to be paced; two addresses of one login are rare."""
-        return f"{self.host}:{self.port}"
+        host = "127.0.0.1" if self.host.lower() in ("localhost", "::1") else self.host.lower()
+        return f"{host}:{self.port}"
 
 
 @dataclass
@@ -161,15 +162,7 @@ class IBHistory:
         """The bars of one request, uncut. No bars only if IB said so; every failure is raised."""
         instrument, timeframe = series.instrument, series.timeframe
         doing = f"loading {series} {request.window}"
-        ask = bars_ask(
-            contract=_contract_text(instrument),
-            exchange=instrument.exchange,
-            what_to_show=instrument.what_to_show,
-            bar_size=timeframe.ib_bar_size,
-            duration=str(request.duration),
-            end=format_instant(request.end),
-            use_rth=instrument.use_rth,
-        )
+        ask = describe_bars(series, request)
 
         def send(client: GatewayClient, on_sent: Callable[[], None]) -> RawBars:
             return client.historical_bars(
@@ -185,18 +178,23 @@ class IBHistory:
         return self._retry(doing, lambda: self._paced(ask, send))
 
     def find_head(self, instrument: Instrument) -> datetime | None:
-        """IB's head timestamp: a hint of where history starts, or None. Counts as a history request."""
-        ask = head_ask(
-            contract=_contract_text(instrument),
-            exchange=instrument.exchange,
-            what_to_show=instrument.what_to_show,
-            use_rth=instrument.use_rth,
-        )
+        """IB's head timestamp: a hint of where history starts, or None. Counts as a history request.
+
+        Being a hint, it is asked for once, without retries: a gateway that does not tell it fails no load.
+
+        Raises:
+            GatewayUnreachable, StoreError: no gateway, or no ledger; then nothing else would work either.
+        """
+        ask = describe_head(instrument)
         if ask.identity not in self._heads:
-            self._heads[ask.identity] = self._retry(
-                f"asking for the start of history of {instrument.symbol}",
-                lambda: self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent)),
-            )
+            try:
+                head = self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent))
+            except (GatewayUnreachable, StoreError):
+                raise
+            except KtrdrError as error:
+                log.warning("going on without the start of history of %s: %s", instrument.symbol, error)
+                head = None
+            self._heads[ask.identity] = head
         return self._heads[ask.identity]
 
     # -- connection -------------------------------------------------------------------------------------------------
@@ -378,6 +376,30 @@ class IBHistory:
 def _shorten(reasons: list[str]) -> list[str]:
     """The different reasons, in order, each once."""
     return list(dict.fromkeys(reasons))
+
+
+def describe_bars(series: Series, request: Request) -> Ask:
+    """A request for bars as the pacing rules see it."""
+    instrument = series.instrument
+    return bars_ask(
+        contract=_contract_text(instrument),
+        exchange=instrument.exchange,
+        what_to_show=instrument.what_to_show,
+        bar_size=series.timeframe.ib_bar_size,
+        duration=str(request.duration),
+        end=format_instant(request.end),
+        use_rth=instrument.use_rth,
+    )
+
+
+def describe_head(instrument: Instrument) -> Ask:
+    """A request for the start of history as the pacing rules see it."""
+    return head_ask(
+        contract=_contract_text(instrument),
+        exchange=instrument.exchange,
+        what_to_show=instrument.what_to_show,
+        use_rth=instrument.use_rth,
+    )
 
 
 def _contract_text(instrument: Instrument) -> str:

@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 import dagster as dg
 from pydantic import Field
 
-from ktrdr_pipelines.errors import DataError, InputError, KtrdrError
-from ktrdr_pipelines.load import Load, find_held
+from ktrdr_pipelines.errors import InputError, KtrdrError
+from ktrdr_pipelines.load import Load, describe_prepared, find_held
 from ktrdr_pipelines.modes import Held, Mode, narrow_window
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.report import Completed, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.series import Series, Window, parse_instant
 
 GATEWAY_POOL = "ib_gateway"
@@ -98,51 +98,57 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
     def bars(
         context: dg.AssetExecutionContext, config: LoadConfig, gateway: GatewayResource, storage: StoreResource
     ) -> Iterator[dg.AssetMaterialization | dg.AssetCheckResult]:
-        windows = context.partition_time_window
+        span = context.partition_time_window
+        chosen = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
         store = storage.store()
-        held = find_held(store, series)
-        window = config.narrow(Window(windows.start.astimezone(UTC), windows.end.astimezone(UTC)), held)
-        load = Load(
-            series,
-            window,
-            store=store,
-            history=gateway.history,
-            limits=storage.history_limits,
-            now=lambda: datetime.now(UTC),
-            recheck_last=config.mode == Mode.TAIL and held is not None,
-        )
+        report = LoadReport(series, chosen, merged_file=str(store.csv_path(series)))
         door = current_door()
-        door.reports.append(load.report)
-        stopped: KtrdrError | None = None
+        door.reports.append(report)
         try:
+            now = datetime.now(UTC)
+            report.notices += describe_prepared(store.prepare(series, now=now))
+            held = find_held(store, series)
+            report.window = config.narrow(chosen, held)
+            load = Load(
+                series,
+                report.window,
+                store=store,
+                history=gateway.history,
+                limits=storage.history_limits,
+                now=lambda: datetime.now(UTC),
+                recheck_last=config.mode == Mode.TAIL and held is not None,
+                report=report,
+            )
             for event in load.run():
                 door.on_event(series, event)
-                if isinstance(event, Planned):
-                    context.log.info(
-                        f"{series} {window}: {len(event.gaps)} gaps, {len(event.requests)} requests planned"
-                    )
-                elif isinstance(event, Fetched):
-                    context.log.info(f"{event.done} of {event.planned}: {event.request}: {event.rows} new bars")
-                elif isinstance(event, Failure):
-                    context.log.error(f"{event.window}: {event.error}")
-                elif isinstance(event, Completed):
+                _log_event(context, series, event)
+                if isinstance(event, Completed):
                     closes = store.read_bars(series, event.partition.window)["close"].tolist()
-                    path = str(store.csv_path(series))
                     yield dg.AssetMaterialization(
                         key,
                         partition=event.partition.key,
-                        metadata=describe_partition(event, load.report, closes, path),
+                        metadata=describe_partition(event, report, closes, report.merged_file),
                     )
         except KtrdrError as error:
-            stopped = error.while_doing(f"loading {series} {window}")
-            load.report.failures.append(Failure(window, stopped))
-            load.report.status = "failed"
-        yield evaluate_schema(load.report, stopped if isinstance(stopped, DataError) else None)
-        yield evaluate_completeness(load.report)
-        if load.report.failures:
-            raise _failure(load.report)
+            report.failures.append(Failure(report.window, error.while_doing(f"loading {series} {report.window}")))
+            report.status = "failed"
+        for notice in report.notices:
+            context.log.info(notice)
+        yield evaluate_schema(report)
+        yield evaluate_completeness(report)
+        if report.failures:
+            raise _failure(report)
 
     return bars
+
+
+def _log_event(context: dg.AssetExecutionContext, series: Series, event: Event) -> None:
+    if isinstance(event, Planned):
+        context.log.info(f"{series}: {len(event.gaps)} gaps, {len(event.requests)} requests planned")
+    elif isinstance(event, Fetched):
+        context.log.info(f"{event.done} of {event.planned}: {event.request}: {event.rows} new bars")
+    elif isinstance(event, Failure):
+        context.log.error(f"{event.window}: {event.error}")
 
 
 def _failure(report: LoadReport) -> dg.Failure:

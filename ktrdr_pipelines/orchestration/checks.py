@@ -33,11 +33,9 @@ def specs_for(series: Series, key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def evaluate_schema(report: LoadReport, unreadable: DataError | None) -> dg.AssetCheckResult:
+def evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
     """Failed when IB sent bars that break the rules (they were not written), or the file itself does."""
     broken = [f.error for f in report.failures if isinstance(f.error, DataError)]
-    if unreadable is not None:
-        broken.append(unreadable)
     rows = "\n\n".join(f"{error}\n{error.rows}" for error in broken[:_SHOWN])
     return dg.AssetCheckResult(
         check_name=SCHEMA_CHECK,
@@ -61,7 +59,7 @@ def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
         check_name=COMPLETENESS_CHECK,
         passed=complete,
         severity=dg.AssetCheckSeverity.ERROR,
-        description="Nothing is missing." if complete else f"{report.missing_bars} expected bars are missing.",
+        description=_say_missing(report, complete),
         metadata={
             "missing_bars": report.missing_bars,
             "proven_empty": report.proven_empty,
@@ -69,3 +67,11 @@ def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
         }
         | ({"failed_windows": dg.MetadataValue.table(failures)} if failures else {}),
     )
+
+
+def _say_missing(report: LoadReport, complete: bool) -> str:
+    if complete:
+        return "Nothing is missing."
+    if report.missing_bars:
+        return f"{report.missing_bars} expected bars are missing."
+    return "Not judged: the load could not begin."

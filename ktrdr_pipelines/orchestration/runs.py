@@ -16,7 +16,7 @@ from ktrdr_pipelines.orchestration.build import build_definitions
 from ktrdr_pipelines.orchestration.door import Door, lend
 from ktrdr_pipelines.orchestration.instance import owner_tags, reap_dead_runs
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
-from ktrdr_pipelines.partitions import partition_at, partitions_in
+from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import Series, Window, format_instant
 from ktrdr_pipelines.settings import Settings
@@ -55,12 +55,11 @@ def execute_load(
     Failed windows are in the report, nothing is raised for them.
 
     Raises:
+        KeyboardInterrupt: a person stopped it; what was loaded is kept.
         RuntimeError: the run failed for a reason that is not in the report: a bug, with its traceback.
     """
     partitions = list(partitions_in(series.timeframe, window))
     first, last = partitions[0], partitions[-1]
-    # A window up to now ends inside the newest partition; one second later would be a partition that does not exist yet.
-    last = min(last, partition_at(series.timeframe, window.end), key=lambda p: p.window.start)
     config = LoadConfig(
         start=format_instant(window.start),  # always: a given start is not narrowed by the mode
         end=format_instant(window.end) if window.end < last.window.end else "",
@@ -88,9 +87,21 @@ def execute_load(
             },
             **where,  # type: ignore[arg-type]
         )
+    if not result.success and any(_was_interrupted(e) for e in result.all_events):
+        raise KeyboardInterrupt
     if not door.reports or (not result.success and not door.reports[-1].failures):
         raise RuntimeError(f"run {result.run_id} failed:\n{_explain(result)}")
     return door.reports[-1], result.run_id
+
+
+def _was_interrupted(event: dg.DagsterEvent) -> bool:
+    """True for the failure that Ctrl-C makes of a step."""
+    error = getattr(event.event_specific_data, "error", None)
+    while error is not None:
+        if error.cls_name in ("DagsterExecutionInterruptedError", "KeyboardInterrupt"):
+            return True
+        error = error.cause
+    return False
 
 
 def _explain(result: dg.ExecuteInProcessResult) -> str:

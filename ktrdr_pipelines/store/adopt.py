@@ -59,13 +59,18 @@ class _NaiveStamp(Exception):
     """An intraday stamp without a zone."""
 
 
-def read_foreign(data: bytes, series: Series, name: str, *, assume_utc: bool = False) -> AdoptedRows:
+def read_foreign(
+    data: bytes, series: Series, name: str, *, assume_utc: bool = False, last_complete_s: int | None = None
+) -> AdoptedRows:
     """The bars in ``data``, the content of the file ``name``.
 
     Headers in any case and order, extra columns left out; stamps in ISO form with a space or a ``T``, with an offset, ``Z``, or
     bare dates; CRLF, a byte-order mark, blank lines, a missing last newline and any order of rows are fine. Intraday stamps
     without a zone are refused unless ``assume_utc``: a guessed zone shifts the whole file. For daily and longer bars the
     date as written is the session date, in whatever zone its midnight is.
+
+    ``last_complete_s`` (epoch seconds) is the last open whose bar is surely complete; later ones are dropped: half a bar would
+    stay wrong, and one of the future would make the tail believe that nothing is missing.
 
     Rows that break the rules are dropped and reported; of two different bars with one stamp neither is kept.
 
@@ -89,7 +94,7 @@ def read_foreign(data: bytes, series: Series, name: str, *, assume_utc: bool = F
             doing=doing,
             advice=f"The file was left alone. Put it right, or move it away; the normal header is {','.join(COLUMNS)}.",
         )
-    return _settle_rows(rows, layout, series, lines, name, doing)
+    return _settle_rows(rows, layout, series, lines, name, doing, last_complete_s)
 
 
 class _Lines:
@@ -263,7 +268,15 @@ def read_stamp(text: str, *, is_intraday: bool, assume_utc: bool) -> int:
     return int(instant.timestamp())
 
 
-def _settle_rows(rows: _Rows, layout: _Layout, series: Series, lines: _Lines, name: str, doing: str) -> AdoptedRows:
+def _settle_rows(
+    rows: _Rows,
+    layout: _Layout,
+    series: Series,
+    lines: _Lines,
+    name: str,
+    doing: str,
+    last_complete_s: int | None,
+) -> AdoptedRows:
     numbers = np.array(rows.lines, dtype=np.int64)
     opens_s = np.array(rows.opens_s, dtype=np.int64)
     values = np.array(rows.values, dtype=np.float64).reshape(-1, 5)
@@ -273,6 +286,9 @@ def _settle_rows(rows: _Rows, layout: _Layout, series: Series, lines: _Lines, na
     if layout.volume < 0:
         notices.append("no volume column: volume is 0")
     faults = find_faults(BarArrays(opens_s * 1_000_000, *values.T), rules_for(series))
+    if last_complete_s is not None:
+        late = np.flatnonzero(opens_s > last_complete_s).tolist()
+        faults = {**dict.fromkeys(late, "the bar is not complete yet"), **faults}
     for i, why in faults.items():
         rows.faults.append(RowFault(int(numbers[i]), lines[int(numbers[i])], why))
     good = np.ones(len(opens_s), np.bool_)

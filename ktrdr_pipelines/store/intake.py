@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from ktrdr_pipelines.bars import rules_for
+from ktrdr_pipelines.bars import latest_complete_open_s, rules_for
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.series import Series, require_utc
 from ktrdr_pipelines.store.adopt import read_foreign
@@ -102,10 +102,10 @@ def settle(
         return sidecar, Prepared(corrupt_sidecar=corrupt, csv_gone=gone)
 
     adopted = None
-    marks = _check_csv(files, series, sidecar.partitions)
+    marks = _check_csv(files, series, sidecar.partitions, now)
     if marks is None:
-        adopted = adopt_in_place(files, series, now, assume_utc=assume_utc)
-        marks = _check_csv(files, series, sidecar.partitions)
+        adopted = adopt_in_place(files, series, now, assume_utc=assume_utc, was_ours=bool(sidecar.partitions))
+        marks = _check_csv(files, series, sidecar.partitions, now)
         if marks is None:
             raise changing_all_the_time(files.csv(series), doing)
     found, state_checked = marks
@@ -121,8 +121,12 @@ def settle(
     return sidecar, Prepared(adopted, corrupt, changed)
 
 
-def adopt_in_place(files: SeriesFiles, series: Series, now: datetime, *, assume_utc: bool) -> Adopted:
+def adopt_in_place(
+    files: SeriesFiles, series: Series, now: datetime, *, assume_utc: bool, was_ours: bool = False
+) -> Adopted:
     """Turn the CSV of ``series``, whatever its layout, into a normal one; the original is kept beside it.
+
+    ``was_ours``: we wrote it, and our files end with a newline: a last line without one was cut off, perhaps inside a number.
 
     Raises:
         DataError: no bar file, or stamps without a zone; it was left alone.
@@ -132,7 +136,18 @@ def adopt_in_place(files: SeriesFiles, series: Series, now: datetime, *, assume_
     path = files.csv(series)
     doing = f"adopting {path.name} as {series}"
     before = state_of(path)
-    rows = read_foreign(path.read_bytes(), series, path.name, assume_utc=assume_utc)
+    last_complete_s = latest_complete_open_s(series.timeframe, now.timestamp())
+    data = path.read_bytes()
+    cut = b""
+    if was_ours and not data.endswith(b"\n"):
+        data, _, cut = data.rpartition(b"\n")
+        data += b"\n"
+    rows = read_foreign(data, series, path.name, assume_utc=assume_utc, last_complete_s=last_complete_s)
+    if cut:
+        fault = RowFault(
+            data.count(b"\n") + 1, cut.decode("utf-8", "replace"), "cut off: the file ends inside this line"
+        )
+        rows = replace(rows, dropped=(*rows.dropped, fault))
     if state_of(path) != before:
         raise changing_all_the_time(files.csv(series), doing)
     backup = keep_copy(files.disk, path, f"bak-{_stamp(now)}")
@@ -151,9 +166,9 @@ def adopt_in_place(files: SeriesFiles, series: Series, now: datetime, *, assume_
 
 
 def _check_csv(
-    files: SeriesFiles, series: Series, recorded: Mapping[str, PartitionMark]
+    files: SeriesFiles, series: Series, recorded: Mapping[str, PartitionMark], now: datetime
 ) -> tuple[dict[str, PartitionMark], FileMark | None] | None:
-    """The partitions of the CSV and its mark; None when a line of it is not as we write them.
+    """The partitions of the CSV and its mark; None when a line of it is not as we write them, or opens in the future.
 
     All stamps are read. Values are parsed only in partitions that are not as ``recorded``.
     """
@@ -162,7 +177,9 @@ def _check_csv(
             return {}, None
         fd, state = file
         try:
-            first_and_last_open(fd, state.size)
+            ends = first_and_last_open(fd, state.size)
+            if ends is not None and ends[1] > now.timestamp():
+                return None
             places = locate_partitions(fd, series.timeframe, len(HEADER), state.size)
         except MalformedFile:
             return None

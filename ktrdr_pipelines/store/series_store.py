@@ -105,6 +105,7 @@ class Store:
         self._trusted: dict[Path, FileState] = {}
         """CSVs seen to be sorted from end to end, in the state in which they were."""
         self._views: dict[Path, tuple[FileState | None, FileState | None, Sidecar]] = {}
+        self._adopted_by_reads: dict[Path, Prepared] = {}
 
     def csv_path(self, series: Series) -> Path:
         """``AAPL_1h.csv`` in the data directory; where a link leads, if it is one."""
@@ -198,23 +199,34 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def prepare(self, series: Series, *, now: datetime, assume_utc: bool = False) -> Prepared:
-        """The first step of a load: adopt a foreign or edited CSV, rebuild a broken sidecar, take note of edits.
-
-        Nearly free when nobody touched the files, and then nothing is written. Done by `write` as well.
+    def is_as_left(self, series: Series) -> bool:
+        """True if nobody but this program touched the files of ``series`` since its last write; also when there are none.
 
         Raises:
-            DataError: the CSV is no bar file, or has stamps without a zone (unless ``assume_utc``); it was left alone.
-            StoreError: the disk or the lock refuses, or the sidecar is a newer program's.
+            StoreError: the sidecar is a newer program's, or the disk refuses.
         """
         doing = f"preparing the files of {series}"
         with explained(self.csv_path(series), doing):
             state = state_of(self.csv_path(series))
         try:
-            if is_as_written(self._files.load_sidecar(series, doing), state):
-                return Prepared()
+            return is_as_written(self._files.load_sidecar(series, doing), state)
         except UnreadableSidecar:
-            pass  # settled below, under the lock
+            return False
+
+    def prepare(self, series: Series, *, now: datetime, assume_utc: bool = False) -> Prepared:
+        """The first step of a load: adopt a foreign or edited CSV, rebuild a broken sidecar, take note of edits.
+
+        Nearly free when nobody touched the files, and then nothing is written. Done by `write` as well. What a read of this
+        store put right before is told here, once: else nobody would hear of dropped rows.
+
+        Raises:
+            DataError: the CSV is no bar file, or has stamps without a zone (unless ``assume_utc``); it was left alone.
+            StoreError: the disk or the lock refuses, or the sidecar is a newer program's.
+        """
+        told_late = self._adopted_by_reads.pop(self.csv_path(series), Prepared())
+        if self.is_as_left(series):
+            return told_late
+        doing = f"preparing the files of {series}"
         with self._files.locked(series, doing):
             return settle(self._files, series, require_utc(now, "now"), doing, assume_utc=assume_utc)[1]
 
@@ -305,7 +317,13 @@ class Store:
             if path is None or path.resolve() == self.csv_path(series).resolve():
                 return prepared.adopted or Adopted(self._files.load_sidecar(series, doing).rows, (), (), None)
             with explained(path, doing):
-                found = read_foreign(path.read_bytes(), series, path.name, assume_utc=assume_utc)
+                found = read_foreign(
+                    path.read_bytes(),
+                    series,
+                    path.name,
+                    assume_utc=assume_utc,
+                    last_complete_s=latest_complete_open_s(series.timeframe, now.timestamp()),
+                )
             if not len(found.bars):
                 return Adopted(0, found.dropped, found.notices, None)
             sidecar, spliced, _ = self._splice(series, found.bars, None, None, now, doing, held_wins=True)
@@ -374,7 +392,7 @@ class Store:
             with opened(path) as file:
                 is_foreign = file is not None and self._is_foreign(series, *file, whole=whole, doing=doing)
             if is_foreign:
-                self.prepare(series, now=self._clock())
+                self._adopted_by_reads[path] = self.prepare(series, now=self._clock())
             with opened(path) as file:
                 if file is None:
                     yield None

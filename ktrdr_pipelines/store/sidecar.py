@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -290,15 +291,24 @@ def subtract_windows(spans: Sequence[Span], windows: Iterable[Window]) -> tuple[
 
 
 def add_proven_empty(ranges: Sequence[ProvenEmpty], new: Iterable[ProvenEmpty]) -> tuple[ProvenEmpty, ...]:
-    """``ranges`` with ``new`` ones, sorted: a range that a new one covers is replaced, its evidence kept with the new."""
+    """``ranges`` with ``new`` ones, sorted by start: a range that a new one covers is replaced, its evidence kept with the new; a
+    new one that an old one covers adds nothing. ``ranges`` are sorted and none covers another, as this function leaves them."""
     kept = list(ranges)
+    starts = [r.start for r in kept]
     for fresh in new:
-        covered = [old for old in kept if fresh.window.covers(old.window)]
-        evidence = list(dict.fromkeys(e for r in (*covered, fresh) for e in r.evidence))[-_KEPT_EVIDENCE:]
-        kept = [old for old in kept if old not in covered]
-        if not any(old.window.covers(fresh.window) for old in kept):
-            kept.append(fresh.model_copy(update={"evidence": tuple(evidence)}))
-    return tuple(sorted(kept, key=lambda r: (r.start, r.end)))
+        # Ranges that cover no other are sorted by end as well, so those in question stand side by side.
+        lo = bisect_left(starts, fresh.start)
+        if lo and kept[lo - 1].window.covers(fresh.window):
+            continue
+        hi = lo
+        while hi < len(kept) and fresh.window.covers(kept[hi].window):
+            hi += 1
+        if hi == lo and lo < len(kept) and kept[lo].window.covers(fresh.window):
+            continue
+        evidence = list(dict.fromkeys(e for r in (*kept[lo:hi], fresh) for e in r.evidence))[-_KEPT_EVIDENCE:]
+        kept[lo:hi] = [fresh.model_copy(update={"evidence": tuple(evidence)})]
+        starts[lo:hi] = [fresh.start]
+    return tuple(kept)
 
 
 def drop_disproved(ranges: Sequence[ProvenEmpty], opens_s: Sequence[int]) -> tuple[ProvenEmpty, ...]:

@@ -189,6 +189,8 @@ def locate_partitions(fd: int, timeframe: Timeframe, start: int, end: int) -> di
             rows, low, _ = found.get(partition.key, (0, int(offsets[i]), 0))
             found[partition.key] = (rows + j - i, low, end)
             i = j
+    if not found:
+        return {}  # a header and no row
     bounds = [*[low for _, low, _ in found.values()][1:], end]
     return {key: (rows, low, high) for (key, (rows, low, _)), high in zip(found.items(), bounds, strict=True)}
 

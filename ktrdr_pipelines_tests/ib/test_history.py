@@ -371,16 +371,23 @@ def test_the_source_follows_the_account(bench: Bench, account: str, source: str)
 
 
 def test_the_start_of_history_is_asked_once(bench: Bench, start_gateway: Any) -> None:
-    """It counts as a history request, so the answer is kept; no answer is kept of a failure."""
-    gateway = start_gateway([FaultRule("error", on="head", nth=(1,), code=162, text="odd")])
+    """It counts as a history request, so the answer is kept."""
+    gateway = start_gateway()
     history = bench.connect_to(gateway.port, retry_waits_s=())
-    with pytest.raises(TransientError):
-        history.find_head(stock("AAPL"))
     head = history.find_head(stock("AAPL"))
     assert head is not None
     assert history.find_head(stock("AAPL")) == head
-    assert history.requests_made == 2
-    assert [record.kind for record in gateway.requests] == ["head", "head"]
+    assert history.requests_made == 1
+    assert [record.kind for record in gateway.requests] == ["head"]
+
+
+def test_a_start_of_history_that_cannot_be_had_fails_no_load(bench: Bench, start_gateway: Any) -> None:
+    """It is a hint: whatever the gateway says instead, it is asked for once, without retries, and the load goes on without."""
+    gateway = start_gateway([FaultRule("error", on="head", code=162, text="No head time stamp")])
+    history = bench.connect_to(gateway.port)
+    assert history.find_head(stock("AAPL")) is None
+    assert history.find_head(stock("AAPL")) is None
+    assert len(gateway.requests) == 1
 
 
 def test_contract_look_ups_are_kept_and_not_counted(bench: Bench, start_gateway: Any) -> None:

@@ -1,0 +1,195 @@
+"""What a load would do, without doing it: `ktrdr ib-load --dry-run` between parsing and printing.
+
+The gaps and the requests are the load's own: it is driven up to its plan and then left. Nothing is written, no run is made;
+a file that the load would put right first is put right in a scratch copy. When the requests could go out is `forecast.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from ktrdr_pipelines.discovery import identify_series
+from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.forecast import Sending, forecast
+from ktrdr_pipelines.gaps import place
+from ktrdr_pipelines.ib.history import IBHistory, describe_bars
+from ktrdr_pipelines.ib.ledger import Budget, PauseOfAll
+from ktrdr_pipelines.ib.ledger_store import ledger_path
+from ktrdr_pipelines.ib.pacing import WINDOW_UNITS, Entry
+from ktrdr_pipelines.load import History, Load, describe_prepared, find_held
+from ktrdr_pipelines.loading import choose_window, say_clipped
+from ktrdr_pipelines.modes import Mode
+from ktrdr_pipelines.orchestration.resources import GatewayResource
+from ktrdr_pipelines.orchestration.runs import clip_to_partitions
+from ktrdr_pipelines.plan import Gap, Request
+from ktrdr_pipelines.report import Planned
+from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
+from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.store.peek import peek
+from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.universe import read_universe
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a load would ask for. ``sendings`` belong to ``requests``, one each."""
+
+    series: Series
+    mode: Mode
+    window: Window
+    now: datetime
+    gaps: Sequence[Gap]
+    requests: Sequence[Request]
+    sendings: Sequence[Sending]
+    used: int
+    """How many of the budget's `WINDOW_UNITS` are taken now."""
+    waiting: int
+    """How many others wait for their turn; they are not in the forecast."""
+    holds: Sequence[PauseOfAll]
+    notices: Sequence[str]
+
+    @property
+    def missing_bars(self) -> int:
+        """Expected bars that are asked for because they are neither held nor proven empty."""
+        return sum(gap.opens for gap in self.gaps)
+
+    @property
+    def done_at(self) -> datetime:
+        """When the last request could go out; now, when there is none."""
+        return datetime.fromtimestamp(self.sendings[-1].at_s, UTC) if self.sendings else self.now
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON; times in ISO 8601 UTC, windows half-open."""
+        return {
+            "dry_run": True,
+            "symbol": self.series.instrument.symbol,
+            "timeframe": self.series.timeframe.name,
+            "mode": str(self.mode),
+            "start": format_instant(self.window.start),
+            "end": format_instant(self.window.end),
+            "missing_bars": self.missing_bars,
+            "gaps": [{**_ends(gap.window), "bars": gap.opens, "reason": gap.reason} for gap in self.gaps],
+            "requests": [
+                {
+                    **_ends(request.window),
+                    "duration": str(request.duration),
+                    "end_date_time": format_instant(request.end),
+                    "send_at": format_instant(datetime.fromtimestamp(sending.at_s, UTC)),
+                    "held_up_by": str(sending.held_up_by) if sending.held_up_by else None,
+                }
+                for request, sending in zip(self.requests, self.sendings, strict=True)
+            ],
+            "budget": {
+                "used": self.used,
+                "limit": WINDOW_UNITS,
+                "waiting": self.waiting,
+                "holds": [
+                    {"until": format_instant(datetime.fromtimestamp(hold.until_s, UTC)), "reason": hold.reason}
+                    for hold in self.holds
+                ],
+            },
+            "now": format_instant(self.now),
+            "done_at": format_instant(self.done_at),
+            "notices": list(self.notices),
+        }
+
+
+def _ends(window: Window) -> dict[str, str]:
+    return {"start": format_instant(window.start), "end": format_instant(window.end)}
+
+
+def plan_series(
+    symbol: str,
+    timeframe: str,
+    mode: str = "tail",
+    *,
+    start: str | None = None,
+    end: str | None = None,
+    settings: Settings | None = None,
+) -> DryRun:
+    """What `loading.load_series` with the same arguments would find missing, ask for, and when it could.
+
+    IB is asked only for what cannot be known otherwise: which contract an unknown symbol means, and where history starts
+    when there is neither a CSV nor ``start`` (that one request counts). Then a gateway is needed, else none.
+
+    Raises:
+        KtrdrError: as `loading.load_series`.
+    """
+    wanted_timeframe = parse_timeframe(timeframe)
+    wanted_mode = Mode(mode)
+    now = datetime.now(UTC)
+    first, last = parse_range(start, end, now=now)
+    settings = settings or load_settings()
+    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    with IBHistory(GatewayResource.of(settings).address()) as history:
+        series = identify_series(symbol, wanted_timeframe, universe, history)
+        with peek(Store(settings.data_dir), series, now=now) as (store, pending):
+            notices = describe_prepared(pending)
+            window = choose_window(
+                series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now
+            )
+            if history.requests_made:
+                notices.append(
+                    "where history starts was asked of IB (1 request); the load asks that again, before these"
+                )
+            planned = Planned((), ())
+            if not window.is_empty:
+                clipped = clip_to_partitions(series, window, settings)
+                if clipped != window:
+                    notices.append(say_clipped(series, clipped, window))
+                window = clipped
+                planned = _drive_to_plan(series, window, wanted_mode, store, settings, now)
+        budget = read_budget(history)
+    now_s = budget.now_s if budget else now.timestamp()
+    past: Sequence[Entry] = budget.past if budget else ()
+    asks = [describe_bars(series, request) for request in planned.requests]
+    return DryRun(
+        series=series,
+        mode=wanted_mode,
+        window=window,
+        now=datetime.fromtimestamp(now_s, UTC),
+        gaps=planned.gaps,
+        requests=planned.requests,
+        sendings=forecast(asks, past, now_s, hold_until_s=budget.hold_until_s if budget else None),
+        used=budget.used if budget else 0,
+        waiting=budget.waiting if budget else 0,
+        holds=budget.holds if budget else (),
+        notices=notices,
+    )
+
+
+def _drive_to_plan(
+    series: Series, window: Window, mode: Mode, store: Store, settings: Settings, now: datetime
+) -> Planned:
+    """The first thing a load tells is its plan; nothing was asked or written before that."""
+    load = Load(
+        series,
+        window,
+        store=store,
+        history=_refuse_to_ask,
+        limits=settings.history_limits,
+        now=lambda: now,
+        recheck_last=mode is Mode.TAIL and find_held(store, series) is not None,
+    )
+    for event in load.run():
+        if isinstance(event, Planned):
+            # The load looks at its window only; people want to know how a gap lies to all that is held.
+            held = find_held(store, series)
+            first_s, last_s = (int(held.first.timestamp()), int(held.last.timestamp())) if held else (None, None)
+            gaps = [replace(g, reason=place(g.window.start_s, first_s, last_s)) for g in event.gaps]
+            return Planned(gaps, event.requests)
+    return Planned((), ())
+
+
+def _refuse_to_ask() -> History:
+    raise BugError("a dry run was about to ask IB for bars", advice="Report this.")
+
+
+def read_budget(history: IBHistory) -> Budget | None:
+    """The pacing budget of the login of ``history``; None where no request was ever made, so that no ledger is begun."""
+    address = history.address
+    if not address.ledger_url and not ledger_path(address.state_dir / "ib", address.login).exists():
+        return None
+    return history.ledger.snapshot()

@@ -1,0 +1,154 @@
+"""What `ktrdr gaps` and `ktrdr adopt` do between parsing and printing: find the series, its files and its record.
+
+No gateway is needed. What is counted, and why a bar is missing, is in `gaps.py`; how foreign files are read in
+`store/adopt.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ktrdr_pipelines.errors import InputError, KtrdrError
+from ktrdr_pipelines.gaps import Holding, inspect_series
+from ktrdr_pipelines.load import describe_prepared
+from ktrdr_pipelines.orchestration.partitions import first_partition_start
+from ktrdr_pipelines.orchestration.status import Record
+from ktrdr_pipelines.partitions import partitions_in
+from ktrdr_pipelines.series import Series, Window, parse_timeframe
+from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.store.intake import Adopted
+from ktrdr_pipelines.store.peek import peek
+from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.universe import read_universe
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A series whose files cannot be read, and why; the others are told all the same."""
+
+    series: Series
+    error: KtrdrError
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "symbol": self.series.instrument.symbol,
+            "timeframe": self.series.timeframe.name,
+            "kind": self.error.family,
+            "error": str(self.error),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What became of a foreign file."""
+
+    series: Series
+    source: Path
+    csv: Path
+    adopted: Adopted
+    rows_held: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON. ``line`` is 0 for a row that was dropped because the file held another bar already."""
+        return {
+            "symbol": self.series.instrument.symbol,
+            "timeframe": self.series.timeframe.name,
+            "source": str(self.source),
+            "file": str(self.csv),
+            "rows_adopted": self.adopted.rows,
+            "rows_held": self.rows_held,
+            "dropped": [{"line": f.line, "reason": f.why, "text": f.text} for f in self.adopted.dropped],
+            "notices": list(self.adopted.notices),
+            "backup": str(self.adopted.backup) if self.adopted.backup else None,
+        }
+
+
+def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
+    """The series called ``symbol`` at ``timeframe``, of an instrument that the universe names; IB is not asked.
+
+    Raises:
+        InputError: no such timeframe, or the universe names no such instrument.
+    """
+    wanted = parse_timeframe(timeframe)
+    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    instrument = universe.find_instrument(symbol)
+    if instrument is None:
+        raise InputError(
+            f"{symbol} is not in the universe",
+            doing=f"reading {settings.universe_path}",
+            advice=f"`ktrdr ib-load {symbol} {timeframe}` looks it up at IB and adds it; or add it to that file.",
+        )
+    return Series(instrument, wanted)
+
+
+def inspect_one(symbol: str, timeframe: str, settings: Settings | None = None) -> Holding:
+    """Everything about one series, damage included (that reads all of its rows).
+
+    Raises:
+        KtrdrError: the input cannot be meant, or the files cannot be read.
+    """
+    settings = settings or load_settings()
+    series = name_series(symbol, timeframe, settings)
+    damage = tuple(str(problem) for problem in Store(settings.data_dir).verify(series))
+    with Record(settings) as record:
+        return _inspect(series, settings, record, damage=damage)
+
+
+def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unreadable]:
+    """Every series of the universe, one after the other; those whose files cannot be read do not stop the others.
+
+    Raises:
+        InputError: the universe file cannot be read.
+    """
+    settings = settings or load_settings()
+    with Record(settings) as record:
+        for series in read_universe(settings.universe_path, must_exist=settings.universe_file is not None):
+            try:
+                yield _inspect(series, settings, record, brief=True)
+            except KtrdrError as error:
+                yield Unreadable(series, error)
+
+
+def _inspect(
+    series: Series, settings: Settings, record: Record, *, damage: tuple[str, ...] = (), brief: bool = False
+) -> Holding:
+    now = datetime.now(UTC)
+    store = Store(settings.data_dir)
+    earliest = first_partition_start(series.timeframe, settings)
+    partitions = partitions_in(
+        series.timeframe, Window(min(earliest, now), now)
+    )  # a generator: free if nothing is recorded
+    with peek(store, series, now=now) as (view, pending):
+        return inspect_series(
+            series,
+            view,
+            file=store.csv_path(series),
+            earliest=earliest,
+            now=now,
+            recorded=record.read(series, (p.key for p in partitions)),
+            notices=[f"the next load: {text}" for text in describe_prepared(pending)],
+            damage=damage,
+            brief=brief,
+        )
+
+
+def adopt_file(
+    symbol: str, timeframe: str, path: Path, *, assume_utc: bool = False, settings: Settings | None = None
+) -> Adoption:
+    """Make the bars of the CSV at ``path`` part of the series; see `Store.adopt`. The partitions that are complete by that are
+    reported to Dagster by the reconcile sensor.
+
+    Raises:
+        KtrdrError: the input cannot be meant, ``path`` is no bar file, or the disk refuses.
+    """
+    settings = settings or load_settings()
+    series = name_series(symbol, timeframe, settings)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}", doing=f"adopting it as {series}", advice="Check the path.")
+    store = Store(settings.data_dir)
+    adopted = store.adopt(series, path, now=datetime.now(UTC), assume_utc=assume_utc)
+    return Adoption(series, path, store.csv_path(series), adopted, store.read_sidecar(series).rows)

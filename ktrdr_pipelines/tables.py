@@ -1,0 +1,171 @@
+"""Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
+
+Pure. Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
+rich was tried for the tables: it folds cells to the width of the terminal, and a time that is cut in two cannot be copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from ktrdr_pipelines.dry_run import DryRun
+from ktrdr_pipelines.gaps import Holding
+from ktrdr_pipelines.ib.pacing import WINDOW_UNITS
+from ktrdr_pipelines.inspection import Adoption, Unreadable
+from ktrdr_pipelines.report import LoadReport
+from ktrdr_pipelines.series import format_instant
+
+MOST_LINES = 20
+"""A longer list shows its beginning and its end, and says how much it leaves out."""
+
+
+def count(n: int, noun: str) -> str:
+    """``1 bar``, ``1,204 bars``, ``3 retries``."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
+
+
+def lay_out(rows: Sequence[Sequence[str]], indent: int = 4) -> list[str]:
+    """Columns of equal width, two spaces apart; the first row is the header. Numbers end at the same place."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    is_number = [all(_is_number(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    return [
+        " " * indent
+        + "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_number, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.replace(",", "").isdigit()
+
+
+def shorten(lines: Sequence[str], what: str) -> list[str]:
+    """``lines`` without their middle when they are many."""
+    if len(lines) <= MOST_LINES:
+        return list(lines)
+    half = MOST_LINES // 2
+    left_out = len(lines) - 2 * half
+    return [*lines[:half], f"    … {left_out:,} more {what} (--json shows all) …", *lines[-half:]]
+
+
+def _time(instant: datetime | None) -> str:
+    return format_instant(instant) if instant else "-"
+
+
+def describe_load(report: LoadReport) -> list[str]:
+    """What a load did."""
+    missing = f", {count(report.missing_bars, 'bar')} STILL MISSING" if report.missing_bars else ""
+    return [
+        f"{report.series} {report.window}: {report.status}",
+        f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
+        f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing",
+        f"  {count(report.gaps_analyzed, 'gap')}, {count(len(report.completed), 'partition')} complete, "
+        f"{count(report.proven_empty, 'bar')} proven not to exist{missing}",
+        *(f"  note: {notice}" for notice in report.notices),
+        f"  {report.merged_file}",
+    ]
+
+
+def describe_dry_run(dry: DryRun) -> list[str]:
+    """What a load would ask for, and when it could be done."""
+    head = f"{dry.series} {dry.window}, {dry.mode}: {count(dry.missing_bars, 'bar')} missing, "
+    lines = [head + (count(len(dry.requests), "request") if dry.requests else "nothing to ask")]
+    if dry.gaps:
+        rows = [(_time(g.window.start), _time(g.window.end), f"{g.opens:,}", g.reason) for g in dry.gaps]
+        table = lay_out([("gap from", "to", "bars", "where"), *rows])
+        lines += [table[0], *shorten(table[1:], "gaps")]
+    if dry.requests:
+        requests = [
+            (str(i), str(r.window), str(r.duration), _time(r.end), _clock(s.at_s, dry.now), s.held_up_by or "")
+            for i, (r, s) in enumerate(zip(dry.requests, dry.sendings, strict=True), 1)
+        ]
+        table = lay_out([("request", "for", "IB duration", "IB end", "earliest", "held up by"), *requests])
+        lines += [table[0], *shorten(table[1:], "requests")]
+        wait_s = (dry.done_at - dry.now).total_seconds()
+        lines.append(
+            f"  done at {_time(dry.done_at)} at the earliest ({_span(wait_s)} from now), if answers took no time"
+        )
+    lines.append(
+        f"  budget: {dry.used} of {WINDOW_UNITS} requests of the last ten minutes are used, {dry.waiting} waiting"
+    )
+    lines += [f"  all requests pause until {_clock(hold.until_s, dry.now)}: {hold.reason}" for hold in dry.holds]
+    lines += [f"  note: {notice}" for notice in dry.notices]
+    return lines
+
+
+def _clock(at_s: float, now: datetime) -> str:
+    at = datetime.fromtimestamp(at_s, UTC)
+    return f"{at:%H:%M:%S}" if at.date() == now.date() else f"{at:%Y-%m-%d %H:%M:%S}"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def describe_holding(held: Holding) -> list[str]:
+    """Everything known of one series."""
+    lines = [f"{held.series}: " + (count(held.rows, "bar") if held.rows else "nothing held")]
+    if held.rows:
+        lines.append(f"  held     {_time(held.first)} to {_time(held.last)}, {held.file}")
+    if held.history_start:
+        lines.append(f"  history  starts {_time(held.history_start.open)} ({held.history_start.known_by})")
+    lines += [f"  forming  {_time(bar.opens_at)}, complete {_time(bar.complete_at)}" for bar in held.forming]
+    total = sum(item.bars for item in held.missing)
+    lines.append(f"  missing  {count(total, 'bar')}")
+    if held.missing:
+        rows = [(_time(m.window.start), _time(m.window.end), f"{m.bars:,}", m.where, m.why) for m in held.missing]
+        table = lay_out([("from", "to", "bars", "where", "why"), *rows])
+        lines += [table[0], *shorten(table[1:], "gaps")]
+    lines.append(f"  proven empty  {count(held.proven_bars, 'bar')} in {count(held.proven_ranges, 'range')}")
+    for item in held.newest_proven:
+        lines.append(f"    {item.window}, {count(item.opens, 'bar')}")
+        lines += [
+            f"      asked {_time(e.asked_at)}"
+            + (f" for {e.duration} to {_time(e.end)}" if e.duration else "")
+            + f": {e.text}"
+            for e in item.evidence
+        ]
+    lines += shorten([f"  damage: {text}" for text in held.damage], "faults")
+    lines += [f"  note: {text}" for text in held.notices]
+    return lines
+
+
+def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
+    """One line for each series."""
+    rows = [("series", "bars", "first", "last", "missing", "why", "older", "proven empty")]
+    for item in found:
+        name = str(item.series)
+        if isinstance(item, Unreadable):
+            rows.append((name, "-", "-", "-", "-", "cannot be read", "-", "-"))
+            continue
+        missing = item.count_missing()
+        older = "known" if item.is_older_known else "not asked"
+        total, why = f"{sum(missing.values()):,}", ", ".join(missing)
+        if not item.rows:
+            total, older = ("all" if missing else "0"), "-"
+        ends = (_time(item.first), _time(item.last))
+        rows.append((name, f"{item.rows:,}", *ends, total, why, older, f"{item.proven_bars:,}"))
+    return lay_out(rows, indent=0)
+
+
+def describe_adoption(adoption: Adoption) -> list[str]:
+    """What became of the rows of a foreign file."""
+    taken = adoption.adopted
+    lines = [
+        f"{adoption.series}: {count(taken.rows, 'row')} adopted from {adoption.source}, "
+        f"{count(len(taken.dropped), 'row')} dropped; {adoption.rows_held:,} held now"
+    ]
+    dropped = [f"    {fault if fault.line else f'{fault.why}: {fault.text}'}" for fault in taken.dropped]
+    lines += shorten(dropped, "dropped rows")
+    lines += [f"  note: {notice}" for notice in taken.notices]
+    lines.append(f"  {adoption.csv}")
+    lines.append(f"  the original is kept as {taken.backup}" if taken.backup else f"  {adoption.source} is as it was")
+    lines.append("  Dagster learns of the complete partitions from the reconcile sensor (`ktrdr ui` runs it)")
+    return lines
