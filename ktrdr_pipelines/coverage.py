@@ -145,3 +145,14 @@ def _count_between(mask: npt.NDArray[np.bool_], bounds: IntArray) -> IntArray:
 
 def _at(opens: IntArray, i: int) -> datetime:
     return datetime.fromtimestamp(int(opens[i]), UTC)
+
+
+def bars_inside(bars: ExpectedBars, window: Window) -> ExpectedBars:
+    """Those of ``bars`` that open in ``window``."""
+    lo, hi = np.searchsorted(bars.opens, [window.start_s, window.end_s])
+    return bars.take(slice(int(lo), int(hi)))
+
+
+def widen(window: Window) -> Window:
+    """Room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock grid)."""
+    return Window.from_epoch(max(0, window.start_s - STAMP_SLACK_S), window.end_s + STAMP_SLACK_S)

@@ -18,15 +18,16 @@ from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.ledger_store import ledger_path
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS, Entry
-from ktrdr_pipelines.load import History, Load, describe_prepared, find_held
+from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.loading import choose_window, say_clipped
-from ktrdr_pipelines.modes import Mode
+from ktrdr_pipelines.modes import Held, Mode
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs import clip_to_partitions
 from ktrdr_pipelines.plan import Gap, Request
 from ktrdr_pipelines.report import Planned
 from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.source import History
 from ktrdr_pipelines.store.peek import peek
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import read_universe
@@ -126,7 +127,7 @@ def plan_series(
     with IBHistory(GatewayResource.of(settings).address()) as history:
         series = identify_series(symbol, wanted_timeframe, universe, history)
         with peek(Store(settings.data_dir), series, now=now) as (store, pending):
-            notices = describe_prepared(pending)
+            notices = pending.describe()
             window = choose_window(
                 series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now
             )
@@ -171,12 +172,12 @@ def _drive_to_plan(
         history=_refuse_to_ask,
         limits=settings.history_limits,
         now=lambda: now,
-        recheck_last=mode is Mode.TAIL and find_held(store, series) is not None,
+        recheck_last=mode is Mode.TAIL and Held.of(store.extent(series)) is not None,
     )
     for event in load.run():
         if isinstance(event, Planned):
             # The load looks at its window only; people want to know how a gap lies to all that is held.
-            held = find_held(store, series)
+            held = Held.of(store.extent(series))
             first_s, last_s = (int(held.first.timestamp()), int(held.last.timestamp())) if held else (None, None)
             gaps = [replace(g, reason=place(g.window.start_s, first_s, last_s)) for g in event.gaps]
             return Planned(gaps, event.requests)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.gaps import Holding, inspect_series
-from ktrdr_pipelines.load import describe_prepared
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.orchestration.status import Record
 from ktrdr_pipelines.partitions import partitions_in
@@ -130,7 +129,7 @@ def _inspect(
             earliest=earliest,
             now=now,
             recorded=record.read(series, (p.key for p in partitions)),
-            notices=[f"the next load: {text}" for text in describe_prepared(pending)],
+            notices=[f"the next load: {text}" for text in pending.describe()],
             damage=damage,
             brief=brief,
         )

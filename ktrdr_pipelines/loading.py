@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from ktrdr_pipelines.coverage import valid_history_start_s
 from ktrdr_pipelines.discovery import estimate_history_start, identify_series
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.load import describe_prepared, find_held
-from ktrdr_pipelines.modes import Mode, needs_history_start, resolve_window
+from ktrdr_pipelines.modes import Held, Mode, needs_history_start, resolve_window
 from ktrdr_pipelines.orchestration.door import Door
 from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
@@ -66,8 +65,8 @@ def load_series(
     with IBHistory(address, on_wait=progress.show_wait) as history:
         series = identify_series(symbol, wanted_timeframe, universe, history)
         store = Store(settings.data_dir)
-        put_right = describe_prepared(store.prepare(series, now=now))
-        held = find_held(store, series)
+        put_right = store.prepare(series, now=now).describe()
+        held = Held.of(store.extent(series))
         window = choose_window(
             series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now
         )
@@ -121,7 +120,7 @@ def choose_window(
     Raises:
         InputError: the dates cannot be meant; said before IB is asked anything.
     """
-    held = find_held(store, series)
+    held = Held.of(store.extent(series))
     earliest = first_partition_start(series.timeframe, settings)
 
     def resolve(history_start: datetime) -> Window:

@@ -6,12 +6,13 @@ Pure. How people write times is in `series.py`; which bars of the window are mis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.plan import longest_back
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
+from ktrdr_pipelines.store.series_store import Extent
 
 
 class Mode(StrEnum):
@@ -29,6 +30,13 @@ class Held:
 
     first: datetime
     last: datetime
+
+    @classmethod
+    def of(cls, extent: Extent | None) -> Held | None:
+        """From the store's extent; None without a CSV or without a row in it."""
+        if extent is None:
+            return None
+        return cls(datetime.fromtimestamp(extent.first_open_s, UTC), datetime.fromtimestamp(extent.last_open_s, UTC))
 
 
 def needs_history_start(mode: Mode, held: Held | None, start: datetime | None) -> bool:

@@ -60,7 +60,8 @@ def test_input_that_cannot_be_meant_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("name", "value"),
     [("IB_PORT", "abc"), ("IB_PORT", "0"), ("KTRDR_HISTORY_LIMITS", "huge"), ("KTRDR_PARTITION_STARTS", "{"),
-     ("KTRDR_PARTITION_STARTS", '{"7m": "2020-01-01"}'), ("IB_RETRY_WAITS", "soon"), ("IB_RETRY_WAITS", "nan"), ("IB_RETRY_WAITS", "-1")],
+     ("KTRDR_PARTITION_STARTS", '{"7m": "2020-01-01"}'), ("IB_RETRY_WAITS", "soon"),
+     ("IB_RETRY_WAITS", "nan"), ("IB_RETRY_WAITS", "-1")],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_meant_names_its_variable(ktrdr: Ktrdr, name: str, value: str) -> None:
     """The line names the variable, so that a person finds it."""

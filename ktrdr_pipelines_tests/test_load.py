@@ -439,7 +439,7 @@ def test_a_head_timestamp_later_than_held_bars_is_not_believed(store: Store) -> 
 @pytest.mark.parametrize("name", ["1w", "1mo"])
 @pytest.mark.parametrize("label", ["first", "last"])
 def test_weeks_and_months_may_be_labelled_with_any_of_their_days(store: Store, name: str, label: str) -> None:
-    """Monday or Friday, the first day or the last session of a month: every finished bar is stored, the forming one is not; Good Friday."""
+    """Monday or Friday, the first day or the last session of a month: every finished bar is stored, the forming one not."""
     series = Series(stock("AAPL"), TIMEFRAMES[name])
     # Friday 2024-06-28 after the close: the week and the month have just ended.
     now, span = utc("2024-06-28T20:30:00"), window("2023-01-01", "2025-01-01")

@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from ktrdr_pipelines.errors import InputError, KtrdrError
-from ktrdr_pipelines.load import Load, describe_prepared, find_held
+from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.modes import Held, Mode, narrow_window
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.door import current_door
@@ -106,8 +106,8 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         door.reports.append(report)
         try:
             now = datetime.now(UTC)
-            report.notices += describe_prepared(store.prepare(series, now=now))
-            held = find_held(store, series)
+            report.notices += store.prepare(series, now=now).describe()
+            held = Held.of(store.extent(series))
             report.window = config.narrow(chosen, held)
             load = Load(
                 series,

@@ -17,7 +17,6 @@ import numpy as np
 
 from ktrdr_pipelines.coverage import PartitionState, judge_partitions, known_span
 from ktrdr_pipelines.errors import DataError, KtrdrError
-from ktrdr_pipelines.load import describe_prepared
 from ktrdr_pipelines.modes import Mode
 from ktrdr_pipelines.orchestration.active import ActiveRuns, find_active_runs
 from ktrdr_pipelines.orchestration.assets import asset_key
@@ -191,7 +190,7 @@ class Reconciler:
         held = np.empty(0, dtype=np.int64)
         sidecar = Sidecar()
         try:
-            tick.notices += [f"{series}: {said}" for said in describe_prepared(store.prepare(series, now=now))]
+            tick.notices += [f"{series}: {said}" for said in store.prepare(series, now=now).describe()]
             sidecar = store.read_sidecar(series)
             held = store.held_opens(series)
         except DataError as error:

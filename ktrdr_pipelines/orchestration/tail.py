@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ktrdr_pipelines.calendars import ExpectedBars, calendar_of, expected_bars, is_open, next_complete
-from ktrdr_pipelines.load import describe_prepared
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.partitions import Partition, partition_at, partitions_in
 from ktrdr_pipelines.plan import missing_bars
@@ -105,7 +104,7 @@ class HeldEnds:
             return None
         extent = self._store.extent(series)
         if _mark(path) != mark:  # reading adopted it
-            self.notices += [f"{series}: {said}" for said in describe_prepared(self._store.prepare(series, now=now))]
+            self.notices += [f"{series}: {said}" for said in self._store.prepare(series, now=now).describe()]
         self._last[series.name] = (_mark(path), extent.last_open_s if extent else None)
         return self._last[series.name][1]
 

@@ -60,6 +60,21 @@ class Prepared:
     csv_gone: bool = False
     """The sidecar knew of bars, but there is no CSV any more: everything counts as never asked."""
 
+    def describe(self) -> list[str]:
+        """What was put right in the files before the load, as sentences."""
+        said = []
+        if (adopted := self.adopted) is not None:
+            kept = f"; the original is {adopted.backup}" if adopted.backup else ""
+            said.append(f"adopted a file made elsewhere: {adopted.rows} rows, {len(adopted.dropped)} refused{kept}")
+            said += [str(fault) for fault in adopted.dropped[:5]] + list(adopted.notices)
+        if self.corrupt_sidecar is not None:
+            said.append(f"the sidecar was unreadable and was built anew; the old one is {self.corrupt_sidecar}")
+        if self.changed_partitions:
+            said.append(f"edited since the last load: {', '.join(self.changed_partitions)}")
+        if self.csv_gone:
+            said.append("the CSV is gone; everything counts as never asked")
+        return said
+
 
 def settle(
     files: SeriesFiles,

@@ -1,0 +1,303 @@
+"""One planned request, from the question to the proof: fetch, cut, check, write, ask again for what is lacking.
+
+`load.py` decides which requests there are and what they complete; here each is settled: its bars are in the file, its
+holes are proven by two sources (two differently shaped answers, or an answer and IB's head timestamp), or it has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
+from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held, period_keys
+from ktrdr_pipelines.coverage import bars_inside, widen
+from ktrdr_pipelines.errors import DataError, TransientError
+from ktrdr_pipelines.plan import Request, find_gaps, refetch_requests
+from ktrdr_pipelines.report import LoadReport
+from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
+from ktrdr_pipelines.source import Answer, History, IntArray
+from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, ProvenEmpty
+
+MAX_CONFIRMATIONS = 5
+"""How often one window is asked again while each answer brings a few bars that the ones before lacked."""
+
+INTRADAY_GRACE_S, DAILY_GRACE_S = 15 * 60, 24 * 3600
+"""How long after its close a newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours)."""
+
+SPARSE_AFTER = 3
+"""So many confirmations in a row that brought nothing new make a series sparse."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of one request: ``rows`` new in the file; ``pending`` bars are missing but may only be late; nothing was proven
+    if it ``is_put_off``; ``history_start_s`` is set when it showed where history starts (epoch seconds)."""
+
+    rows: int
+    pending: ExpectedBars | None = None
+    history_start_s: int | None = None
+    is_put_off: bool = False
+
+
+class Asker:
+    """Settles the requests of one load, one after the other."""
+
+    def __init__(
+        self,
+        series: Series,
+        *,
+        store: Store,
+        history: History,
+        limits: HistoryLimits,
+        now: Callable[[], datetime],
+        now_s: int,
+        expected: ExpectedBars,
+        all_expected: ExpectedBars,
+        report: LoadReport,
+    ) -> None:
+        """``series`` is pinned. ``expected`` bars are complete at ``now_s`` (epoch seconds); ``all_expected`` also has
+        those around them that are not, to tell which bars of an answer are still forming. Counts go into ``report``."""
+        self._series, self._store, self._history = series, store, history
+        self._limits, self._now, self._now_s = limits, now, now_s
+        self._expected, self._all_expected, self._report = expected, all_expected, report
+        self._head: datetime | None = None
+        self._head_is_asked = False
+        self._agreed = 0
+        self._was_wordless = True
+        self._may_put_off = self._is_put_off = False
+
+    @property
+    def head(self) -> datetime | None:
+        """IB's head timestamp as far as it was asked for."""
+        return self._head
+
+    def load(self, request: Request, *, may_put_off: bool) -> Loaded:
+        """Fetch, verify and write one planned request.
+
+        ``may_put_off``: an empty window that only IB's head timestamp speaks for may be left for later, when bars are held that
+        could disprove the head timestamp.
+
+        Raises:
+            KtrdrError: the window failed; bars that arrived before are in the file, nothing is claimed about the rest.
+        """
+        self._may_put_off, self._is_put_off = may_put_off, False
+        expected = bars_inside(self._expected, request.window)
+        evidence: list[Evidence] = []
+        self._was_wordless = True  # until a bar or IB's own "no data" arrives
+        rows = self._fetch_and_write(request, evidence)
+        holes = self.find_holes(expected)
+        asked, poor = [request], 0
+        while len(holes) and not (self._lie_before_head(holes, request, evidence) or self._are_usual(holes, expected)):
+            if poor > MAX_CONFIRMATIONS:
+                raise DataError(
+                    f"{len(asked)} answers each brought a few other bars and {len(holes)} are still missing",
+                    doing=f"loading {self._series} {request.window}",
+                    advice="What arrived is in the file; run the load again.",
+                )
+            again = refetch_requests(
+                self._series.timeframe, holes, self._limits, previous=asked, attempt=len(asked), until_s=self._now_s
+            )
+            for other in again:
+                rows += self._fetch_and_write(other, evidence)
+            asked += again
+            before, holes = holes, self.find_holes(holes)
+            poor += len(before) - len(holes) < len(before) / 10  # a gateway may send little at a time, and get there
+            if len(holes) == len(before):
+                if self._was_wordless:
+                    raise TransientError(
+                        f"{len(asked)} answers without a bar, and without a word that there are none",
+                        advice="This is no proof of an empty window; run the load again.",
+                    )
+                break  # a second, differently shaped request agrees
+        if len(asked) > 1:
+            self._learn_sparseness(agreed=len(holes) > 0)
+        if self._is_put_off:
+            return Loaded(rows, is_put_off=True)
+        pending = self._prove(request.window, expected, holes, evidence)
+        return Loaded(rows, pending, history_start_s=self._note_history_start(holes) if len(holes) else None)
+
+    def _are_usual(self, holes: ExpectedBars, expected: ExpectedBars) -> bool:
+        """True if ``holes`` are what this sparse series is known for: runs no longer than two answers agreed on before, and
+        neither end of the window is missing (as it is when half an answer arrives)."""
+        sidecar = self._store.read_sidecar(self._series)
+        if not sidecar.sparse:
+            return False
+        known = max((e.opens for e in sidecar.proven_empty if len(e.evidence) > 1), default=0)
+        runs = find_gaps(expected, holes)
+        at_an_end = expected.opens[0] in holes.opens or expected.opens[-1] in holes.opens
+        return not at_an_end and max(run.opens for run in runs) <= known
+
+    def _learn_sparseness(self, *, agreed: bool) -> None:
+        """After a window was asked for twice: a series whose second answers keep agreeing is sparse (illiquid minutes without
+        trades have no bars); one that brought bars the first answer lacked is a reason to doubt again."""
+        self._agreed = self._agreed + 1 if agreed else 0
+        is_sparse = self._store.read_sidecar(self._series).sparse
+        if self._agreed >= SPARSE_AFTER and not is_sparse and self._series.timeframe.is_intraday:
+            self._store.note(self._series, now=self._now(), sparse=True)
+        elif not agreed and is_sparse:
+            self._store.note(self._series, now=self._now(), sparse=False)
+
+    def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
+        raw = self._history.fetch(self._series, request)
+        answer = self._normalise(raw, request)
+        self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
+        text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
+        evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
+        if not len(answer.bars):
+            return 0
+        written = self._store.write(
+            self._series,
+            answer.bars,
+            answered=None,
+            source=self._history.source,
+            now=self._now(),
+        )
+        expected = bars_inside(self._expected, request.window)
+        self._report.fetched_bars += written.rows_added
+        self._report.revised_bars += written.rows_revised
+        self._report.unexpected_bars += int(
+            find_unexpected(expected, opens_of(answer.bars), self._series.timeframe).sum()
+        )
+        if written.rows_revised:
+            first = format_instant(written.revised_to["timestamp"].iloc[0].to_pydatetime())
+            self._report.notices.append(f"IB answers {written.rows_revised} held bars differently now, first {first}")
+        return written.rows_added
+
+    def _normalise(self, raw: Answer, request: Request) -> NormalisedAnswer:
+        # A request that ends inside a bar brings that bar cut off at its end: only what closed by then is whole.
+        until_s = min(self._now_s, request.end.timestamp()) if self._series.timeframe.is_intraday else self._now_s
+        window = self._period_window(request.window)
+        columns = {"timestamp": raw.opens_s, "open": raw.open, "high": raw.high, "low": raw.low, "close": raw.close}
+        return normalise_answer(
+            {**columns, "volume": raw.volume}, self._series, window, now_s=until_s, closes=self._closes_of
+        )
+
+    def _closes_of(self, opens_s: IntArray) -> IntArray:
+        """When each bar is complete: by the calendar where it knows the bar, else at the latest that is thinkable."""
+        timeframe = self._series.timeframe
+        nominal = opens_s + timeframe.seconds + (0 if timeframe.is_intraday else LATEST_SESSION_END_S)
+        if not len(self._all_expected):
+            return nominal
+        # A week or month may be labelled with any of its days.
+        known, wanted = (period_keys(timeframe, stamps) for stamps in (self._all_expected.opens, opens_s))
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.where(known[at] == wanted, self._all_expected.closes[at], nominal)
+
+    def _period_window(self, window: Window) -> Window:
+        """``window`` as bars are cut to it: for weeks and months it holds every label that one of its bars may carry."""
+        if self._series.timeframe.seconds <= 86400:
+            return window
+        expected = bars_inside(self._expected, window)
+        if not len(expected):
+            return window
+        days = np.arange(window.start_s // 86400 - 31, window.end_s // 86400 + 32, dtype=np.int64) * 86400
+        keys = period_keys(self._series.timeframe, days)
+        inside = days[np.isin(keys, period_keys(self._series.timeframe, expected.opens))]
+        return Window.from_epoch(int(inside[0]), int(inside[-1]) + 86400)
+
+    def find_holes(self, expected: ExpectedBars) -> ExpectedBars:
+        """The bars of ``expected`` that are not in the file."""
+        if not len(expected):
+            return expected
+        held = self._store.held_opens(
+            self._series, widen(Window.from_epoch(int(expected.opens[0]), int(expected.opens[-1]) + 1))
+        )
+        return expected.take(np.flatnonzero(~match_held(expected, held, self._series.timeframe)))
+
+    def _prove(
+        self, window: Window, expected: ExpectedBars, holes: ExpectedBars, evidence: Sequence[Evidence]
+    ) -> ExpectedBars:
+        """Record that IB gave a verified answer for ``window``, and which of its bars are proven not to exist. Returns those that
+        are not proven because they may only be late."""
+        holes, pending = self._split_pending(holes)
+        if len(pending):
+            window = Window.from_epoch(window.start_s, max(window.start_s, int(pending.opens[0])))
+            self._report.notices.append(
+                f"{len(pending)} of the newest bars are not there yet, from {_instant(pending.opens[0])}; "
+                "they are asked for again next time"
+            )
+        # Of a sparse series the answered window says it all; a range for each minute without a trade would swamp the sidecar.
+        runs = [] if self._store.read_sidecar(self._series).sparse else find_gaps(expected, holes)
+        proven = [
+            ProvenEmpty(start=gap.window.start, end=gap.window.end, opens=gap.opens, evidence=tuple(evidence))
+            for gap in runs
+        ]
+        self._store.write(
+            self._series,
+            empty_bars(),
+            answered=window,
+            proven_empty=proven,
+            source=self._history.source,
+            now=self._now(),
+            complete_until=datetime.fromtimestamp(int(expected.closes[-1]), UTC) if len(expected) else None,
+        )
+        self._report.proven_empty += len(holes)
+        return pending
+
+    def _split_pending(self, holes: ExpectedBars) -> tuple[ExpectedBars, ExpectedBars]:
+        """Holes that two answers can prove, and those that closed a moment ago with nothing newer held: IB may be late, and two
+        questions within a second agree about nothing but that."""
+        extent = self._store.extent(self._series)
+        grace_s = INTRADAY_GRACE_S if self._series.timeframe.is_intraday else DAILY_GRACE_S
+        is_pending = holes.closes > self._now_s - grace_s
+        if extent is not None:
+            is_pending &= holes.opens > extent.last_open_s
+        return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
+
+    def _lie_before_head(self, holes: ExpectedBars, request: Request, evidence: list[Evidence]) -> bool:
+        """True if ``holes`` are all older than anything held, and IB's head timestamp says too that they do not exist.
+
+        The head timestamp alone proves nothing (it can be too late), an answer alone neither; together they are two
+        sources. It is asked for once, and only when an answer is empty at its old end.
+        """
+        extent = self._store.extent(self._series)
+        if extent is not None and extent.first_open_s <= int(holes.opens[-1]):
+            return False
+        head_s = self._find_head_s()
+        if head_s is None or head_s < int(holes.opens[-1]):
+            return False
+        if extent is None and self._may_put_off:
+            self._is_put_off = True  # until bars are held, which may disprove the head timestamp
+            return True
+        evidence.append(
+            Evidence(asked_at=self._now(), duration="", end=request.end, text=f"head timestamp {_instant(head_s)}")
+        )
+        return True
+
+    def _find_head_s(self) -> int | None:
+        """IB's head timestamp (of daily and longer bars its day), asked for once; None when there is none, or a held bar is older
+        and disproves it."""
+        if not self._head_is_asked:
+            self._head_is_asked = True
+            self._head = self._history.find_head(self._series.instrument)
+        if self._head is None:
+            return None
+        head_s = int(self._head.timestamp())
+        if not self._series.timeframe.is_intraday:
+            head_s -= head_s % 86400
+        extent = self._store.extent(self._series)
+        return None if extent is not None and extent.first_open_s < head_s else head_s
+
+    def _note_history_start(self, holes: ExpectedBars) -> int | None:
+        """If the proven holes lie right before the first held bar, and not before IB's head timestamp either: that bar is
+        where history starts (epoch seconds), and nothing older needs to be asked for, now or ever."""
+        extent = self._store.extent(self._series)
+        head_s = self._find_head_s() if self._head_is_asked else None
+        if extent is None or head_s is None or head_s < int(holes.opens[0]):
+            return None
+        before = self._expected.opens[self._expected.opens < extent.first_open_s]
+        if not len(before) or int(before[-1]) not in holes.opens:
+            return None
+        start = datetime.fromtimestamp(extent.first_open_s, UTC)
+        known_by = f"nothing right before it, and IB's head timestamp is {_instant(head_s)}"
+        self._store.note(self._series, now=self._now(), history_start=HistoryStart(open=start, known_by=known_by))
+        return extent.first_open_s
+
+
+def _instant(second: int | np.int64) -> str:
+    return format_instant(datetime.fromtimestamp(int(second), UTC))
