@@ -111,7 +111,7 @@ BAD_FILES = {
     "a NaN": (edit(spoil), ["1 refused", "line 10: ", "nan"], 1),
     "a foreign column": (edit(add_column), ["columns left out: vwap"], 0),
     "CRLF and a BOM": (lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"), ["0 refused"], 0),
-    "a missing last newline": (lambda data: data[:-1], ["0 refused"], 0),
+    "a missing last newline": (lambda data: data[:-1], ["1 refused", "cut off"], 1),
 }  # fmt: skip
 
 
