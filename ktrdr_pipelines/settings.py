@@ -125,6 +125,10 @@ class Settings(BaseSettings):
             "All others are fetched as soon as they are due.",
         ),
     ]
+    tail_sensor: Annotated[
+        bool,
+        _field("KTRDR_TAIL_SENSOR", True, "Whether the tail sensor runs from the start; it can be switched in the UI."),
+    ]
     settlement_delay_min: Annotated[
         float,
         _field(

@@ -164,7 +164,7 @@ def make_tail_sensor(
         name="tail_fill",
         asset_selection=dg.AssetSelection.all(),
         minimum_interval_seconds=TAIL_INTERVAL_S,
-        default_status=dg.DefaultSensorStatus.RUNNING,
+        default_status=(dg.DefaultSensorStatus.RUNNING if settings.tail_sensor else dg.DefaultSensorStatus.STOPPED),
         description="Asks for new bars of every series that has a file, as soon as they are complete: one run per timeframe.",
     )
     def tail_fill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
