@@ -167,6 +167,7 @@ class Load:
     def _fetch_all(self, requests: Sequence[Request], partitions: Sequence[Partition]) -> Iterator[Event]:
         everything = Window(requests[0].window.start, requests[-1].window.end)
         try:
+            self._store.check_writable(self.series)
             history = self._history = self._open_history()
             self._counted = (history.requests_made, history.retries, history.pacing_wait_s)
             pinned = Series(history.pin(self.series.instrument), self.series.timeframe)

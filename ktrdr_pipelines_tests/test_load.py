@@ -11,7 +11,14 @@ import pytest
 
 from ktrdr_pipelines.bars import opens_of
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.errors import GatewayUnreachable, PacingError, PermanentError, RequestTimeout, TransientError
+from ktrdr_pipelines.errors import (
+    GatewayUnreachable,
+    PacingError,
+    PermanentError,
+    RequestTimeout,
+    StoreError,
+    TransientError,
+)
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
@@ -501,3 +508,18 @@ def test_a_csv_with_a_header_and_no_row_is_an_empty_one(store: Store) -> None:
     span = window("2024-01-02", "2024-01-20")
     load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
     assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()
+
+
+def test_a_folder_that_refuses_is_found_out_before_ib_is_asked(tmp_path: Path) -> None:
+    """A request that could not be kept is not made: it would cost budget and bring nothing."""
+    (tmp_path / "data").write_text("a file where the folder should be")
+    store = Store(tmp_path / "data")
+    span = window("2024-01-02", "2024-01-20")
+    history = FakeHistory.of(AAPL_1H, span)
+    with pytest.raises(StoreError):
+        load(store, history, AAPL_1H, span)
+    assert history.requests == []
+    readable = Store(Path("/proc"))
+    job, _ = load(readable, history, AAPL_1H, span)
+    assert job.report.failures[0].error.family == "store"
+    assert history.requests == []

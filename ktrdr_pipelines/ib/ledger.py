@@ -9,6 +9,7 @@ concern it, and then leaves them their room in the budget: without this, whoever
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -43,6 +44,8 @@ from ktrdr_pipelines.ib.pacing import (
     penalty_s,
     used_units,
 )
+
+log = logging.getLogger(__name__)
 
 GRANT_VALID_S = 10.0
 """A grant that is not stamped by then is void. Until then it counts as about to be sent, afterwards as sent at that last
@@ -148,7 +151,12 @@ class Grant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.give_back()
-        self.finished()
+        try:
+            self.finished()
+        except StoreError as failure:
+            # The answer is there (or its error is on its way): it must not be lost for the ledger's sake. Left open, the
+            # request counts longer than needed, which is the cautious side.
+            log.warning("the pacing ledger did not take note of an answer: %s", failure)
 
 
 class Ledger:

@@ -230,6 +230,18 @@ class Store:
         with self._files.locked(series, doing):
             return settle(self._files, series, require_utc(now, "now"), doing, assume_utc=assume_utc)[1]
 
+    def check_writable(self, series: Series) -> None:
+        """Find out before IB is asked anything whether its answer could be kept.
+
+        Raises:
+            StoreError: the folder refuses new files, or another process keeps the lock.
+        """
+        doing = f"preparing the files of {series}"
+        probe = self.data_dir / f".{series.name}.probe"
+        with self._files.locked(series, doing), explained(probe, doing):
+            probe.touch()
+            probe.unlink()
+
     def write(
         self,
         series: Series,
