@@ -26,8 +26,9 @@ from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, ProvenEmpty
 MAX_CONFIRMATIONS = 5
 """How often one window is asked again while each answer brings a few bars that the ones before lacked."""
 
-INTRADAY_GRACE_S, DAILY_GRACE_S = 15 * 60, 24 * 3600
-"""How long after its close a newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours)."""
+INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
+"""Seconds. How long after its close the newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours);
+and how far back the run of newest bars that is late with it may reach."""
 
 SPARSE_AFTER = 3
 """So many confirmations in a row that brought nothing new make a series sparse."""
@@ -91,8 +92,8 @@ class Asker:
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         rows = self._fetch_and_write(request, evidence)
         holes = self.find_holes(expected)
-        asked, poor = [request], 0
-        while len(holes) and not (self._lie_before_head(holes, request, evidence) or self._are_usual(holes, expected)):
+        asked, poor, found = [request], 0, len(holes)
+        while len(holes) and not self._lie_before_head(holes, request, evidence):
             if poor > MAX_CONFIRMATIONS:
                 raise DataError(
                     f"{len(asked)} answers each brought a few other bars and {len(holes)} are still missing",
@@ -114,33 +115,23 @@ class Asker:
                         advice="This is no proof of an empty window; run the load again.",
                     )
                 break  # a second, differently shaped request agrees
-        if len(asked) > 1:
-            self._learn_sparseness(agreed=len(holes) > 0)
+        if len(asked) > 1 and len(holes) < len(expected):
+            self._learn_sparseness(agreed=len(holes) == found)
         if self._is_put_off:
             return Loaded(rows, is_put_off=True)
         pending = self._prove(request.window, expected, holes, evidence)
         return Loaded(rows, pending, history_start_s=self._note_history_start(holes) if len(holes) else None)
 
-    def _are_usual(self, holes: ExpectedBars, expected: ExpectedBars) -> bool:
-        """True if ``holes`` are what this sparse series is known for: runs no longer than two answers agreed on before, and
-        neither end of the window is missing (as it is when half an answer arrives)."""
-        sidecar = self._store.read_sidecar(self._series)
-        if not sidecar.sparse:
-            return False
-        known = max((e.opens for e in sidecar.proven_empty if len(e.evidence) > 1), default=0)
-        runs = find_gaps(expected, holes)
-        at_an_end = expected.opens[0] in holes.opens or expected.opens[-1] in holes.opens
-        return not at_an_end and max(run.opens for run in runs) <= known
-
     def _learn_sparseness(self, *, agreed: bool) -> None:
-        """After a window was asked for twice: a series whose second answers keep agreeing is sparse (illiquid minutes without
-        trades have no bars); one that brought bars the first answer lacked is a reason to doubt again."""
+        """After a window with bars was asked for twice: a series whose second answers keep agreeing that some do not exist is
+        sparse (illiquid minutes without trades). What it lacks is then kept as answered windows, not as a range for each minute.
+
+        It is asked twice all the same: accepting a hole on one answer was tried, and a cut answer slipped through.
+        """
         self._agreed = self._agreed + 1 if agreed else 0
-        is_sparse = self._store.read_sidecar(self._series).sparse
-        if self._agreed >= SPARSE_AFTER and not is_sparse and self._series.timeframe.is_intraday:
+        is_sparse = self._agreed >= SPARSE_AFTER and self._series.timeframe.is_intraday
+        if is_sparse and not self._store.read_sidecar(self._series).sparse:
             self._store.note(self._series, now=self._now(), sparse=True)
-        elif not agreed and is_sparse:
-            self._store.note(self._series, now=self._now(), sparse=False)
 
     def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
         raw = self._history.fetch(self._series, request)
@@ -243,10 +234,10 @@ class Asker:
         """Holes that two answers can prove, and those that closed a moment ago with nothing newer held: IB may be late, and two
         questions within a second agree about nothing but that."""
         extent = self._store.extent(self._series)
-        grace_s = INTRADAY_GRACE_S if self._series.timeframe.is_intraday else DAILY_GRACE_S
-        is_pending = holes.closes > self._now_s - grace_s
-        if extent is not None:
-            is_pending &= holes.opens > extent.last_open_s
+        grace_s, run_s = INTRADAY_GRACE if self._series.timeframe.is_intraday else DAILY_GRACE
+        is_newest = np.ones(len(holes), np.bool_) if extent is None else holes.opens > extent.last_open_s
+        is_late = bool((is_newest & (holes.closes > self._now_s - grace_s)).any())
+        is_pending = is_newest & (holes.closes > self._now_s - run_s) & is_late
         return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
     def _lie_before_head(self, holes: ExpectedBars, request: Request, evidence: list[Evidence]) -> bool:
@@ -259,8 +250,13 @@ class Asker:
         if extent is not None and extent.first_open_s <= int(holes.opens[-1]):
             return False
         head_s = self._find_head_s()
-        if head_s is None or head_s < int(holes.opens[-1]):
+        if self._was_wordless or head_s is None or head_s <= int(holes.opens[-1]):
             return False
+        if (
+            extent is not None
+            and ((self._expected.opens >= head_s) & (self._expected.opens < extent.first_open_s)).any()
+        ):
+            return False  # it promises bars that are not held: then it may be wrong about older ones too
         if extent is None and self._may_put_off:
             self._is_put_off = True  # until bars are held, which may disprove the head timestamp
             return True
@@ -288,7 +284,7 @@ class Asker:
         where history starts (epoch seconds), and nothing older needs to be asked for, now or ever."""
         extent = self._store.extent(self._series)
         head_s = self._find_head_s() if self._head_is_asked else None
-        if extent is None or head_s is None or head_s < int(holes.opens[0]):
+        if extent is None or head_s is None or head_s <= int(holes.opens[-1]):
             return None
         before = self._expected.opens[self._expected.opens < extent.first_open_s]
         if not len(before) or int(before[-1]) not in holes.opens:

@@ -291,9 +291,10 @@ def _shapes_of(
     timeframe: Timeframe, span: Span, limits: HistoryLimits, attempt: int, until_s: int | None
 ) -> Iterator[tuple[int, Duration]]:
     """Ends (epoch seconds) and durations that cover ``span``, the most unlike the plain one first."""
-    # A daily bar may carry the date on which its session began: only an end days later shows it.
-    step_s = 60 if timeframe.is_intraday else 86400
-    for shift_s in (step_s * attempt, step_s * (attempt + 1), step_s * (attempt + 2), 60 * attempt, 1, 0):
+    # Never further than a bar: a gateway that sends a few bars at a time would only send later ones. Of a day by a whole one too,
+    # because a daily bar may carry the date on which its session began.
+    steps = [min(60 * (attempt + n), timeframe.seconds) for n in range(3)]
+    for shift_s in ([] if timeframe.is_intraday else [86400]) + [*steps, 1, 0]:
         end_s = span.end_s + shift_s
         if shift_s and until_s is not None and end_s > until_s:
             continue

@@ -357,9 +357,9 @@ def test_progress_is_told_request_by_request(store: Store) -> None:
     assert sum(e.rows for e in fetched) == 427
 
 
-def test_a_sparse_series_is_asked_twice_only_at_first(store: Store) -> None:
-    """Minutes without trades have no bars: after three windows whose second answer agreed, one request a window is enough;
-    an answer of which half is missing is still noticed."""
+def test_a_sparse_series_keeps_windows_instead_of_ranges(store: Store) -> None:
+    """Minutes without trades have no bars: after three windows whose second answer agreed, no range is kept for each of them,
+    nothing is asked again, and an answer of which half is missing is still noticed."""
     series = Series(stock("TINY"), TIMEFRAMES["1m"])
     span = window("2024-03-04", "2024-03-16")
     everything = expected_bars(series, span).opens
@@ -368,8 +368,10 @@ def test_a_sparse_series_is_asked_twice_only_at_first(store: Store) -> None:
     history = FakeHistory(rare)
     job, _ = load(store, history, series, span)
     assert held(store, series) == rare.tolist()
-    assert len(history.requests) == 10 + 3
-    assert store.read_sidecar(series).sparse
+    assert len(history.requests) == 2 * 10
+    sidecar = store.read_sidecar(series)
+    assert sidecar.sparse
+    assert len(sidecar.proven_empty) < 3 * 60
     assert len(sorted(job.report.completed)) == 10
     again, _ = load(store, history, series, span)
     assert again.report.ib_requests_made == 0
@@ -523,3 +525,54 @@ def test_a_folder_that_refuses_is_found_out_before_ib_is_asked(tmp_path: Path) -
     job, _ = load(readable, history, AAPL_1H, span)
     assert job.report.failures[0].error.family == "store"
     assert history.requests == []
+
+
+def test_a_cut_answer_of_a_sparse_series_is_noticed(store: Store) -> None:
+    """However used a series is to holes: what one answer lacks and another has is in the file."""
+    series = Series(stock("TINY"), TIMEFRAMES["1m"])
+    span = window("2024-03-04", "2024-03-16")
+    everything = expected_bars(series, span).opens
+    history = FakeHistory(everything[np.arange(len(everything)) % 7 != 3])
+    history.script[13] = drop(60, 300)
+    load(store, history, series, span)
+    assert held(store, series) == history.truth.tolist()
+
+
+def test_a_head_timestamp_that_is_the_first_bar_does_not_disprove_it(store: Store) -> None:
+    """The answer lacks the very bar at which IB says that history starts: it is asked for again."""
+    listed = window("2024-03-04", "2024-03-20")
+    history = FakeHistory.of(AAPL_1H, listed, head=utc("2024-03-04T14:30:00"))
+    first = int(history.truth[0])
+    history.script[1] = lambda raw: pick(raw, raw.opens_s > first)
+    load(store, history, AAPL_1H, window("2024-03-01", "2024-03-20"))
+    assert held(store, AAPL_1H) == history.truth.tolist()
+
+
+def test_a_gateway_that_sends_very_few_bars_never_proves_the_rest_empty(store: Store) -> None:
+    """Five bars an answer: completed, or failed loudly; nothing is taken for proven."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span = window("2024-03-04", "2024-03-05")
+    history = FakeHistory.of(series, span)
+    history.script = {n: lambda raw: pick(raw, slice(-5, None)) for n in range(1, 200)}
+    job, _ = load(store, history, series, span)
+    assert job.report.failures
+    assert not store.read_sidecar(series).proven_empty
+    history.script.clear()
+    load(store, history, series, span)
+    assert held(store, series) == history.truth.tolist()
+
+
+def test_a_late_run_of_newest_bars_is_late_as_a_whole(store: Store) -> None:
+    """IB's feed lags by twenty minutes: none of the twenty minutes is proven empty, and the next load has them all."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span = window("2024-06-14", "2024-06-15")
+    now = utc("2024-06-14T18:30:00")
+    history = FakeHistory.of(series, span)
+    lag = int(now.timestamp()) - 20 * 60
+    history.script = {n: lambda raw: pick(raw, raw.opens_s < lag) for n in range(1, 9)}
+    job, _ = load(store, history, series, span, now=now)
+    assert job.report.missing_bars == 20
+    assert not store.read_sidecar(series).proven_empty
+    history.script.clear()
+    load(store, history, series, span, now=utc("2024-06-14T18:40:00"))
+    assert len(held(store, series)) == 310

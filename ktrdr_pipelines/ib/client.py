@@ -244,7 +244,7 @@ class GatewayClient:
                     doing=doing,
                     advice="An answer of a broken farm proves nothing.",
                 )
-            return RawBars.nothing("IB answered with 0 bars")
+            return RawBars.nothing("")
         try:
             return columns_from_bars(bars, intraday=intraday)
         except KtrdrError as error:

@@ -112,6 +112,7 @@ def settle(
         if gone:
             logger.warning("%s is gone: all of it counts as never asked", files.csv(series))
             update: dict[str, object] = {"answered": (), "proven_empty": (), "partitions": {}, "file": None}
+            update |= {"history_start": None, "sparse": False}
             sidecar = sidecar.model_copy(update=update)
         files.save_sidecar(series, sidecar)
         return sidecar, Prepared(corrupt_sidecar=corrupt, csv_gone=gone)
