@@ -191,8 +191,13 @@ class Load:
         while waiting or skipped:
             # What was skipped needs asking after all when the start of history could not be shown to lie later.
             request = waiting.popleft() if waiting else skipped.pop()
+            if not self._lacks(request):
+                done += 1
+                yield Fetched(request, 0, done, len(requests))
+                yield from self._report_touched(request, 0, partitions)
+                continue
             try:
-                loaded = asker.load(request, may_put_off=bool(waiting)) if self._lacks(request) else Loaded(0)
+                loaded = asker.load(request, may_put_off=bool(waiting))
             except KtrdrError as error:
                 self._count_what_arrived(request.window, asker)
                 if _concerns_all(error):

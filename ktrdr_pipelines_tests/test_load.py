@@ -296,6 +296,7 @@ def test_windows_before_the_first_bar_are_not_asked_one_by_one(store: Store) -> 
     assert held(store, AAPL_1D) == expected_bars(AAPL_1D, listed).opens.tolist()
     assert history.heads_asked == 1
     assert len(history.requests) <= 3
+    assert job.report.segments_fetched == 1  # nine years of it were settled without being asked
     assert sorted(job.report.completed) == [str(year) for year in range(2010, 2024)]
     assert job.report.completed["2015"].rows == 0
     start = store.read_sidecar(AAPL_1D).history_start
@@ -524,6 +525,7 @@ def test_a_folder_that_refuses_is_found_out_before_ib_is_asked(tmp_path: Path) -
     readable = Store(Path("/proc"))
     job, _ = load(readable, history, AAPL_1H, span)
     assert job.report.failures[0].error.family == "store"
+    assert "another process" not in str(job.report.failures[0].error)
     assert history.requests == []
 
 

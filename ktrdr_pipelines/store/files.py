@@ -54,6 +54,8 @@ class SeriesFiles:
         lock = FileLock(path, timeout=self.lock_timeout_s)
         with explained(path, doing):
             self.data_dir.mkdir(parents=True, exist_ok=True)
+            # filelock takes a file that cannot be made for one that is contended, and would wait for its whole time-out.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
             try:
                 lock.acquire()
             except Timeout:
