@@ -228,6 +228,12 @@ class Asker:
             complete_until=datetime.fromtimestamp(int(expected.closes[-1]), UTC) if len(expected) else None,
         )
         self._report.proven_empty += len(holes)
+        extent = self._store.extent(self._series)
+        if extent is not None:
+            younger = holes.sessions[holes.opens > extent.first_open_s]
+            self._report.empty_sessions += len(
+                np.setdiff1d(younger, expected.sessions[~np.isin(expected.opens, holes.opens)])
+            )
         return pending
 
     def _split_pending(self, holes: ExpectedBars) -> tuple[ExpectedBars, ExpectedBars]:

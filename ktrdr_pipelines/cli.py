@@ -197,6 +197,36 @@ def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bo
     _show(adoption.as_dict(), describe_adoption(adoption), as_json=as_json)
 
 
+@cli.command("calendar")
+@click.argument("symbol")
+@click.option("--start", help="First instant to compare, ISO 8601; without it a year back.")
+@click.option("--end", help="End of what is compared, not included; without it now.")
+@click.option("--apply", is_flag=True, help="Make IB's word count, for every series of the same calendar.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object on stdout.")
+def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_json: bool) -> None:
+    """Compare the trading calendar of SYMBOL with IB's own schedule of it.
+
+    Asks IB, within the pacing rules; a year is one request, and sessions that IB lacks cost a second one. Corrections are kept in
+    the data folder, under calendars/, and can be deleted there.
+
+    \b
+    $ ktrdr calendar AAPL --start 2024-12-01 --end 2025-02-01
+    AAPL follows NYSE, regular hours: 41 sessions from 2024-12-02 to 2025-01-31 compared, 2 requests
+      2025-01-09: 09 14:30..21:00 by the calendar, closed by IB
+      not applied (--apply makes IB's word count)
+    """
+    from ktrdr_pipelines.series import file_symbol, parse_range
+
+    file_symbol(symbol)
+    parse_range(start, end, now=datetime.now(UTC))
+
+    from ktrdr_pipelines.calendar_check import check_calendar
+    from ktrdr_pipelines.tables import describe_calendar_check
+
+    check = check_calendar(symbol, start=start, end=end, apply=apply)
+    _show(check.as_dict(), describe_calendar_check(check), as_json=as_json)
+
+
 @cli.command("ui")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="Port of the web page.")

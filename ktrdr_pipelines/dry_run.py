@@ -28,6 +28,7 @@ from ktrdr_pipelines.report import Planned
 from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.source import History
+from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import read_universe
@@ -126,7 +127,7 @@ def plan_series(
     universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
     with IBHistory(GatewayResource.of(settings).address()) as history:
         series = identify_series(symbol, wanted_timeframe, universe, history)
-        with peek(Store(settings.data_dir), series, now=now) as (store, pending):
+        with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
             notices = pending.describe()
             window = choose_window(
                 series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now

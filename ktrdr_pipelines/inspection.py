@@ -13,14 +13,16 @@ from pathlib import Path
 
 from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.gaps import Holding, inspect_series
+from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
+from ktrdr_pipelines.orchestration.reconcile import report_held
 from ktrdr_pipelines.orchestration.status import Record
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.series import Series, Window, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.intake import Adopted
 from ktrdr_pipelines.store.peek import peek
-from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import read_universe
 
 
@@ -50,6 +52,11 @@ class Adoption:
     csv: Path
     adopted: Adopted
     rows_held: int
+    reported: int
+    """Partitions that Dagster was told are complete."""
+    unreported: int
+    """Those that it will be told of by the reconcile sensor."""
+    notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON. ``line`` is 0 for a row that was dropped because the file held another bar already."""
@@ -61,7 +68,9 @@ class Adoption:
             "rows_adopted": self.adopted.rows,
             "rows_held": self.rows_held,
             "dropped": [{"line": f.line, "reason": f.why, "text": f.text} for f in self.adopted.dropped],
-            "notices": list(self.adopted.notices),
+            "notices": [*self.adopted.notices, *self.notices],
+            "partitions_reported": self.reported,
+            "partitions_unreported": self.unreported,
             "backup": str(self.adopted.backup) if self.adopted.backup else None,
         }
 
@@ -92,7 +101,7 @@ def inspect_one(symbol: str, timeframe: str, settings: Settings | None = None) -
     """
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
-    damage = tuple(str(problem) for problem in Store(settings.data_dir).verify(series))
+    damage = tuple(str(problem) for problem in open_store(settings.data_dir).verify(series))
     with Record(settings) as record:
         return _inspect(series, settings, record, damage=damage)
 
@@ -116,7 +125,7 @@ def _inspect(
     series: Series, settings: Settings, record: Record, *, damage: tuple[str, ...] = (), brief: bool = False
 ) -> Holding:
     now = datetime.now(UTC)
-    store = Store(settings.data_dir)
+    store = open_store(settings.data_dir)
     earliest = first_partition_start(series.timeframe, settings)
     partitions = partitions_in(
         series.timeframe, Window(min(earliest, now), now)
@@ -139,7 +148,7 @@ def adopt_file(
     symbol: str, timeframe: str, path: Path, *, assume_utc: bool = False, settings: Settings | None = None
 ) -> Adoption:
     """Make the bars of the CSV at ``path`` part of the series; see `Store.adopt`. The partitions that are complete by that are
-    reported to Dagster by the reconcile sensor.
+    reported to Dagster, as many as a person will wait for; the reconcile sensor reports the rest.
 
     Raises:
         KtrdrError: the input cannot be meant, ``path`` is no bar file, or the disk refuses.
@@ -148,6 +157,14 @@ def adopt_file(
     series = name_series(symbol, timeframe, settings)
     if not path.is_file():
         raise InputError(f"there is no file {path}", doing=f"adopting it as {series}", advice="Check the path.")
-    store = Store(settings.data_dir)
+    store = open_store(settings.data_dir)
     adopted = store.adopt(series, path, now=datetime.now(UTC), assume_utc=assume_utc)
-    return Adoption(series, path, store.csv_path(series), adopted, store.read_sidecar(series).rows)
+    notices: tuple[str, ...] = ()
+    reported = unreported = 0
+    try:
+        with open_instance(settings) as instance:
+            reported, unreported = report_held(settings, instance, series, datetime.now(UTC))
+    except KtrdrError as error:  # the bars are in the file; the record follows when it can
+        notices = (f"Dagster was not told which partitions are complete: {error}",)
+    rows = store.read_sidecar(series).rows
+    return Adoption(series, path, store.csv_path(series), adopted, rows, reported, unreported, notices)

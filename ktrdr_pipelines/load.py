@@ -259,6 +259,12 @@ class Load:
 
     def _finish(self) -> None:
         self._count_requests()
+        if self.report.unexpected_bars or self.report.empty_sessions:
+            self.report.notices.append(
+                f"IB and the calendar disagree ({self.report.unexpected_bars} bars that it does not expect, "
+                f"{self.report.empty_sessions} of its sessions without a bar); IB's bars are what is kept. "
+                f"`ktrdr calendar {self.series.instrument.symbol}` compares the calendar with IB's schedule"
+            )
         self.report.missing_bars = int(self._is_missing[self._indexes(self.window)].sum())
         if self.report.failures:
             self.report.status = "partial" if self.report.segments_fetched or self.report.fetched_bars else "failed"

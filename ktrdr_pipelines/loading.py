@@ -22,6 +22,7 @@ from ktrdr_pipelines.progress import Progress
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import add_series, read_universe
 
@@ -64,7 +65,7 @@ def load_series(
     address = GatewayResource.of(settings).address()
     with IBHistory(address, on_wait=progress.show_wait) as history:
         series = identify_series(symbol, wanted_timeframe, universe, history)
-        store = Store(settings.data_dir)
+        store = open_store(settings.data_dir)
         put_right = store.prepare(series, now=now).describe()
         held = Held.of(store.extent(series))
         window = choose_window(

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from ktrdr_pipelines.calendars import FIRST_YEAR, ExpectedBars, expected_bars, match_held
-from ktrdr_pipelines.calendars.sessions import IntArray
+from ktrdr_pipelines.calendars.tables import IntArray
 from ktrdr_pipelines.durations import (
     LOOSEST,
     NOMINAL_S,

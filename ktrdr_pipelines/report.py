@@ -84,6 +84,9 @@ class LoadReport:
     """Held bars that IB now answers differently; the new values are in the file."""
     proven_empty: int = 0
     unexpected_bars: int = 0
+    """Bars that IB has where the calendar says that nothing trades; kept."""
+    empty_sessions: int = 0
+    """Whole sessions of the calendar, after the first held bar, that IB proved to have no bar."""
     missing_bars: int = 0
     """Bars of the window that are expected and still neither held nor proven empty."""
     failures: list[Failure] = field(default_factory=list)
@@ -112,6 +115,7 @@ class LoadReport:
             "revised_bars": self.revised_bars,
             "proven_empty": self.proven_empty,
             "unexpected_bars": self.unexpected_bars,
+            "empty_sessions": self.empty_sessions,
             "missing_bars": self.missing_bars,
             "partitions_completed": sorted(self.completed),
             "failures": [

@@ -7,8 +7,9 @@ rich was tried for the tables: it folds cells to the width of the terminal, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
+from ktrdr_pipelines.calendar_check import CalendarCheck, describe_difference
 from ktrdr_pipelines.dry_run import DryRun
 from ktrdr_pipelines.gaps import Holding
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS
@@ -164,8 +165,27 @@ def describe_adoption(adoption: Adoption) -> list[str]:
     ]
     dropped = [f"    {fault if fault.line else f'{fault.why}: {fault.text}'}" for fault in taken.dropped]
     lines += shorten(dropped, "dropped rows")
-    lines += [f"  note: {notice}" for notice in taken.notices]
+    lines += [f"  note: {notice}" for notice in [*taken.notices, *adoption.notices]]
     lines.append(f"  {adoption.csv}")
     lines.append(f"  the original is kept as {taken.backup}" if taken.backup else f"  {adoption.source} is as it was")
-    lines.append("  Dagster learns of the complete partitions from the reconcile sensor (`ktrdr ui` runs it)")
+    lines.append(f"  {count(adoption.reported, 'complete partition')} reported to Dagster")
+    if adoption.unreported:
+        lines.append(f"  {adoption.unreported:,} more will be, by the reconcile sensor (`ktrdr ui` runs it)")
     return lines
+
+
+def describe_calendar_check(check: CalendarCheck) -> list[str]:
+    """What `ktrdr calendar` says."""
+    last = check.span.end - timedelta(days=1)
+    lines = [
+        f"{check.instrument.symbol} follows {check.key.name}, {check.key.hours} hours: {count(check.sessions, 'session')} from "
+        f"{check.span.start:%Y-%m-%d} to {last:%Y-%m-%d} compared, {count(check.requests, 'request')}"
+    ]
+    lines += [f"  {describe_difference(d)}" for d in check.differences]
+    lines += [f"  {describe_difference(d)}; a second answer did not agree, left as it is" for d in check.unconfirmed]
+    lines += [f"  {notice}" for notice in check.notices]
+    if not check.differences:
+        return [*lines, "  nothing to correct"]
+    if check.file:
+        return [*lines, f"  {count(len(check.differences), 'session')} corrected, kept in {check.file}"]
+    return [*lines, "  not applied (--apply makes IB's word count)"]

@@ -11,12 +11,17 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dagster as dg
+import numpy as np
 import pytest
 
+from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.series import TIMEFRAMES, Series, stock
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines_tests.conftest import Ktrdr, StartGateway
+from ktrdr_pipelines_tests.fakes import window
 from ktrdr_pipelines_tests.test_cli import assert_refused
 
 pytestmark = pytest.mark.slow
@@ -309,6 +314,19 @@ def test_adopting_a_foreign_file_takes_the_good_rows_and_shows_the_others(
     assert "line 60: high is below open" in out
     assert january.read_text().splitlines() == lines
     assert foreign.read_bytes() == before
+
+
+def test_partitions_that_an_adopted_file_completes_are_dagsters_at_once(ktrdr: Ktrdr, tmp_path: Path) -> None:
+    """A whole year is reported complete; the year of which a day is lacking is not."""
+    opens = expected_bars(Series(stock("AAPL"), TIMEFRAMES["1d"]), window("2022-01-01", "2024-01-01")).opens
+    days = np.datetime_as_string(opens.astype("datetime64[s]"), unit="D")
+    rows = [f"{day},10,12,9,11,5" for day in days if day != "2022-06-15"]
+    (tmp_path / "old.csv").write_text("\n".join(["date,open,high,low,close,volume", *rows, ""]))
+    out = said(ktrdr("adopt", "AAPL", "1d", "old.csv"))
+    assert "500 rows adopted" in out
+    assert "1 complete partition reported to Dagster" in out
+    with dg.DagsterInstance.from_config(str(tmp_path / "home")) as instance:
+        assert instance.get_materialized_partitions(dg.AssetKey(["ohlcv", "AAPL", "1d"])) == {"2023"}
 
 
 def test_adopting_naive_stamps_needs_a_word(ktrdr: Ktrdr, tmp_path: Path) -> None:

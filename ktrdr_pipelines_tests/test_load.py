@@ -331,6 +331,32 @@ def test_bars_that_the_calendar_does_not_expect_are_kept_and_reported(store: Sto
     job, _ = load(store, FakeHistory(truth), AAPL_1H, span)
     assert saturday in held(store, AAPL_1H)
     assert job.report.unexpected_bars == 1
+    assert any("IB and the calendar disagree (1 bars" in notice for notice in job.report.notices)
+
+
+def test_bars_of_closed_time_are_kept_where_two_loads_meet(store: Store) -> None:
+    """A gateway with a bar in every daily break: the one between the end of one load and the first missing bar of the next
+    belongs to neither's gaps, and is not lost."""
+    series = Series(forex("EURUSD"), TIMEFRAMES["1h"])
+    span = window("2024-01-08", "2024-01-20")
+    expected = expected_bars(series, span)
+    truth = np.union1d(expected.opens, expected.aliases)
+    job, _ = load(store, FakeHistory(truth), series, window("2024-01-08", "2024-01-10T22:00"))
+    assert held(store, series) == truth[truth < int(utc("2024-01-10T22:00").timestamp())].tolist()
+    load(store, FakeHistory(truth), series, span)
+    assert held(store, series) == truth.tolist()
+    # The stamp on the clock grid of a first bar off it is known to the calendar (17:00 for 17:15).
+    assert job.report.unexpected_bars == 0
+
+
+def test_whole_sessions_without_a_bar_are_told(store: Store) -> None:
+    """A day that the calendar takes for a session and IB does not: proven, and said, with what to do."""
+    span = window("2024-01-02", "2024-01-20")
+    everything = expected_bars(AAPL_1H, span).opens
+    closed = (everything // 86400) == int(utc("2024-01-09").timestamp()) // 86400
+    job, _ = load(store, FakeHistory(everything[~closed]), AAPL_1H, span)
+    assert (job.report.proven_empty, job.report.empty_sessions) == (7, 1)
+    assert any("`ktrdr calendar AAPL`" in notice for notice in job.report.notices)
 
 
 def test_forex_volume_is_zero_in_the_file_and_none_in_the_sidecar(store: Store) -> None:

@@ -1,11 +1,13 @@
 """Which bar opens a series should have, and when its market is open. Pure given the installed calendar data.
 
-`exchanges.py` says which calendar an instrument follows, `sessions.py` when each session trades, `opens.py` which bars
-that promises. What the store holds and what to ask IB for is in `plan.py`. Words: design, section 2.
+`exchanges.py` says which calendar an instrument follows, `tables.py` when its sessions trade, `corrections.py` what IB's own
+schedule puts right in them, `sessions.py` keeps both and answers questions, `opens.py` says which bars that promises. What
+the store holds and what to ask IB for is in `plan.py`. Words: design, section 2.
 """
 
 from __future__ import annotations
 
+from ktrdr_pipelines.calendars.corrections import Difference, Session, compare, correct, count_sessions
 from ktrdr_pipelines.calendars.exchanges import calendar_of
 from ktrdr_pipelines.calendars.opens import (
     ExpectedBars,
@@ -16,21 +18,31 @@ from ktrdr_pipelines.calendars.opens import (
     period_keys,
 )
 from ktrdr_pipelines.calendars.sessions import (
-    FIRST_YEAR,
-    LAST_YEAR,
+    CalendarKey,
+    installed_table,
     is_open,
     next_close,
     next_open,
     session_windows,
+    table_of,
+    use_corrections,
 )
+from ktrdr_pipelines.calendars.tables import FIRST_YEAR, LAST_YEAR
 
 __all__ = [
     "FIRST_YEAR",
     "LAST_YEAR",
+    "CalendarKey",
+    "Difference",
     "ExpectedBars",
+    "Session",
     "calendar_of",
+    "compare",
+    "correct",
+    "count_sessions",
     "expected_bars",
     "find_unexpected",
+    "installed_table",
     "is_open",
     "match_held",
     "next_close",
@@ -38,4 +50,6 @@ __all__ = [
     "next_open",
     "period_keys",
     "session_windows",
+    "table_of",
+    "use_corrections",
 ]

@@ -20,7 +20,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ktrdr_pipelines.calendars.sessions import LAST_YEAR, IntArray, SessionTable, check_years, table_of
+from ktrdr_pipelines.calendars.sessions import check_years, table_of
+from ktrdr_pipelines.calendars.tables import LAST_YEAR, IntArray, SessionTable
 from ktrdr_pipelines.series import Series, Timeframe, Window, require_utc
 
 _DAY_S = 86400

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
+from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.errors import (
     GatewayUnreachable,
     KtrdrError,
@@ -30,13 +31,14 @@ from ktrdr_pipelines.ib.codes import Hold, Outcome, classify
 from ktrdr_pipelines.ib.contracts import ContractInfo
 from ktrdr_pipelines.ib.handshake import shake_hands
 from ktrdr_pipelines.ib.loop_thread import LoopThread
+from ktrdr_pipelines.ib.schedules import read_schedule
 from ktrdr_pipelines.ib.unreachable import WELL_KNOWN_PORTS, NotAGatewayError, explain_unreachable
 from ktrdr_pipelines.series import Instrument, require_utc
 
 log = logging.getLogger(__name__)
 
 CLIENT_ID_IN_USE = 326
-_ERROR, _CONTRACT, _BARS, _HEAD = 4, 10, 17, 88
+_ERROR, _CONTRACT, _BARS, _HEAD, _SCHEDULE = 4, 10, 17, 88, 106
 
 T = TypeVar("T")
 
@@ -250,6 +252,33 @@ class GatewayClient:
         except KtrdrError as error:
             raise error.while_doing(doing) from None
 
+    def schedule(
+        self, instrument: Instrument, *, end: datetime, duration: str, doing: str, on_sent: Callable[[], None]
+    ) -> list[Session]:
+        """IB's own sessions of ``instrument`` (SCHEDULE) up to ``end`` (aware), oldest first.
+
+        Raises:
+            DataError: an answer that cannot be read. KtrdrError: whatever else IB answered, by `codes.py`.
+        """
+        contract = self._contract(instrument)
+        end_text = _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
+
+        def send(req_id: int) -> None:
+            on_sent()
+            self._ib.client.reqHistoricalData(
+                req_id, contract, end_text, duration, "1 day", "SCHEDULE", instrument.use_rth, 2, False, []
+            )
+
+        def cancel(req_id: int) -> None:
+            self._ib.client.cancelHistoricalData(req_id)
+
+        answer = self._request(doing, send, cancel, self.request_timeout_s, contract)
+        rows = [(row.startDateTime, row.endDateTime, row.refDate) for row in answer.sessions]
+        try:
+            return read_schedule(answer.timeZone, rows)
+        except KtrdrError as error:
+            raise error.while_doing(doing) from None
+
     def head_timestamp(
         self, instrument: Instrument, timeout_s: float = 30.0, on_sent: Callable[[], None] = lambda: None
     ) -> datetime | None:
@@ -291,7 +320,7 @@ class GatewayClient:
         self._ib = ib_insync.IB()  # type: ignore[no-untyped-call]
         readers = self._ib.client.decoder.handlers
         readers[_ERROR] = self._read_error
-        for message in (_CONTRACT, _BARS, _HEAD):
+        for message in (_CONTRACT, _BARS, _HEAD, _SCHEDULE):
             readers[message] = self._guard(message, readers[message])
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:

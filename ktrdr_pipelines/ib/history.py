@@ -18,7 +18,8 @@ from typing import Literal, TypeVar
 
 import tenacity
 
-from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError, StoreError
+from ktrdr_pipelines.calendars import Session
+from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.answers import RawBars
 from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
 from ktrdr_pipelines.ib.clock import Clock
@@ -26,7 +27,7 @@ from ktrdr_pipelines.ib.codes import Hold
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
 from ktrdr_pipelines.ib.leases import ClientIds, Lease, lease_client_id
 from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
-from ktrdr_pipelines.ib.pacing import Ask, Rule, bars_ask, contract_text, head_ask
+from ktrdr_pipelines.ib.pacing import Ask, Rule, bars_ask, contract_text, head_ask, schedule_ask
 from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.series import Instrument, Series, format_instant
 
@@ -196,6 +197,37 @@ class IBHistory:
                 head = None
             self._heads[ask.identity] = head
         return self._heads[ask.identity]
+
+    def fetch_schedule(self, instrument: Instrument, *, end: datetime, days: int) -> list[Session]:
+        """IB's own sessions of ``instrument``: those of ``days`` days (IB counts sessions) up to ``end``. A history request like
+        any other: paced, counted, retried. Whether all of them were sent cannot be seen from one answer.
+
+        Raises:
+            PermanentError: this gateway serves no schedules. KtrdrError: any other failure.
+        """
+        doing = f"asking for the schedule of {instrument.symbol} to {format_instant(end)}"
+        duration = f"{days} D"
+        ask = schedule_ask(
+            contract=_contract_text(instrument),
+            exchange=instrument.exchange,
+            duration=duration,
+            end=format_instant(end),
+            use_rth=instrument.use_rth,
+        )
+
+        def send(client: GatewayClient, on_sent: Callable[[], None]) -> list[Session]:
+            return client.schedule(instrument, end=end, duration=duration, doing=doing, on_sent=on_sent)
+
+        try:
+            return self._retry(doing, lambda: self._paced(ask, send))
+        except BugError as error:
+            # An older gateway refuses what to show as malformed; for bars that would be our mistake.
+            raise PermanentError(
+                error.observed,
+                doing=doing,
+                advice="This gateway may be too old to serve schedules; the installed calendar stays in use.",
+                code=error.code,
+            ) from None
 
     # -- connection -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from ktrdr_pipelines.orchestration.tail import QUIET_S
 from ktrdr_pipelines.partitions import Partition, partition_from_key, partitions_in
 from ktrdr_pipelines.series import Series, Timeframe, Window
 from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.corrections import open_store, refresh_calendars
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.store.sidecar import Sidecar
 
@@ -33,6 +34,9 @@ MAX_BLOCK = 366
 """Partitions of one run that asks again: Dagster needs about 10 ms for each before the run starts."""
 MAX_REQUESTS = 10
 """Runs asked for in one tick: each takes the daemon about a second (dagster_facts.md, 4)."""
+REPORT_BUDGET_S = 20.0
+"""How long a person who adopted a file waits for its partitions to be reported; 10 ms each, so some 2,000."""
+
 MAX_REPORTS = 1000
 """Partitions reported in one tick, at 10 to 15 ms each (dagster_facts.md, 4)."""
 TICK_BUDGET_S = 25.0
@@ -109,6 +113,7 @@ class Reconciler:
         self._settings = settings
         self._universe = sorted(universe, key=lambda s: s.name)
         self._agreed: dict[str, object] = {}
+        self._corrections: object = None
         self._definitions: dict[Timeframe, dg.TimeWindowPartitionsDefinition] = {}
 
     def run_tick(
@@ -119,8 +124,16 @@ class Reconciler:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> ReconcileTick:
-        """Go on after the series named ``cursor``; from the first one when it is empty."""
+        """Go on after the series named ``cursor``; from the first one when it is empty.
+
+        Raises:
+            StoreError: corrections of calendars cannot be read; without them nothing can be called complete.
+        """
         tick = ReconcileTick()
+        corrections = refresh_calendars(self._settings.data_dir)
+        if corrections != self._corrections:
+            self._corrections = corrections
+            self._agreed.clear()
         until = clock() + TICK_BUDGET_S
         active = find_active_runs(instance, now)
         todo = [s for s in self._universe if s.name > cursor]
@@ -216,6 +229,32 @@ class Reconciler:
         if timeframe not in self._definitions:
             self._definitions[timeframe] = define_partitions(timeframe, self._settings)
         return self._definitions[timeframe]
+
+
+def report_held(
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    series: Series,
+    now: datetime,
+    *,
+    budget_s: float = REPORT_BUDGET_S,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[int, int]:
+    """Report the partitions of ``series`` that its file holds and Dagster has no record of: how many were, and how many are left
+    for the sensor because ``budget_s`` seconds were over. What the file lost is the sensor's to ask for.
+
+    Raises:
+        KtrdrError: the files cannot be read.
+    """
+    store = open_store(settings.data_dir)
+    reconciler = Reconciler(settings, [series])
+    drift, _ = reconciler._find_drift(series, store, instance, now, ReconcileTick())
+    until = clock() + budget_s
+    for done, state in enumerate(drift.to_report):
+        if clock() > until:
+            return done, len(drift.to_report) - done
+        instance.report_runless_asset_event(_describe(series, state))
+    return len(drift.to_report), 0
 
 
 def _describe(series: Series, state: PartitionState) -> dg.AssetMaterialization:

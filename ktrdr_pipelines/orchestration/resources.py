@@ -14,6 +14,7 @@ from ktrdr_pipelines.ib.leases import ClientIds
 from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.series import HistoryLimits
 from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.series_store import Store
 
 _DAEMON_TAGS = ("dagster/backfill", "dagster/sensor_name", "dagster/schedule_name")
@@ -97,4 +98,4 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def store(self) -> Store:
         """The store of the folder."""
-        return Store(Path(self.data_dir))
+        return open_store(Path(self.data_dir))

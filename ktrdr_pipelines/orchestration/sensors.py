@@ -21,6 +21,7 @@ from ktrdr_pipelines.orchestration.requests import request_run
 from ktrdr_pipelines.orchestration.tail import Attempt, Due, HeldEnds, Tails, group_due, note_attempt
 from ktrdr_pipelines.series import TIMEFRAMES, Series, format_instant
 from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.corrections import refresh_calendars
 
 TAIL_INTERVAL_S = 300
 RECONCILE_INTERVAL_S = 600
@@ -169,6 +170,7 @@ def make_tail_sensor(
     )
     def tail_fill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         at = now()
+        refresh_calendars(settings.data_dir)
         active = find_active_runs(context.instance, at)
         tick = decide_tail(settings, mine, held, active, at, attempts=read_cursor(context.cursor))
         for problem in [*tick.problems, *tick.notices]:
