@@ -491,12 +491,14 @@ def test_a_connection_that_is_taken_away_fails_its_requests_at_once(code: int, k
 def test_a_client_id_refused_after_the_greeting_is_known_at_once() -> None:
     """326 instead of the time, socket open, closed, or closed without the word: told apart from a gateway that hangs."""
     refusal = error(-1, 326, "Unable to connect as the client id is already in use")
+    begun = time.monotonic()
     for answers in ([refusal], [refusal, ("close",)]):
         with ScriptedGateway({TIME: lambda _, answers=answers: answers}) as gateway, pytest.raises(ClientIdInUse):
             make_client(gateway.port, probe_timeout_s=60.0).connect()
     for options in ({"ready": (("close",),)}, {"answers": {TIME: lambda _: [("close",)]}}):
         with ScriptedGateway(**options) as gateway, pytest.raises(HungUp):
             make_client(gateway.port, probe_timeout_s=60.0).connect()
+    assert time.monotonic() - begun < 30  # well before the probe's time-out
 
 
 def test_no_data_is_not_believed_if_something_was_down_meanwhile() -> None:

@@ -244,7 +244,9 @@ def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None
         port = gateway.port
         history = bench.connect_to(port)
         history.pin(stock("AAPL"))
+        client = history.connect()
         gateway.stop()
+        wait_until(lambda: not client.is_connected)
 
         def come_back(seconds: float) -> None:
             if bench.time.long_sleeps == [15.0] * 20:
@@ -267,7 +269,9 @@ def test_patience_with_a_gateway_that_stays_away_has_an_end(bench: Bench) -> Non
     with gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=(2.0, 3.0))
         history.pin(stock("AAPL"))
+        client = history.connect()
         gateway.stop()
+        wait_until(lambda: not client.is_connected)
         for _ in range(2):
             with pytest.raises(GatewayUnreachable) as caught:
                 history.fetch(SERIES, REQUEST)
@@ -282,7 +286,8 @@ def test_a_gateway_that_left_is_not_waited_for_where_nothing_is_retried(bench: B
     """Whoever switches retries off wants to know at once."""
     with ScriptedGateway() as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=())
-        history.connect()
+        client = history.connect()
+    wait_until(lambda: not client.is_connected)
     with pytest.raises(GatewayUnreachable, match="connection refused"):
         history.fetch(SERIES, REQUEST)
     assert bench.time.long_sleeps == []
