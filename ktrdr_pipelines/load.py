@@ -56,7 +56,7 @@ class Load:
         self._open_history = history
         self._recheck_last = recheck_last
         self._history: History | None = None
-        self._counted = (0, 0, 0.0)
+        self._counted = (0, 0, 0.0, 0.0)
         self._reported: set[str] = set()
         self._history_start_is_new = False
         self.report = report or LoadReport(series, window, merged_file=str(store.csv_path(series)))
@@ -169,7 +169,7 @@ class Load:
         try:
             self._store.check_writable(self.series)
             history = self._history = self._open_history()
-            self._counted = (history.requests_made, history.retries, history.pacing_wait_s)
+            self._counted = _counts(history)
             pinned = Series(history.pin(self.series.instrument), self.series.timeframe)
         except KtrdrError as error:
             yield self._fail(everything, error)
@@ -252,10 +252,11 @@ class Load:
 
     def _count_requests(self) -> None:
         if self._history is not None:
-            made, retries, waited_s = self._counted
-            self.report.ib_requests_made = self._history.requests_made - made
-            self.report.retries = self._history.retries - retries
-            self.report.pacing_wait_s = self._history.pacing_wait_s - waited_s
+            made, retries, paced_s, held_s = (
+                now - before for now, before in zip(_counts(self._history), self._counted, strict=True)
+            )
+            self.report.ib_requests_made, self.report.retries = int(made), int(retries)
+            self.report.pacing_wait_s, self.report.retry_wait_s = paced_s, held_s
 
     def _finish(self) -> None:
         self._count_requests()
@@ -268,6 +269,10 @@ class Load:
         self.report.missing_bars = int(self._is_missing[self._indexes(self.window)].sum())
         if self.report.failures:
             self.report.status = "partial" if self.report.segments_fetched or self.report.fetched_bars else "failed"
+
+
+def _counts(history: History) -> tuple[int, int, float, float]:
+    return history.requests_made, history.retries, history.pacing_wait_s, history.retry_wait_s
 
 
 def _concerns_all(error: KtrdrError) -> bool:

@@ -80,6 +80,8 @@ class LoadReport:
     requests_planned: int = 0
     retries: int = 0
     pacing_wait_s: float = 0.0
+    retry_wait_s: float = 0.0
+    """Waited before retries, and for the gateway, its link or a farm to come back."""
     revised_bars: int = 0
     """Held bars that IB now answers differently; the new values are in the file."""
     proven_empty: int = 0
@@ -112,6 +114,7 @@ class LoadReport:
             "requests_planned": self.requests_planned,
             "retries": self.retries,
             "pacing_wait_s": round(self.pacing_wait_s, 1),
+            "retry_wait_s": round(self.retry_wait_s, 1),
             "revised_bars": self.revised_bars,
             "proven_empty": self.proven_empty,
             "unexpected_bars": self.unexpected_bars,

@@ -10,7 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import threading
+from contextlib import suppress
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +39,35 @@ def _field(name: str, default: object, description: str, **bounds: object) -> ob
     return Field(default=default, validation_alias=AliasChoices(name), description=description, **bounds)  # type: ignore[call-overload]
 
 
+_CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
+HOST_OF_CONTAINER = "host.docker.internal"
+_LOOK_UP_S = 1.0
+
+
+def default_host(in_container: bool | None) -> str:
+    """The gateway's host where none is set. It runs on a person's desk: in a container that is the container's host, whose
+    name not every container knows; there the gateway may as well be in the container itself.
+    """
+    if in_container is None:
+        in_container = any(mark.exists() for mark in _CONTAINER_MARKS)
+    return HOST_OF_CONTAINER if in_container and _is_known(HOST_OF_CONTAINER) else "127.0.0.1"
+
+
+@cache
+def _is_known(host: str) -> bool:
+    """Whether ``host`` leads anywhere; without a quick answer it does not, as a network without name service takes its time."""
+    found: list[object] = []
+
+    def look_up() -> None:
+        with suppress(OSError):
+            found.extend(socket.getaddrinfo(host, None))
+
+    looking = threading.Thread(target=look_up, daemon=True, name="look-up")
+    looking.start()
+    looking.join(_LOOK_UP_S)
+    return bool(found)
+
+
 class Settings(BaseSettings):
     """All settings with their environment names, defaults and meanings. Build with `load_settings`."""
 
@@ -42,7 +75,23 @@ class Settings(BaseSettings):
         env_file=(PROJECT_ROOT / ".env", ".env"), extra="ignore", frozen=True, populate_by_name=True
     )
 
-    ib_host: Annotated[str, _field("IB_HOST", "127.0.0.1", "Host of TWS or IB Gateway.", min_length=1)]
+    in_container: Annotated[
+        bool | None,
+        _field(
+            "KTRDR_IN_CONTAINER",
+            None,
+            "Whether this is a container; found out if not given. Decides the default of IB_HOST only.",
+        ),
+    ]
+    ib_host: Annotated[
+        str,
+        Field(
+            default_factory=lambda given: default_host(given.get("in_container")),
+            validation_alias=AliasChoices("IB_HOST"),
+            description="Host of TWS or IB Gateway; default 127.0.0.1, in a container host.docker.internal where that exists.",
+            min_length=1,
+        ),
+    ]
     ib_port: Annotated[
         int,
         _field(
@@ -152,7 +201,7 @@ class Settings(BaseSettings):
             raise ValueError("waits are seconds from 0 to 3600")
         return value
 
-    @field_validator("ib_client_id", "universe_file", mode="before")
+    @field_validator("ib_client_id", "universe_file", "in_container", mode="before")
     @classmethod
     def _blank_is_unset(cls, value: object) -> object:
         return None if value == "" else value

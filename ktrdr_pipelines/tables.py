@@ -61,10 +61,11 @@ def _time(instant: datetime | None) -> str:
 def describe_load(report: LoadReport) -> list[str]:
     """What a load did."""
     missing = f", {count(report.missing_bars, 'bar')} STILL MISSING" if report.missing_bars else ""
+    held_up = f", {report.retry_wait_s:.0f} s for retries and the gateway" if report.retry_wait_s >= 1 else ""
     return [
         f"{report.series} {report.window}: {report.status}",
         f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
-        f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing",
+        f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing{held_up}",
         f"  {count(report.gaps_analyzed, 'gap')}, {count(len(report.completed), 'partition')} complete, "
         f"{count(report.proven_empty, 'bar')} proven not to exist{missing}",
         *(f"  note: {notice}" for notice in report.notices),

@@ -34,6 +34,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith(("IB_", "KTRDR_", "DAGSTER_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("KTRDR_IN_CONTAINER", "false")  # simulated gateways are on this machine, wherever the tests run
 
 
 @pytest.fixture
@@ -92,6 +93,7 @@ def ktrdr(tmp_path: Path, unused_port: int) -> Ktrdr:
     def run(*arguments: str, port: int = unused_port, **settings: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("IB_", "KTRDR_", "DAGSTER_"))} | {
             "IB_PORT": str(port),
+            "KTRDR_IN_CONTAINER": "false",
             "KTRDR_DATA_DIR": str(tmp_path / "data"),
             "DAGSTER_HOME": str(tmp_path / "home"),
             "IB_RETRY_WAITS": "",

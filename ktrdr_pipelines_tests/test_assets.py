@@ -17,6 +17,7 @@ from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.door import Door, lend
+from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.partitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs import execute_load
@@ -223,3 +224,26 @@ def test_several_series_share_one_run_and_one_connection(
     assert result.success
     assert {r.client_id for r in gateway.requests} == {1}
     assert len(Store(settings.data_dir).held_opens(euro)) > 480
+
+
+def test_waits_show_in_the_run_log_and_in_the_metadata(
+    start_gateway: StartGateway, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """A retry and the wait for pacing behind it: in the log of the run, with the configuration that a fresh home gets, and as
+    numbers beside the partition."""
+    gateway = start_gateway([FaultRule(kind="error", text="odd", nth=(1,))])
+    settings = make_settings(gateway.port, dagster_home=tmp_path / "fresh home", ib_retry_waits_s=(2.0,))
+    clock = MovingClock()
+    history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
+    with open_instance(settings) as instance, history, lend(Door(history=history)):
+        result = materialize(settings, instance, "2024-03-01")
+        log = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert any("try 2 of 2 in 2 s" in line and "odd" in line for line in log)
+    assert any("pacing: no identical request within 15 seconds" in line for line in log)
+    (event,) = result.asset_materializations_for_node(op_name(AAPL_1H))
+    metadata = {
+        name: event.metadata[name].value for name in ("retries_of_run", "retry_wait_s_of_run", "pacing_wait_s_of_run")
+    }
+    assert metadata["retries_of_run"] == 1
+    assert metadata["retry_wait_s_of_run"] == 2.0
+    assert metadata["pacing_wait_s_of_run"] == pytest.approx(13.5, abs=1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PacingError, PermanentError, TransientError
-from ktrdr_pipelines.ib.codes import CODES, Hold, Kind, classify, in_nightly_reset, known_codes, to_error
+from ktrdr_pipelines.ib.codes import (
+    CODES,
+    Hold,
+    Kind,
+    Outcome,
+    RequestLost,
+    classify,
+    in_nightly_reset,
+    known_codes,
+    name_farm,
+    to_error,
+)
+from ktrdr_pipelines.ib.holds import Down
 
 NOON = datetime(2024, 3, 5, 17, 0, tzinfo=UTC)
 SERVICE = "Historical Market Data Service error message:"
@@ -34,7 +47,7 @@ CASES = [
     (322, "Error processing request:-'wd' : cause - Only 50 simultaneous API historical data requests allowed.",
      Kind.FAILED, PacingError),
     (322, "Error processing request:-'wd' : cause - Duplicate ticker ID", Kind.FAILED, TransientError),
-    (326, "Unable to connect as the client id is already in use.", Kind.FAILED, TransientError),
+    (326, "Unable to connect as the client id is already in use.", Kind.FAILED, RequestLost),
     (354, "Requested market data is not subscribed.", Kind.FAILED, PermanentError),
     (366, "No historical data query found for ticker id:5", Kind.CANCELLED, TransientError),
     (420, "Invalid real-time query: pacing violation", Kind.FAILED, PacingError),
@@ -74,6 +87,70 @@ def test_every_row_is_complete(row) -> None:
         assert row.error is not KtrdrError
 
 
+# The table of the facts (section 8), line by line: codes, a text that narrows them (None: any), what follows.
+FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
+    ((162,), "pacing violation", lambda o: o.error is PacingError and o.pauses_login),
+    ((162,), "HMDS query returned no data: X", lambda o: o.proven_empty),
+    ((162,), "query cancelled", lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
+    ((366,), None, lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
+    ((162,), "invalid step", lambda o: o.error is BugError),
+    ((321,), None, lambda o: o.error is BugError),
+    ((162,), "No market data permissions for X", lambda o: o.error is PermanentError and "Subscri" in o.advice),
+    ((354, 10090, 10187), None, lambda o: o.error is PermanentError and "Subscri" in o.advice),
+    (
+        (162,),
+        "connected from a different IP address",
+        lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice,
+    ),
+    ((10197,), None, lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice),
+    ((162,), "anything else", lambda o: o.error is TransientError and "language to English" in o.advice),
+    ((165,), None, lambda o: not o.ends_request and not o.holds),
+    ((166,), None, lambda o: o.error is PermanentError),
+    ((200,), None, lambda o: o.error is PermanentError and "symbol" in o.advice),
+    ((326,), None, lambda o: o.next_client_id),
+    ((420,), None, lambda o: o.error is PacingError and o.pauses_login),
+    ((502, 504, 1300), None, lambda o: o.reconnect and o.error is GatewayUnreachable),
+    ((1100,), None, lambda o: not o.ends_request and o.holds == {Hold.LINK}),
+    ((1101,), None, lambda o: not o.ends_request and o.releases == {Hold.LINK} and o.needs_resubscribe),
+    ((1102,), None, lambda o: not o.ends_request and o.releases == {Hold.LINK} and not o.needs_resubscribe),
+    ((2103, 2104, 2108), None, lambda o: o.ignore),
+    ((2105,), None, lambda o: not o.ends_request and o.holds == {Hold.HISTORY}),
+    ((2106, 2107), None, lambda o: not o.ends_request and o.releases == {Hold.HISTORY}),
+    ((2157,), None, lambda o: not o.ends_request and o.holds == {Hold.DEFINITIONS}),
+    ((2158,), None, lambda o: not o.ends_request and o.releases == {Hold.DEFINITIONS}),
+    ((2174, 10339), None, lambda o: o.error is BugError and o.ends_request),
+]
+TONGUES = [
+    "",
+    "Der Dienst f\u00fcr historische Marktdaten meldet: Abfrage ergab keine Daten",
+    "\u6ca1\u6709\u6570\u636e",
+    "query returned nothing",
+]
+
+
+@pytest.mark.parametrize(
+    ("codes", "text", "follows"), FACTS, ids=lambda part: str(part) if isinstance(part, tuple) else ""
+)
+def test_the_table_of_the_facts_holds_in_every_language(
+    codes: tuple[int, ...], text: str | None, follows: Callable[[Outcome], bool]
+) -> None:
+    """Each line of it, with its source; a code that needs no text means the same in German, in Chinese and without words."""
+    for code in codes:
+        for words in TONGUES if text is None else [text, SERVICE + text.upper()]:
+            outcome = classify(code, words, now=NOON)
+            assert follows(outcome), (code, words)
+            assert outcome.is_known
+            assert "facts" in outcome.row.source
+
+
+@pytest.mark.parametrize("words", TONGUES)
+def test_words_we_do_not_know_never_prove_a_window_empty(words: str) -> None:
+    """Whatever the code: "no data" in another language is a failure, and the advice says what a person can do about it."""
+    for code in {*known_codes(), 161, 2101, 99999}:
+        assert not classify(code, words, now=NOON).proven_empty
+    assert "Set the gateway's language to English" in str(to_error(162, words, now=NOON))
+
+
 def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
     """No text of a known code falls through the table, and no row is hidden behind one that takes every text."""
     for code in known_codes():
@@ -83,7 +160,8 @@ def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
 
 def test_every_error_family_is_told() -> None:
     """The table uses each family of the exception tree that a message of IB's can belong to, and each makes its own exit code."""
-    families = {row.error for row in CODES if row.error}
+    families = {row.error for row in CODES if row.error} - {RequestLost}
+    assert issubclass(RequestLost, TransientError)
     assert families == {PacingError, PermanentError, TransientError, BugError, GatewayUnreachable}
     assert len({error.exit_code for error in families - {PacingError}}) == 4
 
@@ -167,6 +245,17 @@ def test_a_naive_time_is_refused() -> None:
         classify(162, "pacing", now=datetime(2024, 1, 1))  # noqa: DTZ001
 
 
+def test_a_notice_that_says_delayed_or_a_warning_ends_nothing_and_the_zone_warning_does() -> None:
+    """The table alone decides: 10167 and the warnings leave a request running; 2174 ends it, and it has to be cancelled."""
+    for code in (10167, 2104, 2150, 2199):
+        outcome = classify(code, "", now=NOON)
+        assert not outcome.ends_request
+        assert not outcome.must_cancel
+    zone = classify(2174, "", now=NOON)
+    assert zone.ends_request
+    assert zone.must_cancel
+
+
 def test_unknown_codes_fail_but_unknown_warnings_do_not_end_a_request() -> None:
     """A code without a row fails its request with a retry; one of the gateway's warnings (2100 to 2199) leaves it running."""
     for code in (1, 161, 163, 2099, 2200, 9999, 10400):
@@ -195,13 +284,75 @@ def test_what_is_lost_is_held_until_it_is_back() -> None:
         (1100, "Connectivity between IB and TWS has been lost.", {Hold.LINK}),
         (1101, "Connectivity between IB and TWS has been restored - data lost.", set()),
     ]
-    held: set[Hold] = set()
+    down = Down()
     for code, text, expected in story:
         outcome = classify(code, text, now=NOON)
         assert outcome.kind is Kind.NOTICE
-        held = (held | outcome.holds) - outcome.releases
-        assert held == expected, code
+        down = down.after(outcome)
+        assert down.kinds == expected, code
         assert outcome.needs_resubscribe == (code == 1101)
+
+
+def follow(*story: tuple[int, str]) -> str:
+    """What is down after these messages, in words."""
+    down = Down()
+    for code, text in story:
+        down = down.after(classify(code, text, now=NOON))
+    return down.describe()
+
+
+BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm connection is OK", "available upon demand"
+
+
+@pytest.mark.parametrize(
+    ("story", "down"),
+    [
+        # one farm says nothing of another
+        ([(2105, f"{BROKEN}:ushmds"), (2106, f"{FINE}:euhmds")], "history farm ushmds"),
+        ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:euhmds"), (2106, f"{FINE}:ushmds")], "history farm euhmds"),
+        ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:ushmds"), (2107, f"{IDLE}.ushmds")], ""),
+        ([(2105, f"{BROKEN}:ushmds"), (2106, f"{FINE}: USHMDS")], ""),
+        ([(2157, "broken:secdefil"), (2158, "OK:secdefeu")], "contract farm secdefil"),
+        # a message without a name is about the only one that is down, and about none of several
+        ([(2105, BROKEN)], "history farm"),
+        ([(2105, BROKEN), (2106, FINE)], ""),
+        ([(2105, BROKEN), (2106, f"{FINE}:ushmds")], ""),
+        ([(2105, f"{BROKEN}:ushmds"), (2106, FINE)], ""),
+        ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:euhmds"), (2106, FINE)], "history farm euhmds, history farm ushmds"),
+        ([(2105, f"{BROKEN}:ushmds"), (2105, BROKEN), (2106, f"{FINE}:ushmds")], "history farm"),
+        ([(2105, f"{BROKEN}:ushmds"), (2105, BROKEN), (2106, f"{FINE}:euhmds")], "history farm, history farm ushmds"),
+        # farms of another kind, quotes and chatter
+        ([(2105, f"{BROKEN}:ushmds"), (2158, "OK:ushmds"), (2104, "OK:ushmds"), (165, ":ushmds")], "history farm ushmds"),
+        # the link takes back farms only if it says so
+        ([(2105, f"{BROKEN}:ushmds"), (1100, "lost"), (1102, "data maintained")], "history farm ushmds"),
+        ([(2105, f"{BROKEN}:ushmds"), (1100, "lost"), (1101, "data lost")], "history farm ushmds"),
+        ([(2105, f"{BROKEN}:ushmds"), (2157, "x:s"), (1100, ""), (1102, "All data farms are connected: usfarm; ushmds.")], ""),
+        ([(2105, f"{BROKEN}:ushmds"), (2157, "x:s"), (1100, ""), (1101, "data lost. All data farms are connected: a.")], ""),
+        ([(2110, "TWS: broken"), (1102, "")], ""),
+    ],
+)  # fmt: skip
+def test_each_farm_is_held_and_released_by_its_name(story: list[tuple[int, str]], down: str) -> None:
+    """2105 for one farm is not taken back by 2106 for another; where names are missing, only what can be meant is released."""
+    assert follow(*story) == down
+
+
+@pytest.mark.parametrize(
+    ("text", "farm"),
+    [
+        ("HMDS data farm connection is broken:ushmds", "ushmds"),
+        ("HMDS data farm connection is broken: ushmds.nj ", "ushmds.nj"),
+        ("HMDS data farm connection is inactive but should be available upon demand.ushmds", "ushmds"),
+        ("Die Verbindung zur HMDS-Datenfarm ist unterbrochen:euhmds", "euhmds"),
+        ("\u5386\u53f2\u6570\u636e\u4e2d\u5fc3\u8fde\u63a5\u4e2d\u65ad\uff1aHKHMDS\u3002", "hkhmds"),
+        ("HMDS data farm connection is broken", ""),
+        ("HMDS data farm connection is broken.", ""),
+        ("broken since 10:30", ""),
+        ("", ""),
+    ],
+)
+def test_the_farm_is_named_behind_the_last_colon_in_any_language(text: str, farm: str) -> None:
+    """Texts are localised, the name after the last colon is not."""
+    assert name_farm(text) == farm
 
 
 def test_what_concerns_the_whole_login_or_the_connection_is_flagged() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_pipelines.settings import PROJECT_ROOT, as_environment, load_settings
+from ktrdr_pipelines.settings import _CONTAINER_MARKS, HOST_OF_CONTAINER, PROJECT_ROOT, as_environment, load_settings
 
 
 def test_the_dagster_home_does_not_depend_on_the_current_folder(
@@ -41,3 +41,34 @@ def test_children_see_the_same_settings(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir("/")
     assert load_settings() == settings
     assert settings.data_dir == tmp_path / "bars"
+
+
+def test_in_a_container_the_gateway_is_looked_for_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the container's host, but only where it leads somewhere, and never against what a person set."""
+    known = "localhost"
+    monkeypatch.setattr("ktrdr_pipelines.settings.HOST_OF_CONTAINER", known)
+    monkeypatch.setenv("KTRDR_IN_CONTAINER", "true")
+    assert load_settings().ib_host == known
+    monkeypatch.setenv("IB_HOST", "gateway.example")
+    assert load_settings().ib_host == "gateway.example"
+    monkeypatch.delenv("IB_HOST")
+    monkeypatch.setenv("KTRDR_IN_CONTAINER", "false")
+    assert load_settings().ib_host == "127.0.0.1"
+    monkeypatch.setenv("KTRDR_IN_CONTAINER", "true")
+    monkeypatch.setattr("ktrdr_pipelines.settings.HOST_OF_CONTAINER", "no-such-host.invalid")
+    assert load_settings().ib_host == "127.0.0.1"
+
+
+def test_a_container_is_known_by_the_marks_of_docker_and_podman(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a setting: a file that the container's maker leaves at its root; a blank setting is none."""
+    monkeypatch.setattr("ktrdr_pipelines.settings.HOST_OF_CONTAINER", "localhost")
+    mark = tmp_path / "mark"
+    monkeypatch.setattr("ktrdr_pipelines.settings._CONTAINER_MARKS", (tmp_path / "other", mark))
+    monkeypatch.setenv("KTRDR_IN_CONTAINER", "")
+    assert load_settings().ib_host == "127.0.0.1"
+    mark.touch()
+    assert load_settings().ib_host == "localhost"
+    assert HOST_OF_CONTAINER == "host.docker.internal"
+    assert [str(path) for path in _CONTAINER_MARKS] == ["/.dockerenv", "/run/.containerenv"]

@@ -2,7 +2,8 @@
 
 A row says what follows (`Kind`), which error a person sees, what to do, and where the fact was learned. The code is matched
 first, then the text; texts can be localised, so a text only ever *narrows* a code whose unmatched rest is a failure.
-Nothing here waits, retries or talks to a gateway: see `client.py`, `pacing.py` and `ledger.py`.
+Nothing here waits, retries or talks to a gateway: see `client.py`, `pacing.py` and `ledger.py`. What is down at the moment is
+added up in `holds.py`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,16 @@ class Kind(StrEnum):
 
 
 class Hold(StrEnum):
-    """What is down at the moment. The connection keeps the set: `Outcome.holds` adds, `Outcome.releases` removes."""
+    """What can be down. `Outcome.holds` adds, `Outcome.releases` removes; farm by farm in `holds.py`."""
 
     LINK = "link between the gateway and IB"
     HISTORY = "history farm"
     DEFINITIONS = "contract farm"
+
+
+class RequestLost(TransientError):
+    """The gateway has forgotten the request, through no fault of it (1101): nothing speaks against asking again at once, as
+    soon as pacing allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,9 @@ class Code:
     ``error`` is raised when the message ends the request (FAILED), or by a caller whose patience with a NOTICE runs out; None
     where there is nothing to raise. ``advice`` is for people. ``pauses_login``: every process of the login has to wait.
     ``next_client_id``: connect again with another id. ``reconnect``: the socket is of no more use. ``needs_resubscribe``:
-    requests that were open are lost and have to be asked again. ``source``: where this was learned.
+    requests that were open are lost and have to be asked again. ``releases_all``: every farm of the kinds in ``releases`` is
+    back, not only the one that the text names. ``goes_on``: the gateway may go on with the request although it is over for
+    us, so it has to be cancelled. ``source``: where this was learned.
     """
 
     codes: tuple[int, ...]
@@ -65,6 +73,8 @@ class Code:
     source: str
     holds: Hold | None = None
     releases: frozenset[Hold] = frozenset()
+    releases_all: bool = False
+    goes_on: bool = False
     pauses_login: bool = False
     next_client_id: bool = False
     reconnect: bool = False
@@ -105,9 +115,9 @@ class Outcome:
         return self.row.kind is not Kind.NOTICE
 
     @property
-    def holds_requests(self) -> bool:
-        """True if history or contract requests should wait from now on, until `releases`. Bound that wait."""
-        return self.row.holds is not None
+    def must_cancel(self) -> bool:
+        """True if the gateway goes on with the request that this message ends for us."""
+        return self.row.goes_on
 
     @property
     def holds(self) -> frozenset[Hold]:
@@ -116,6 +126,15 @@ class Outcome:
     @property
     def releases(self) -> frozenset[Hold]:
         return self.row.releases
+
+    @property
+    def releases_all(self) -> bool:
+        return self.row.releases_all
+
+    @property
+    def farm(self) -> str:
+        """The farm that a farm message names, in small letters; empty where it names none."""
+        return name_farm(self.text)
 
     @property
     def needs_resubscribe(self) -> bool:
@@ -158,6 +177,18 @@ class Outcome:
         return self.row.error(observed, doing=doing, advice=self.row.advice, code=self.code)
 
 
+_AFTER_COLON = re.compile(r"[:\uff1a]\s*([A-Za-z][^\s:\uff1a]*?)[.\u3002]?\s*$")
+_AFTER_STOP = re.compile(r"[.\u3002]([A-Za-z]\w*)\s*$")
+
+
+def name_farm(text: str) -> str:
+    """The farm in the text of a farm message: the word behind the last colon ("... is broken:ushmds"), or behind a full stop
+    without a space ("... available upon demand.ushmds"). Texts are localised, these names are not. Empty: none is named.
+    """
+    found = _AFTER_COLON.search(text) or _AFTER_STOP.search(text)
+    return found.group(1).lower() if found else ""
+
+
 _NEW_YORK = ZoneInfo("America/New_York")
 _RESET_FROM, _RESET_TO = time(23, 45), time(0, 45)
 
@@ -195,8 +226,15 @@ _RECONNECT = "Check that TWS or IB Gateway runs, is logged in, and accepts API c
 _UNKNOWN = (
     "If it persists, look the code up on IBKR's message codes page and report it, so that it gets a row of its own."
 )
+_UNKNOWN_HISTORY = (
+    "It is not IB's English \"query returned no data\", so it proves nothing. Set the gateway's language to English if the text "
+    "above is in another one; otherwise, if it persists, report it, so that it gets a row of its own."
+)
 _RIDE_OUT = "Requests are held until the gateway says that it is back; nothing to do unless it lasts."
 
+
+_ASK_AGAIN = "Open requests are asked again."
+_ALL_FARMS = r"all\s+data\s+farms\s+are\s+connected"
 
 CODES: tuple[Code, ...] = (
     # -- answers of the history service (162), most alarming first: one text may hold several of these phrases
@@ -212,7 +250,7 @@ CODES: tuple[Code, ...] = (
          f"{_FACTS}; ib_insync thread 268"),
     Code((162,), _text(r"query\s+returned\s+no\s+data"), "no data in the window", Kind.EMPTY, None,
          "", f"{_FACTS}; Lean thread 4344"),
-    Code((162,), None, "history service error", Kind.FAILED, TransientError, _UNKNOWN,
+    Code((162,), None, "history service error", Kind.FAILED, TransientError, _UNKNOWN_HISTORY,
          f"{_FACTS}: any other 162 is a failure, never empty"),
     # -- the request
     Code((321,), _text(r"read-?\s?only"), "gateway is read-only", Kind.NOTICE, None,
@@ -223,7 +261,7 @@ CODES: tuple[Code, ...] = (
     Code((322,), None, "request could not be processed", Kind.FAILED, TransientError, _UNKNOWN, _DOC),
     Code((2174,), None, "time without a zone", Kind.FAILED, BugError,
          "The end of a request went out without its zone: its bars could be shifted by hours and are dropped. "
-         "Please report this.", _FACTS),
+         "Please report this.", _FACTS, goes_on=True),
     Code((10314,), None, "end time not understood", Kind.FAILED, BugError, _REPORT, f"{_DOC}; {_THREADS}"),
     Code((10339,), None, "end time given for a continuous future", Kind.FAILED, BugError, _REPORT, _FACTS),
     Code((366,), None, "no such request open", Kind.CANCELLED, TransientError,
@@ -235,6 +273,8 @@ CODES: tuple[Code, ...] = (
     # -- who may see what
     Code((354, 10089, 10090, 10168, 10187), None, "market data not subscribed", Kind.FAILED, PermanentError, _SUBSCRIBE,
          f"{_FACTS}; 10089 and 10168: {_DOC}"),
+    Code((10167,), None, "delayed quotes instead of live ones", Kind.NOTICE, None,
+         "Only streaming quotes are delayed; bars are not.", f"{_DOC}; {_THREADS}"),
     Code((10197,), None, "competing live session", Kind.FAILED, TransientError, _ELSEWHERE, _FACTS, pauses_login=True),
     # -- the contract
     Code((166,), None, "expired contract", Kind.FAILED, PermanentError,
@@ -244,19 +284,22 @@ CODES: tuple[Code, ...] = (
     Code((200,), None, "no such contract", Kind.FAILED, PermanentError,
          "Check symbol, kind, exchange and currency, and that the instrument is not delisted.", f"{_FACTS}; {_DOC}"),
     # -- the connection
-    Code((326,), None, "client id in use", Kind.FAILED, TransientError, "The next client id is taken.", _FACTS,
+    Code((326,), None, "client id in use", Kind.FAILED, RequestLost, "The next client id is taken.", _FACTS,
          next_client_id=True, reconnect=True),
     Code((502, 504), None, "not connected", Kind.FAILED, GatewayUnreachable, _RECONNECT, _FACTS, reconnect=True),
     Code((1300,), None, "the gateway's port has changed", Kind.FAILED, GatewayUnreachable,
          "The port was changed in the gateway's settings: set IB_PORT to the new one.", _FACTS, reconnect=True),
     Code((1100, 2110), None, "link to IB lost", Kind.NOTICE, TransientError, _RIDE_OUT, f"{_FACTS}; 2110: {_DOC}",
          holds=Hold.LINK),
-    Code((1101,), None, "link to IB back, requests lost", Kind.NOTICE, TransientError, "Open requests are asked again.",
-         _FACTS, releases=frozenset((Hold.LINK,)), needs_resubscribe=True),
-    Code((1102,), _text(r"all\s+data\s+farms\s+are\s+connected"), "link to IB back, all farms too", Kind.NOTICE, None, "",
-         f"{_FACTS}; wording from {_THREADS}", releases=frozenset(Hold)),
+    Code((1101,), _text(_ALL_FARMS), "link to IB back, all farms too, requests lost", Kind.NOTICE, RequestLost, _ASK_AGAIN,
+         f"{_FACTS}; wording from {_THREADS}", releases=frozenset(Hold), releases_all=True, needs_resubscribe=True,
+         goes_on=True),
+    Code((1101,), None, "link to IB back, requests lost", Kind.NOTICE, RequestLost, _ASK_AGAIN,
+         _FACTS, releases=frozenset((Hold.LINK,)), releases_all=True, needs_resubscribe=True, goes_on=True),
+    Code((1102,), _text(_ALL_FARMS), "link to IB back, all farms too", Kind.NOTICE, None, "",
+         f"{_FACTS}; wording from {_THREADS}", releases=frozenset(Hold), releases_all=True),
     Code((1102,), None, "link to IB back, requests kept", Kind.NOTICE, None, "", _FACTS,
-         releases=frozenset((Hold.LINK,))),
+         releases=frozenset((Hold.LINK,)), releases_all=True),
     # -- the farms. Streaming quotes (2103, 2104, 2108, 2119) do not concern history.
     Code((2105,), None, "history farm broken", Kind.NOTICE, TransientError, _RIDE_OUT, _FACTS, holds=Hold.HISTORY),
     Code((2106, 2107), None, "history farm fine or idle", Kind.NOTICE, None, "", _FACTS,

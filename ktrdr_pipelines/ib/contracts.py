@@ -1,6 +1,6 @@
 """From a person's instrument to IB's contract: which candidates there are, which one is meant, what gets pinned.
 
-Pure: details come in as `ContractInfo`, as `client.py` read them. Never ``details[0]``: several candidates are an error
+Pure: the library's details come in and become `ContractInfo`. Never ``details[0]``: several candidates are an error
 that shows them all. Discovery in the specification's order (CASH, STK) lives here as a list of candidates to try.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ktrdr_pipelines.errors import InputError, PermanentError
 from ktrdr_pipelines.series import Instrument, forex, stock
@@ -40,6 +41,27 @@ class ContractInfo:
         where = self.primary_exchange or self.exchange
         parts = [self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name, f"conId {self.con_id}"]
         return " ".join(part for part in parts if part)
+
+
+def read_details(details: Any) -> ContractInfo:
+    """What the library's contract details (``contract``, ``longName`` …) say."""
+    contract = details.contract
+    return ContractInfo(
+        con_id=int(contract.conId),
+        symbol=contract.symbol,
+        sec_type=contract.secType,
+        exchange=contract.exchange,
+        currency=contract.currency,
+        primary_exchange=contract.primaryExchange,
+        local_symbol=contract.localSymbol,
+        trading_class=contract.tradingClass,
+        expiry=contract.lastTradeDateOrContractMonth,
+        contract_month=details.contractMonth,
+        multiplier=contract.multiplier,
+        long_name=details.longName,
+        time_zone=details.timeZoneId,
+        valid_exchanges=details.validExchanges,
+    )
 
 
 def list_candidates(symbol: str) -> list[Instrument]:

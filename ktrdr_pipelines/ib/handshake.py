@@ -15,13 +15,17 @@ from ktrdr_pipelines.ib.unreachable import NotAGatewayError
 _WATCH_S = 0.02
 
 
+class HungUpError(NotAGatewayError):
+    """A gateway greeted, was told the client id, and closed the connection without a word."""
+
+
 async def shake_hands(
     client: Any, host: str, port: int, client_id: int, timeout_s: float, refusal: Callable[[], str]
 ) -> None:
     """Connect the library's ``client``. ``refusal`` gives the words with which the gateway refuses, empty if it did not.
 
     Raises:
-        NotAGatewayError: connected, but no greeting came about; says what was seen.
+        NotAGatewayError: connected, but no greeting came about; says what was seen. HungUpError: see there.
         OSError, TimeoutError, ValueError: not connected at all (ValueError: what no host name can be).
     """
     ended: list[str] = []
@@ -32,11 +36,10 @@ async def shake_hands(
     client.conn.disconnected += on_end
     client.apiError += on_end
     attempt = asyncio.ensure_future(client.connectAsync(host, port, client_id, timeout_s))
-    version, is_reached, is_foreign = 0, False, False
+    is_reached, is_foreign = False, False
     try:
         while not (attempt.done() or refusal() or ended or is_foreign):
             await asyncio.wait({attempt}, timeout=_WATCH_S)
-            version = client.serverVersion() or version
             is_reached = is_reached or client.conn.isConnected()
             is_foreign = client._data[:1] not in (b"", b"\0")  # a length of 16 MB and more begins no greeting
     finally:
@@ -52,13 +55,15 @@ async def shake_hands(
     except TimeoutError:
         if not is_reached:
             raise
+    version = client.decoder.serverVersion  # the client forgets its own with the connection
     if refusal():
         raise NotAGatewayError(f"refused: {refusal()}")
     if is_foreign:
         raise NotAGatewayError("answers, but not as a gateway does")
     if has_given_up:
         why = f" ({ended[0]})" if ended and ended[0] else ""
-        raise NotAGatewayError(f"closed the connection before the greeting was over{why}")
+        seen = HungUpError if version else NotAGatewayError
+        raise seen(f"closed the connection before the greeting was over{why}")
     if version:
         raise NotAGatewayError(f"greets (server version {version}) but does not finish it within {timeout_s:g} s")
     raise NotAGatewayError(f"accepts connections but does not greet as a gateway within {timeout_s:g} s")

@@ -1,6 +1,7 @@
-"""Ask IB for history as it wants to be asked: paced, one connection, retried.
+"""Ask IB for history as it wants to be asked: paced, held while a farm is down, retried.
 
-Between the use case (`load.py`) and the wire (`client.py`). The budget is `ledger.py`'s, the meaning of codes `codes.py`'s.
+Between the use case (`load.py`) and the wire (`client.py`). The connection is `connection.py`'s, the budget `ledger.py`'s, the
+meaning of codes `codes.py`'s.
 Retries are tenacity's, with the specification's schedule: 3 after the first try, after 15, 30 and 60 s, for transient
 errors only. Nothing is decided here about which bars are missing.
 """
@@ -12,21 +13,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
 import tenacity
 
 from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError
+from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.answers import RawBars
-from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
-from ktrdr_pipelines.ib.clock import Clock
-from ktrdr_pipelines.ib.codes import Hold
+from ktrdr_pipelines.ib.client import GatewayClient
+from ktrdr_pipelines.ib.clock import Clock, SystemClock
+from ktrdr_pipelines.ib.codes import Hold, RequestLost
+from ktrdr_pipelines.ib.connection import Connection
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
-from ktrdr_pipelines.ib.leases import ClientIds, Lease, lease_client_id
-from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
+from ktrdr_pipelines.ib.ledger import GrantExpired, Ledger, open_ledger
 from ktrdr_pipelines.ib.pacing import Ask, Rule, bars_ask, contract_text, head_ask, schedule_ask
 from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.series import Instrument, Series, format_instant
@@ -34,36 +35,9 @@ from ktrdr_pipelines.series import Instrument, Series, format_instant
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PROBE_AFTER_S = 30.0
-"""A connection unused for longer than this is asked for the time before it is trusted again."""
-
 HOLD_PATIENCE_S = 300.0
 """How long requests wait in all for a link or farm that the gateway calls broken. Then they are sent anyway: its notices may
 be out of date, and an answer of a broken farm is not believed (`codes.classify`). The nightly restart takes minutes."""
-
-
-@dataclass(frozen=True)
-class GatewayAddress:
-    """Where the gateway is and how to come to it; from the settings."""
-
-    host: str
-    port: int
-    client_id: int | None = None
-    client_ids: ClientIds = ClientIds.PERSON
-    connect_timeout_s: float = 15.0
-    request_timeout_s: float = 120.0
-    probe_timeout_s: float = 10.0
-    retry_waits_s: tuple[float, ...] = (15.0, 30.0, 60.0)
-    state_dir: Path = Path()
-    """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
-    ledger_url: str = ""
-
-    @property
-    def login(self) -> str:
-        """What all programs that share the budget agree on. The account would be better, but is known only once
-        connected, and asking is what has to be paced; two addresses of one login are rare."""
-        host = "127.0.0.1" if self.host.lower() in ("localhost", "::1") else self.host.lower()
-        return f"{host}:{self.port}"
 
 
 @dataclass
@@ -87,18 +61,18 @@ class IBHistory:
     """The ledger's clock; None is the machine's (or the database server's)."""
 
     def __post_init__(self) -> None:
-        self._client: GatewayClient | None = None
-        self._lease: Lease | None = None
+        self._connection = Connection(
+            self.address, self._tell, self._wait, now=lambda: self.now(), clock=self.clock or SystemClock()
+        )
         self._ledger_opened: Ledger | None = None
-        self._used_at = 0.0
-        self._is_suspect = False
-        self._account = ""
         self._heads: dict[str, datetime | None] = {}  # asked once per connection: each counts as a history request
         self._pinned: dict[tuple[Instrument, int], Instrument] = {}
         self._patience_s = HOLD_PATIENCE_S
         self.requests_made = 0
         self.retries = 0
         self.pacing_wait_s = 0.0
+        self.retry_wait_s = 0.0
+        """Seconds waited before retries, and for the gateway, its link or a farm to come back."""
 
     def __enter__(self) -> IBHistory:
         return self
@@ -108,7 +82,7 @@ class IBHistory:
 
     def close(self) -> None:
         """Disconnect, give the client id back, close the ledger. Harmless when repeated."""
-        self._disconnect()
+        self._connection.close()
         if self._ledger_opened is not None:
             self._ledger_opened.close()
             self._ledger_opened = None
@@ -117,9 +91,9 @@ class IBHistory:
     def source(self) -> Literal["simulator", "paper", "live"]:
         """``simulator``, ``paper`` or ``live``, by the account id of the last connection: IB's paper accounts begin with D
         (DU, DF for advisors), no live one does."""
-        if self._account.startswith("SIM"):
+        if self._connection.account.startswith("SIM"):
             return "simulator"
-        return "paper" if self._account.startswith("D") else "live"
+        return "paper" if self._connection.account.startswith("D") else "live"
 
     # -- what can be asked ------------------------------------------------------------------------------------------
 
@@ -229,71 +203,11 @@ class IBHistory:
                 code=error.code,
             ) from None
 
-    # -- connection -------------------------------------------------------------------------------------------------
+    # -- pacing and retries -----------------------------------------------------------------------------------------
 
     def connect(self) -> GatewayClient:
-        """The connection: kept, probed when it was idle, or made anew with the next free client id.
-
-        Raises:
-            GatewayUnreachable: see `GatewayClient.connect`.
-        """
-        if self._client is not None:
-            try:
-                if not self._client.is_connected:
-                    raise GatewayUnreachable("the connection is gone")
-                if self._is_suspect or time.monotonic() - self._used_at > PROBE_AFTER_S:
-                    self._client.probe()
-                    self._is_suspect = False
-                return self._client
-            except GatewayUnreachable:
-                self._disconnect()
-        taken: set[int] = set()
-        while True:
-            lease = lease_client_id(
-                self.address.client_ids,
-                self._state_dir("client_ids"),
-                preferred=self.address.client_id,
-                skip=taken,
-            )
-            client = GatewayClient(
-                self.address.host,
-                self.address.port,
-                lease.client_id,
-                connect_timeout_s=self.address.connect_timeout_s,
-                request_timeout_s=self.address.request_timeout_s,
-                probe_timeout_s=self.address.probe_timeout_s,
-                now=self.now,
-            )
-            try:
-                client.connect()
-            except ClientIdInUse:
-                # Some other program's, or a zombie the gateway has not noticed yet.
-                taken.add(lease.client_id)
-                lease.release()
-                continue
-            except BaseException:
-                lease.release()
-                raise
-            self._client, self._lease, self._is_suspect = client, lease, False
-            self._account = client.account
-            self._used_at = time.monotonic()
-            return client
-
-    def _disconnect(self) -> None:
-        client, lease = self._client, self._lease
-        self._client = self._lease = None
-        try:
-            if client is not None:
-                client.close()
-        finally:
-            if lease is not None:
-                lease.release()
-
-    def _state_dir(self, name: str) -> Path:
-        key = "".join(c if c.isalnum() else "_" for c in self.address.login)
-        return self.address.state_dir / "ib" / f"{name}_{key}"
-
-    # -- pacing and retries -----------------------------------------------------------------------------------------
+        """The connection, alive; see `Connection.get`."""
+        return self._connection.get()
 
     @property
     def ledger(self) -> Ledger:
@@ -320,15 +234,19 @@ class IBHistory:
         told: dict[str, float] = {}
 
         def waiting(seconds: float, rule: Rule, until_s: float) -> None:
-            until = datetime.fromtimestamp(until_s, UTC)
             if seconds >= 1 and until_s - told.get("until", 0.0) >= 1:
                 told["until"] = until_s
-                self.on_wait(Waiting(f"pacing: {rule}", seconds, until))
+                self._tell(f"pacing: {rule}{self._explain_pause(rule)}", seconds, datetime.fromtimestamp(until_s, UTC))
 
         with self.ledger.acquire(ask, sleep=self.sleep, on_wait=waiting) as grant, self._watch():
             self.pacing_wait_s += grant.waited_s
-            if grant.waited_s > PROBE_AFTER_S:
-                client.probe()
+            try:
+                self._connection.check()
+            except GatewayUnreachable as error:
+                raise RequestLost(
+                    f"the connection was lost while the request waited for its turn ({error.observed})",
+                    advice="It is made again; nothing was sent.",
+                ) from None
 
             def on_sent() -> None:
                 grant.sent()
@@ -339,61 +257,79 @@ class IBHistory:
     @contextmanager
     def _watch(self) -> Iterator[None]:
         """After the block: what its failure means for the next request on this connection, and for other processes."""
-        self._used_at = time.monotonic()
+        self._connection.note_use()
         try:
             yield
         except KtrdrError as error:
             if error.pauses_login:
                 self.ledger.penalise(error.observed)
-            # A request without an answer is how a dead connection shows itself: ask before the next one waits as long.
-            self._is_suspect = error.retry_helps and not error.pauses_login
+            self._connection.note_use(error)
             raise
-        finally:
-            self._used_at = time.monotonic()
+        self._connection.note_use()
+
+    def _explain_pause(self, rule: Rule) -> str:
+        """Why everything pauses: pacing, or the same login in use elsewhere, which a person can end."""
+        holds = self.ledger.snapshot().holds if rule is Rule.HOLD else ()
+        return f" ({holds[-1].reason})" if holds else ""
+
+    def _tell(self, reason: str, seconds: float, until: datetime | None = None) -> None:
+        """Why nothing will happen for ``seconds``, for whoever watches and for the log."""
+        log.info("waiting up to %.0f s: %s", seconds, reason)
+        self.on_wait(Waiting(reason, seconds, until or self.now() + timedelta(seconds=seconds)))
+
+    def _wait(self, seconds: float) -> None:
+        self.retry_wait_s += seconds
+        self.sleep(seconds)
 
     def _ride_out(self, client: GatewayClient, needed: frozenset[Hold]) -> None:
         """Wait while the gateway says that something ``needed`` is down, at most as long as patience lasts."""
         is_told = False
-        while down := client.holds & needed:
+        while client.down.kinds & needed:
             if self._patience_s <= 0 or not client.is_connected:
                 return
             if not is_told:
                 is_told = True
-                until = datetime.fromtimestamp(self.now().timestamp() + self._patience_s, UTC)
-                self.on_wait(
-                    Waiting(f"the gateway says it is down: {', '.join(sorted(down))}", self._patience_s, until)
-                )
-            self.sleep(1.0)
+                self._tell(f"the gateway says it is down: {client.down.describe(needed)}", self._patience_s)
+            self._wait(1.0)
             self._patience_s -= 1.0
         self._patience_s = HOLD_PATIENCE_S
 
     def _retry(self, doing: str, attempt: Callable[[], T]) -> T:
         waits = self.address.retry_waits_s
-        had_connection = self._client is not None
+        asked_at_once: list[KtrdrError] = []
 
         def should_retry(state: tenacity.RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
             if not isinstance(error, KtrdrError) or not error.retry_helps:
                 return False
-            # Nobody home at the very start: say so at once instead of after two minutes.
-            nobody_home = isinstance(error, GatewayUnreachable) and not had_connection and self._client is None
-            return not (nobody_home and state.attempt_number == 1)
+            # Nobody home at the very start, or for longer than any restart: say so at once instead of after two minutes.
+            return not (isinstance(error, GatewayUnreachable) and self._connection.has_given_up)
+
+        def choose_wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, RequestLost | GrantExpired) and not asked_at_once:
+                asked_at_once.append(error)
+                return 0.0
+            return waits[min(state.attempt_number, len(waits)) - 1] if waits else 0.0
 
         def before_sleep(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             wait_s = state.next_action.sleep if state.next_action else 0.0
             self.retries += 1
-            log.warning("%s: %s; try %d of %d in %g s", doing, error, state.attempt_number + 1, len(waits) + 1, wait_s)
             tried.append(getattr(error, "observed", str(error)))
-            until = datetime.fromtimestamp(self.now().timestamp() + wait_s, UTC)
-            self.on_wait(Waiting(f"retry {state.attempt_number} of {len(waits)} after: {tried[-1]}", wait_s, until))
+            log.warning(
+                "%s: %s; try %d of %d in %g s", doing, tried[-1], state.attempt_number + 1, len(waits) + 1, wait_s
+            )
+            # What only a person can end (the same login elsewhere) is worth more words.
+            advice = f". {error.advice}" if isinstance(error, KtrdrError) and error.pauses_login else ""
+            self._tell(f"retry {state.attempt_number} of {len(waits)} after: {tried[-1]}{advice}", wait_s)
 
         tried: list[str] = []
         retrying = tenacity.Retrying(
             retry=should_retry,
-            wait=lambda state: waits[min(state.attempt_number, len(waits)) - 1] if waits else 0.0,
+            wait=choose_wait,
             stop=tenacity.stop_after_attempt(len(waits) + 1),
-            sleep=self.sleep,
+            sleep=self._wait,
             before_sleep=before_sleep,
             reraise=True,
         )

@@ -89,7 +89,8 @@ def lease_client_id(
     raise TransientError(
         f"all client ids from {first} to {last} are in use",
         doing="connecting to the gateway",
-        advice="End other processes of this program, or wait for one to finish.",
+        advice="End other processes of this program, or wait for one to finish. If none runs, restart the gateway: it may not "
+        "have noticed that their connections are gone.",
     )
 
 

@@ -60,6 +60,7 @@ def describe_partition(
         "requests_of_run": report.ib_requests_made,
         "retries_of_run": report.retries,
         "pacing_wait_s_of_run": round(report.pacing_wait_s, 1),
+        "retry_wait_s_of_run": round(report.retry_wait_s, 1),
         "proven_empty": done.proven_empty,
         "unexpected_bars": done.unexpected,
     }

@@ -9,7 +9,8 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
+from ktrdr_pipelines.ib.address import GatewayAddress
+from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.ib.leases import ClientIds
 from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.series import HistoryLimits

@@ -7,7 +7,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +27,9 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, columns_from_bars, read_error
-from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
-from ktrdr_pipelines.ib.codes import Hold
+from ktrdr_pipelines.ib.client import GatewayClient
+from ktrdr_pipelines.ib.codes import Hold, RequestLost
+from ktrdr_pipelines.ib.conversation import ClientIdInUse, HungUp
 from ktrdr_pipelines.ib.loop_thread import LoopThread
 from ktrdr_pipelines.ib.unreachable import describe_open_ports
 from ktrdr_pipelines.series import Instrument, forex, stock
@@ -282,6 +285,40 @@ def test_a_library_that_cannot_be_set_up_leaves_no_thread() -> None:
         LoopThread("ib-gateway-test", fail)
 
 
+@pytest.mark.slow
+def test_two_hundred_connections_leave_nothing_behind() -> None:
+    """Good ones, refused ids, hang-ups, web servers, unanswered probes, broken answers: no thread and no descriptor more than
+    after the first of each."""
+    refusal = error(-1, 326, "Unable to connect as the client id is already in use")
+    plans: list[dict[str, Any]] = [
+        {"answers": {HISTORY: lambda fields: [bars(fields[1], BAR)]}},
+        {"ready": (refusal, ("close",))},
+        {"ready": (("close",),)},
+        {"hello": None, "raw_hello": b"HTTP/1.1 400 Bad Request"},
+        {"answers": {TIME: lambda _: [error(-1, 504, "Not connected")]}},
+        {"answers": {HISTORY: lambda _: [("close",)]}},
+        {"answers": {HISTORY: lambda fields: [(17, fields[1], "broken")]}},
+    ]
+    with ExitStack() as running:
+        gateways = [running.enter_context(ScriptedGateway(**plan)) for plan in plans]
+
+        def cycle(gateway: ScriptedGateway) -> None:
+            with suppress(KtrdrError), make_client(gateway.port) as client:
+                ask_bars(client)
+
+        def count() -> tuple[int, int]:
+            wait_until(lambda: not any(gateway.open_sockets for gateway in gateways), "sockets stay open")
+            wait_until(lambda: not live_threads(), "threads stay alive")
+            return len(list(Path("/proc/self/fd").iterdir())), len(live_threads())
+
+        for gateway in gateways:
+            cycle(gateway)
+        before = count()
+        for i in range(200):
+            cycle(gateways[i % len(gateways)])
+        assert count() == before
+
+
 # -- what goes out --------------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +429,7 @@ def test_escaped_texts_are_shown_in_letters() -> None:
     assert read_error(["4", "2", "3", "162", "Marktdaten f\\u00fcr"]) == (3, 162, "Marktdaten für")
 
 
-@pytest.mark.parametrize("code", [165, 2104, 2106, 2150, 2174, 2176, 10167])
+@pytest.mark.parametrize("code", [165, 2104, 2106, 2150, 2176, 10167])
 def test_warnings_with_a_request_id_do_not_end_it(code: int) -> None:
     """A warning about a request leaves it running, and its bars arrive."""
     answers = {HISTORY: lambda fields: [error(fields[1], code, "a warning"), bars(fields[1], BAR)]}
@@ -401,10 +438,19 @@ def test_warnings_with_a_request_id_do_not_end_it(code: int) -> None:
         assert client.notices[-1] == f"{code} a warning"
 
 
+def test_an_end_that_was_read_without_its_zone_is_no_answer() -> None:
+    """After 2174 bars follow that may be shifted by hours: they are dropped, the request is cancelled, and it is our bug."""
+    answers = {HISTORY: lambda fields: [error(fields[1], 2174, "no time zone"), bars(fields[1], BAR)]}
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
+        with pytest.raises(BugError, match="2174"):
+            ask_bars(client)
+        wait_until(lambda: bool(gateway.told(CANCEL_HISTORY)), "the request was not cancelled")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("codes", [(1100, 1101), (1100, 1102), (1100,), (2105,), (165,)])
+@pytest.mark.parametrize("codes", [(1100, 1102), (1100,), (2105,), (165,)])
 def test_a_lost_link_ends_as_a_time_out_never_as_empty(codes: tuple[int, ...]) -> None:
-    """After 1100 and 1101 IB never answers: the request times out, says what was heard, and is cancelled on the wire."""
+    """A request that nothing comes for times out, says what was heard, and is cancelled on the wire."""
     answers = {HISTORY: lambda _: [error(-1, code, f"notice {code}") for code in codes]}
     with ScriptedGateway(answers) as gateway, make_client(gateway.port, request_timeout_s=0.3) as client:
         with pytest.raises(RequestTimeout, match=rf"no answer within 0\.3 s.*{codes[-1]} notice"):
@@ -413,16 +459,70 @@ def test_a_lost_link_ends_as_a_time_out_never_as_empty(codes: tuple[int, ...]) -
     assert gateway.told(CANCEL_HISTORY)[0][2] == gateway.told(HISTORY)[0][1]
 
 
+def test_requests_that_the_link_lost_fail_at_once_and_are_cancelled() -> None:
+    """1101 says that open requests are forgotten: no wait for the time-out, whatever kind of request; an answer that comes all
+    the same belongs to nobody."""
+    lost = [error(-1, 1100, "lost"), error(-1, 1101, "Connectivity restored - data lost")]
+    answers = {
+        HISTORY: lambda fields: [*lost, bars(fields[1], BAR)],
+        HEAD: lambda _: lost,
+        DETAILS: lambda _: lost,
+    }
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port, request_timeout_s=60.0) as client:
+        for ask in (ask_bars, lambda c: c.head_timestamp(AAPL, 60.0), lambda c: c.contract_details(AAPL, 60.0)):
+            with pytest.raises(RequestLost, match="1101"):
+                ask(client)
+        wait_until(lambda: bool(gateway.told(CANCEL_HISTORY) and gateway.told(CANCEL_HEAD)), "not cancelled")
+        client.probe()
+        assert client.is_connected
+        assert not client.down.kinds
+
+
+@pytest.mark.parametrize(("code", "kind"), [(326, RequestLost), (504, GatewayUnreachable), (1300, GatewayUnreachable)])
+def test_a_connection_that_is_taken_away_fails_its_requests_at_once(code: int, kind: type[KtrdrError]) -> None:
+    """Not after the time-out, although the socket stays open; and the connection does not pass for one any more."""
+    answers = {HISTORY: lambda _: [error(-1, code, "farewell")]}
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port, request_timeout_s=60.0) as client:
+        with pytest.raises(kind, match=str(code)):
+            ask_bars(client)
+        assert not client.is_connected
+
+
+def test_a_client_id_refused_after_the_greeting_is_known_at_once() -> None:
+    """326 instead of the time, socket open, closed, or closed without the word: told apart from a gateway that hangs."""
+    refusal = error(-1, 326, "Unable to connect as the client id is already in use")
+    begun = time.monotonic()
+    for answers in ([refusal], [refusal, ("close",)]):
+        with ScriptedGateway({TIME: lambda _, answers=answers: answers}) as gateway, pytest.raises(ClientIdInUse):
+            make_client(gateway.port, probe_timeout_s=60.0).connect()
+    for options in ({"ready": (("close",),)}, {"answers": {TIME: lambda _: [("close",)]}}):
+        with ScriptedGateway(**options) as gateway, pytest.raises(HungUp):
+            make_client(gateway.port, probe_timeout_s=60.0).connect()
+    assert time.monotonic() - begun < 30  # well before the probe's time-out
+
+
+def test_no_data_is_not_believed_if_something_was_down_meanwhile() -> None:
+    """The farm broke and came back while the request was open: "nothing there" may have been its answer from before."""
+    flap = [error(-1, 2105, "broken:ushmds"), error(-1, 2106, "OK:ushmds")]
+    replies = iter([flap, []])
+    answers = {HISTORY: lambda fields: [*next(replies), error(fields[1], 162, NO_DATA)]}
+    with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
+        with pytest.raises(TransientError, match="while a farm is down"):
+            ask_bars(client)
+        assert not client.down.kinds
+        assert ask_bars(client).no_data_text == NO_DATA
+
+
 @pytest.mark.parametrize("reply", [lambda i: error(i, 162, NO_DATA), lambda i: bars(i)])
 def test_no_data_is_not_believed_while_the_farm_is_down(reply: Callable[[str], Fields]) -> None:
     """After 2105 "nothing there" is a failure that may be tried again; after 2106 it is an answer."""
     with ScriptedGateway({HISTORY: lambda fields: [reply(fields[1])]}) as gateway, make_client(gateway.port) as client:
         gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
-        wait_until(lambda: Hold.HISTORY in client.holds, "2105 was not heard")
+        wait_until(lambda: Hold.HISTORY in client.down.kinds, "2105 was not heard")
         with pytest.raises(TransientError):
             ask_bars(client)
         gateway.say(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
-        wait_until(lambda: not client.holds, "2106 was not heard")
+        wait_until(lambda: not client.down.kinds, "2106 was not heard")
         assert len(ask_bars(client)) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,7 +32,8 @@ from ktrdr_pipelines.series import TIMEFRAMES, Duration, Instrument, Series, Win
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
-from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, TIME, ScriptedGateway, bars, error
+from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, READY, TIME, ScriptedGateway, bars, error
+from ktrdr_pipelines_tests.ib.scripted_gateway import START as START_API
 
 SERIES = Series(stock("AAPL"), TIMEFRAMES["1h"])
 START, END = datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 3, 1, 21, tzinfo=UTC)
@@ -86,6 +88,13 @@ class Bench:
 def bench(tmp_path: Path) -> Iterator[Bench]:
     with ExitStack() as running:
         yield Bench(tmp_path, running)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
 
 
 def refusing(code: int, text: str = "something") -> FaultRule:
@@ -170,6 +179,41 @@ def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -
     assert bench.time.wall_s - before_s >= 15
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [(10197, "No market data during competing live session"), (162, "connected from a different IP address")],
+)
+def test_the_same_login_elsewhere_pauses_everybody_and_tells_the_person(bench: Bench, code: int, text: str) -> None:
+    """Transient: every process of the login waits, and the person hears what happened and what to do about it."""
+    replies = iter([lambda i: error(i, code, text)] * 2 + [lambda i: bars(i, BAR)])
+    with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
+        history = bench.connect_to(gateway.port, retry_waits_s=(1.5,))
+        with pytest.raises(TransientError, match="log out there"):
+            history.fetch(SERIES, REQUEST)
+        assert "log out there" in bench.waits[0].reason
+        other = bench.connect_to(gateway.port)
+        begun_s = bench.time.wall_s
+        other.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
+        assert bench.time.wall_s - begun_s >= 30
+        assert bench.waits[-1].reason.startswith("pacing: pause of all processes (the gateway said ")
+        assert text in bench.waits[-1].reason
+        history.close()
+        other.close()
+
+
+def test_every_wait_is_in_the_log(bench: Bench, start_gateway: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Retries with their error and wait, and waits for pacing with their rule: whoever reads the log knows why it took long."""
+    caplog.set_level("INFO", "ktrdr_pipelines")
+    gateway = start_gateway([FaultRule("error", text="odd", nth=(1,))])
+    history = bench.connect_to(gateway.port, retry_waits_s=(3.0,))
+    history.fetch(SERIES, REQUEST)
+    assert "(history service error): odd" in caplog.text
+    assert "try 2 of 2 in 3 s" in caplog.text
+    assert "waiting up to 13 s: pacing: no identical request within 15 seconds" in caplog.text
+    assert history.retry_wait_s == 3.0
+    assert history.pacing_wait_s == pytest.approx(12.5, abs=0.2)
+
+
 def test_nobody_home_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
     """A gateway that is not running is told now, not after 105 seconds, and no lease stays behind."""
     history = bench.connect_to(unused_port)
@@ -191,23 +235,141 @@ def test_a_dropped_connection_is_made_again_for_the_retry(bench: Bench, start_ga
     assert len(bench.leased(gateway.port)) == 1
 
 
-def test_a_gateway_that_goes_and_comes_back_is_waited_for(bench: Bench) -> None:
-    """Once there was a connection, an unreachable gateway is worth all retries; back again, the load goes on."""
+def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None:
+    """Once there was a connection, a gateway that is gone is looked for every 15 seconds; the person is told once, and when it
+    is back the load goes on, without a retry spent. The next restart is waited for as long again."""
     gateway = run_in_thread(SyntheticMarket(), judge=False)
     with ExitStack() as running:
         running.enter_context(gateway)
         port = gateway.port
         history = bench.connect_to(port)
         history.pin(stock("AAPL"))
+        client = history.connect()
         gateway.stop()
+        wait_until(lambda: not client.is_connected)
 
         def come_back(seconds: float) -> None:
-            if seconds == 30.0:
+            if bench.time.long_sleeps == [15.0] * 20:
                 running.enter_context(run_in_thread(SyntheticMarket(), judge=False, port=port))
 
         bench.time.on_sleep = come_back
         assert len(history.fetch(SERIES, REQUEST)) == 7
-        assert bench.time.long_sleeps == [15.0, 30.0]
+        assert bench.time.long_sleeps == [15.0] * 20
+        assert history.retries == 0
+        assert history.retry_wait_s == 300.0
+        (told,) = bench.waits
+        assert told.reason.startswith("the gateway is gone and may be restarting: no gateway at")
+        assert told.seconds == pytest.approx(525, abs=20)
+        history.close()
+
+
+def test_patience_with_a_gateway_that_stays_away_has_an_end(bench: Bench) -> None:
+    """Five times the retry waits, then it is given up, with how long it was waited for; the next request fails at once."""
+    gateway = run_in_thread(SyntheticMarket(), judge=False)
+    with gateway:
+        history = bench.connect_to(gateway.port, retry_waits_s=(2.0, 3.0))
+        history.pin(stock("AAPL"))
+        client = history.connect()
+        gateway.stop()
+        wait_until(lambda: not client.is_connected)
+        for _ in range(2):
+            with pytest.raises(GatewayUnreachable) as caught:
+                history.fetch(SERIES, REQUEST)
+        slept = sum(bench.time.long_sleeps)
+        assert 15 < slept <= 25  # less what the attempts took
+        assert history.retries == 0
+        assert "waited" not in str(caught.value)
+        assert bench.leased(gateway.port) == []
+
+
+def test_a_gateway_that_left_is_not_waited_for_where_nothing_is_retried(bench: Bench) -> None:
+    """Whoever switches retries off wants to know at once."""
+    with ScriptedGateway() as gateway:
+        history = bench.connect_to(gateway.port, retry_waits_s=())
+        client = history.connect()
+    wait_until(lambda: not client.is_connected)
+    with pytest.raises(GatewayUnreachable, match="connection refused"):
+        history.fetch(SERIES, REQUEST)
+    assert bench.time.long_sleeps == []
+
+
+def test_a_machine_that_slept_asks_before_it_trusts(bench: Bench) -> None:
+    """After a sleep, which only the clock that goes on meanwhile shows, a connection that looks alive is asked for the time; one
+    that is dead is made anew, and no request is lost on it. A clock that was set back proves nothing."""
+    answers = {
+        HISTORY: lambda fields: [bars(fields[1], BAR)],
+        TIME: lambda _: [(49, 1, int(time.time()))] if len(gateway.told(TIME)) != 3 else [],
+    }
+    with ScriptedGateway(answers) as gateway:
+        history = bench.connect_to(gateway.port, probe_timeout_s=0.3)
+        client = history.connect()
+        assert history.connect() is client
+        assert len(gateway.told(TIME)) == 1
+        bench.time.wall_s += 3600
+        assert history.connect() is client
+        assert len(gateway.told(TIME)) == 2
+        bench.time.wall_s -= 3600
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert (gateway.connections, history.retries, len(gateway.told(HISTORY))) == (2, 0, 1)
+        history.close()
+
+
+def test_requests_that_the_link_lost_are_asked_again_as_soon_as_pacing_allows(bench: Bench) -> None:
+    """After 1101 no retry wait is added, but the identical request still waits its fifteen seconds in the ledger; a second loss
+    waits as retries do."""
+    lost = [error(-1, 1100, "lost"), error(-1, 1101, "restored - data lost")]
+    replies = iter([lambda _: lost, lambda _: lost, lambda i: [bars(i, BAR)]])
+    with ScriptedGateway({HISTORY: lambda fields: next(replies)(fields[1])}) as gateway:
+        history = bench.connect_to(gateway.port, request_timeout_s=60.0)
+        begun_s = bench.time.wall_s
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert bench.time.long_sleeps == [30.0]
+        assert 45 < bench.time.wall_s - begun_s < 47
+        assert [wait.seconds for wait in bench.waits if wait.reason.startswith("retry")] == [0.0, 30.0]
+        assert "pacing: no identical request within 15 seconds" in [wait.reason for wait in bench.waits]
+        assert (history.retries, gateway.connections) == (2, 1)
+        history.close()
+
+
+def test_a_connection_lost_while_waiting_for_its_turn_costs_no_request(bench: Bench) -> None:
+    """The gateway goes away while the ledger makes a request wait: nothing is sent into the void, and it goes out at once over
+    the next connection."""
+    with ScriptedGateway({HISTORY: lambda fields: [bars(fields[1], BAR)]}) as gateway:
+        history = bench.connect_to(gateway.port)
+        history.fetch(SERIES, REQUEST)
+        client = history.connect()
+
+        def drop(_: float) -> None:
+            gateway.drop_clients()
+            wait_until(lambda: not client.is_connected)
+
+        bench.time.on_sleep = drop
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert (len(gateway.told(HISTORY)), history.requests_made, history.retries) == (2, 2, 1)
+        assert bench.time.long_sleeps == []
+        history.close()
+
+
+@pytest.mark.slow
+def test_a_gateway_that_hangs_and_restarts_is_ridden_out(bench: Bench) -> None:
+    """Connected and silent: the request times out, the probe finds the hang, the connection is made anew, until it answers."""
+    silent = {"for": 3}
+
+    def on_time(_: list[str]) -> list[Any]:
+        if gateway.told(HISTORY) and silent["for"]:
+            silent["for"] -= 1
+            return []
+        return [(49, 1, int(time.time()))]
+
+    def on_history(fields: list[str]) -> list[Any]:
+        return [] if silent["for"] else [bars(fields[1], BAR)]
+
+    with ScriptedGateway({HISTORY: on_history, TIME: on_time}) as gateway:
+        history = bench.connect_to(gateway.port, request_timeout_s=0.3, probe_timeout_s=0.3)
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        # asked on the old connection, on two new ones that hang as well, and on the one that works
+        assert (gateway.connections, history.retries) == (4, 1)
+        assert bench.time.long_sleeps == [15.0] * 3
         history.close()
 
 
@@ -260,7 +422,7 @@ def test_requests_are_held_while_the_history_farm_is_down(bench: Bench) -> None:
         bench.time.on_sleep = recover
         assert len(history.fetch(SERIES, REQUEST)) == 1
         assert slept == [1.0] * 5
-        assert [wait.reason for wait in bench.waits] == ["the gateway says it is down: history farm"]
+        assert [wait.reason for wait in bench.waits] == ["the gateway says it is down: history farm ushmds"]
         history.close()
 
 
@@ -332,6 +494,58 @@ def test_leases_end_on_every_path(bench: Bench, start_gateway: Any) -> None:
     deadline = time.monotonic() + 5
     while gateway.server.gateway.client_ids:
         assert time.monotonic() < deadline, "the gateway still knows the client"
+
+
+@pytest.mark.parametrize("refuse_by", ["late word", "hanging up"])
+def test_the_next_id_is_taken_however_the_gateway_refuses(bench: Bench, refuse_by: str) -> None:
+    """326 that comes after the greeting, and a gateway that only closes the connection: the next id at once, no time-out."""
+
+    def answer(fields: list[str]) -> list[Any]:
+        if gateway.told(START_API)[-1][2] != "1":
+            return READY if fields[0] == START_API else [(49, 1, int(time.time()))]
+        if refuse_by == "hanging up":
+            return [("close",)]
+        late = error(-1, 326, "Unable to connect as the client id is already in use")
+        return READY if fields[0] == START_API else [late, ("close",)]
+
+    with ScriptedGateway({START_API: answer, TIME: answer}) as gateway:
+        history = bench.connect_to(gateway.port, connect_timeout_s=60.0, probe_timeout_s=60.0)
+        assert history.connect().client_id == 2
+        assert bench.leased(gateway.port) == [2]
+        assert (gateway.connections, bench.time.long_sleeps) == (2, [])
+        history.close()
+
+
+def test_a_gateway_that_hangs_up_on_everybody_is_not_tried_fifty_times(bench: Bench) -> None:
+    """A trusted-IP rule looks like a refused id: one other id is tried, then the person is told."""
+    with ScriptedGateway(ready=(("close",),)) as gateway:
+        history = bench.connect_to(gateway.port)
+        with pytest.raises(GatewayUnreachable, match="trusted IP"):
+            history.connect()
+        assert gateway.connections == 2
+        assert bench.leased(gateway.port) == []
+
+
+def test_a_zombie_of_our_own_is_passed_over(bench: Bench) -> None:
+    """A connection taken away by 326 in the middle of a request, and the gateway still holding its id: the next one, at once."""
+    taken: list[str] = []
+
+    def start(fields: list[str]) -> list[Any]:
+        refusal = error(-1, 326, "Unable to connect as the client id is already in use")
+        return [refusal, ("close",)] if fields[2] in taken else list(READY)
+
+    def history_request(fields: list[str]) -> list[Any]:
+        if taken:
+            return [bars(fields[1], BAR)]
+        taken.append("1")
+        return [error(-1, 326, "Unable to connect as the client id is already in use")]
+
+    with ScriptedGateway({START_API: start, HISTORY: history_request}) as gateway:
+        history = bench.connect_to(gateway.port, request_timeout_s=60.0)
+        assert len(history.fetch(SERIES, REQUEST)) == 1
+        assert [fields[2] for fields in gateway.told(START_API)] == ["1", "1", "2"]
+        assert bench.time.long_sleeps == []  # no retry wait: only the ledger's
+        history.close()
 
 
 @pytest.mark.slow

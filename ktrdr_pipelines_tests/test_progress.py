@@ -1,0 +1,26 @@
+"""What a person sees while nothing seems to happen."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from ktrdr_pipelines.ib.history import Waiting
+from ktrdr_pipelines.progress import Progress
+
+UNTIL = datetime(2024, 3, 5, 17, 30, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "enabled", "is_shown"),
+    [(2.0, True, False), (15.0, True, True), (15.0, False, False), (60.0, False, True)],
+)
+def test_waits_are_told_with_their_reason_and_end(
+    seconds: float, enabled: bool, is_shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Waits that a person would notice, whatever they are for; minutes even where progress is switched off."""
+    with Progress(enabled=enabled) as progress:
+        progress.show_wait(Waiting("retry 1 of 3 after: the gateway said 10197", seconds, UNTIL))
+    shown = capsys.readouterr().err
+    assert ("waiting until 17:30:05 UTC (retry 1 of 3 after: the gateway said 10197)" in shown) is is_shown
