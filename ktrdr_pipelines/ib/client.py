@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
@@ -39,6 +40,8 @@ CLIENT_ID_IN_USE = 326
 _ERROR, _CONTRACT, _BARS, _HEAD = 4, 10, 17, 88
 
 T = TypeVar("T")
+Sending = Callable[[], AbstractContextManager[None]]
+"""Opened around the write of a history request (`ledger.Grant.sending`)."""
 
 
 class ClientIdInUse(TransientError):
@@ -199,10 +202,10 @@ class GatewayClient:
         bar_size: str,
         intraday: bool,
         doing: str,
-        on_sent: Callable[[], None] = lambda: None,
+        sending: Sending = nullcontext,
     ) -> RawBars:
         """One historical-data request, exactly as given. ``end`` is aware, None means now (IB's empty string); fractions of a
-        second are rounded up. ``on_sent`` is called right before the request is written; if it raises, nothing is sent.
+        second are rounded up. ``sending`` is entered around the very write; if it refuses, nothing is sent.
 
         Returns the bars of the answer, or no bars and ``no_data_text`` when IB said that the window is empty.
 
@@ -216,19 +219,19 @@ class GatewayClient:
         end_text = "" if end is None else _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
 
         def send(req_id: int) -> None:
-            on_sent()
-            self._ib.client.reqHistoricalData(
-                req_id,
-                contract,
-                end_text,
-                duration,
-                bar_size,
-                instrument.what_to_show,
-                instrument.use_rth,
-                2,
-                False,
-                [],
-            )
+            with sending():
+                self._ib.client.reqHistoricalData(
+                    req_id,
+                    contract,
+                    end_text,
+                    duration,
+                    bar_size,
+                    instrument.what_to_show,
+                    instrument.use_rth,
+                    2,
+                    False,
+                    [],
+                )
 
         def cancel(req_id: int) -> None:
             self._ib.client.cancelHistoricalData(req_id)
@@ -251,7 +254,7 @@ class GatewayClient:
             raise error.while_doing(doing) from None
 
     def head_timestamp(
-        self, instrument: Instrument, timeout_s: float = 30.0, on_sent: Callable[[], None] = lambda: None
+        self, instrument: Instrument, timeout_s: float = 30.0, sending: Sending = nullcontext
     ) -> datetime | None:
         """When IB believes that the instrument's history starts: a hint, too early or too late at times.
 
@@ -260,8 +263,8 @@ class GatewayClient:
         contract = self._contract(instrument)
 
         def send(req_id: int) -> None:
-            on_sent()
-            self._ib.client.reqHeadTimeStamp(req_id, contract, instrument.what_to_show, instrument.use_rth, 2)
+            with sending():
+                self._ib.client.reqHeadTimeStamp(req_id, contract, instrument.what_to_show, instrument.use_rth, 2)
 
         def cancel(req_id: int) -> None:
             self._ib.client.cancelHeadTimeStamp(req_id)

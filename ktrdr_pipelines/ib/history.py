@@ -20,7 +20,7 @@ import tenacity
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.answers import RawBars
-from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient
+from ktrdr_pipelines.ib.client import ClientIdInUse, GatewayClient, Sending
 from ktrdr_pipelines.ib.clock import Clock
 from ktrdr_pipelines.ib.codes import Hold
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
@@ -164,7 +164,7 @@ class IBHistory:
         doing = f"loading {series} {request.window}"
         ask = describe_bars(series, request)
 
-        def send(client: GatewayClient, on_sent: Callable[[], None]) -> RawBars:
+        def send(client: GatewayClient, sending: Sending) -> RawBars:
             return client.historical_bars(
                 instrument,
                 end=request.end,
@@ -172,7 +172,7 @@ class IBHistory:
                 bar_size=timeframe.ib_bar_size,
                 intraday=timeframe.is_intraday,
                 doing=doing,
-                on_sent=on_sent,
+                sending=sending,
             )
 
         return self._retry(doing, lambda: self._paced(ask, send))
@@ -188,7 +188,7 @@ class IBHistory:
         ask = describe_head(instrument)
         if ask.identity not in self._heads:
             try:
-                head = self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent))
+                head = self._paced(ask, lambda client, sending: client.head_timestamp(instrument, sending=sending))
             except (GatewayUnreachable, StoreError):
                 raise
             except KtrdrError as error:
@@ -281,7 +281,7 @@ class IBHistory:
 
         return self._retry(doing, ask)
 
-    def _paced(self, ask: Ask, send: Callable[[GatewayClient, Callable[[], None]], T]) -> T:
+    def _paced(self, ask: Ask, send: Callable[[GatewayClient, Sending], T]) -> T:
         """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
         client = self.connect()
         self._ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
@@ -298,11 +298,13 @@ class IBHistory:
             if grant.waited_s > PROBE_AFTER_S:
                 client.probe()
 
-            def on_sent() -> None:
-                grant.sent()
-                self.requests_made += 1
+            @contextmanager
+            def sending() -> Iterator[None]:
+                with grant.sending():
+                    self.requests_made += 1
+                    yield
 
-            return send(client, on_sent)
+            return send(client, sending)
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
