@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.remote_representation.external_data import RepositorySnap
 
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.ib.history import IBHistory
@@ -190,6 +191,28 @@ def test_definitions_hold_one_asset_per_series_and_share_partitions(make_setting
         "/".join(series.asset_path) for series in DEFAULT_UNIVERSE
     )
     assert len({graph.get(asset_key(s)).partitions_def for s in DEFAULT_UNIVERSE if s.timeframe.name == "1h"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://ktrdr:hunter2@db/pacing", "postgresql+psycopg://ktrdr:***@db/pacing"),
+        ("postgresql+psycopg://db/pacing?user=ktrdr&password=hunter2", "postgresql+psycopg://db/pacing?password=hidden&user=ktrdr"),
+        ("hunter2@db", "(not a database URL)"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_the_password_of_the_ledger_is_used_and_never_shown(make_settings: MakeSettings, url: str, shown: str) -> None:
+    """What Dagster stores and shows of the definitions holds no password; the resource in a run has it all the same."""
+    settings = make_settings(4002, ledger_url=url)
+    repository = build_defs(settings, [AAPL_1H]).get_repository_def()
+    record = dg.serialize_value(RepositorySnap.from_def(repository))
+    assert "hunter2" not in record
+    assert shown in record
+    with GatewayResource.of(settings).process_config_and_initialize_cm() as gateway:
+        address = gateway.address()
+    assert address.ledger_url == url
+    assert "hunter2" not in repr(address)
 
 
 @pytest.mark.parametrize("name", ["1m", "5m", "1h", "1d", "1w"])

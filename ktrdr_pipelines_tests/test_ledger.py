@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_pipelines.ib.clock import Stamp, SystemClock
+from ktrdr_pipelines.ib.clock import Reading, Stamp, SystemClock
 from ktrdr_pipelines.ib.ledger import (
-    GRANT_VALID_S,
-    TICKET_FRESH_S,
     Grant,
     GrantExpired,
     Ledger,
     WaitCancelled,
     open_ledger,
 )
+from ktrdr_pipelines.ib.ledger_rows import GRANT_VALID_S, TICKET_FRESH_S
 from ktrdr_pipelines.ib.pacing import PENALTIES_S, Ask, Rule
 from ktrdr_pipelines_tests.ledger_tools import (
     FULL_S,
@@ -83,15 +82,45 @@ def test_the_time_of_sending_counts_not_that_of_the_grant(ledger: Ledger, clock:
     send(ledger)
 
 
-def test_a_write_that_took_long_is_stamped_again(ledger: Ledger, clock: HandClock) -> None:
-    """After a slow write the later time stands, even when the grant alone would have expired by then."""
-    grant = ledger.try_acquire(wish("A", "x"))
-    assert isinstance(grant, Grant)
-    grant.sent()
-    clock.sleep(GRANT_VALID_S + 5)
-    grant.sent()
+def test_a_write_that_took_long_counts_from_its_end(ledger: Ledger, clock: HandClock) -> None:
+    """A process stopped in the middle of the write may have sent at any moment of it: the last one counts, expired or not."""
+    grant = ledger.acquire(wish("A", "x"))
+    with grant.sending():
+        clock.sleep(8)
+        assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.5, abs=0.01)
+        clock.sleep(FULL_S)
+        assert isinstance(ledger.try_acquire(wish("A", "other")), Grant), "nobody waits for ever for one who is stopped"
     clock.sleep(1)
     assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.5, abs=0.01)
+
+
+def test_a_write_that_failed_may_have_arrived(ledger: Ledger) -> None:
+    """An error of the socket says nothing about what the gateway has read: the request counts."""
+    with pytest.raises(ConnectionError), ledger.acquire(wish()) as grant, grant.sending():
+        raise ConnectionError
+    assert (ledger.snapshot().used, ledger.snapshot().open) == (1, 0)
+
+
+def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(tmp_path: Path) -> None:
+    """A look at the ledger that took long says nothing about now: it is repeated, and then the grant is too old."""
+
+    class StoppingClock(HandClock):
+        reads = -100
+
+        def read(self) -> Reading:
+            self.reads += 1
+            if self.reads == 3:  # before the look, in it, and now after it
+                self.sleep(GRANT_VALID_S + 1)
+            return super().read()
+
+    clock = StoppingClock()
+    ledger = open_ledger(tmp_path, LOGIN, clock)
+    grant = ledger.acquire(wish())
+    clock.reads = 0
+    with pytest.raises(GrantExpired), grant.sending():
+        pytest.fail("sent")
+    assert ledger.snapshot().used == 0
+    ledger.close()
 
 
 def test_a_grant_not_used_in_time_is_void_and_costs_nothing(ledger: Ledger, clock: HandClock) -> None:

@@ -1,4 +1,7 @@
-"""The ledger's file lost, damaged, on a full disk, in the hands of killed, forked and threaded users: never a free pass."""
+"""The ledger's file lost, damaged, on a full disk, in the hands of killed, forked and threaded users: never a free pass.
+
+That nobody is ever faster for it is judged in `test_ledger_judged.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,7 @@ from ktrdr_pipelines.ib.ledger import (
     open_ledger,
 )
 from ktrdr_pipelines.ib.ledger_store import ledger_path
-from ktrdr_pipelines.ib.pacing import Rule
 from ktrdr_pipelines_tests.ledger_tools import (
-    FULL_S,
     HandClock,
     fill,
     send,
@@ -40,42 +41,6 @@ def ledger(tmp_path: Path, clock: HandClock) -> Iterator[Ledger]:
     opened = open_ledger(tmp_path, LOGIN, clock)
     yield opened
     opened.close()
-
-
-DAMAGE = {
-    "deleted": lambda path: [p.unlink() for p in path.parent.glob(path.name + "*") if not p.name.endswith(".lock")],
-    "database deleted": lambda path: path.unlink(),
-    "truncated": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("this is not a database\n" * 500),
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "holes": lambda path: path.write_bytes(b"".join(
-        bytes(64) if i % 3 else path.read_bytes()[i * 64 : i * 64 + 64] for i in range(path.stat().st_size // 64))),
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_open", [False, True], ids=["closed", "in use"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_lost_or_damaged_file_never_makes_requests_faster(
-    tmp_path: Path, clock: HandClock, damage: str, is_open: bool
-) -> None:
-    """Whatever happens to the file, nobody sends before the ten minutes are over; then everybody does, with one budget."""
-    path = ledger_path(tmp_path, LOGIN)
-    first, second = (open_ledger(tmp_path, LOGIN, clock) for _ in range(2))
-    fill(first)
-    wait_of(second)
-    if not is_open:
-        first.close()
-        second.close()
-    clock.sleep(10)
-    DAMAGE[damage](path)
-    for ledger in (first, second, open_ledger(tmp_path, LOGIN, clock)):
-        wait = wait_of(ledger)
-        assert wait.seconds >= FULL_S - 10 - 0.01
-    clock.sleep(FULL_S)
-    fill(first, 30)
-    fill(second, 30)
-    assert wait_of(first).rule is Rule.WINDOW
 
 
 def test_a_damaged_file_is_kept_and_the_pause_explained(tmp_path: Path, clock: HandClock) -> None:

@@ -20,14 +20,13 @@ from ktrdr_pipelines.ib.pacing import Rule
 from ktrdr_pipelines_tests.ledger_tools import (
     FULL_S,
     HandClock,
-    count_violations,
     fill,
     poll,
-    run_trial,
     send,
     wait_of,
     wish,
 )
+from ktrdr_pipelines_tests.ledger_trial import Trial
 from ktrdr_pipelines_tests.ledger_worker import LOGIN
 
 
@@ -38,21 +37,12 @@ def clock() -> HandClock:
 
 @pytest.mark.slow
 def test_many_processes_break_no_rule_and_use_the_budget(tmp_path: Path) -> None:
-    """Six processes, two killed and one stopped for a while: not one breach, the budget used to the full, and fairly shared."""
-    logs = run_trial(tmp_path, processes=6, windows=3.4, speed=200.0, killed=2, stopped=1)
-    assert all(before <= stamp <= after for log in logs for stamp, before, after, *_ in log), (
-        "stamps are not the time sent"
-    )
-    sent = [(stamp, identity, contract, weight) for log in logs for stamp, _, _, identity, contract, weight in log]
-    assert count_violations(sent) == []
-    units = sum(weight for *_, weight in sent)
-    # Four times sixty. Lost may be what the killed and stopped ones were about to send, and one unit a window beside a heavy one.
-    assert 240 - 15 <= units <= 240
-    # In the first window whoever has started first finds nobody waiting, in the second one process is stopped.
-    settled_s = min(sent)[0] + 1.9 * FULL_S
-    shares = [sum(stamp >= settled_s for stamp, *_ in log) for log in logs[2:]]
-    # A hiccup of the disk of a tenth of a second looks like twenty on this clock: a rough measure; order has a test of its own.
-    assert min(shares) >= 0.3 * max(shares), shares
+    """Eight processes, some killed and some stopped at any instant: no rule broken, all of the budget used, in order."""
+    result = Trial(tmp_path, grants=900, incidents=8).run()
+    assert result.violations == []
+    assert (result.stopped, result.killed >= 8) == (8, True)
+    assert result.is_budget_used, result.windows
+    assert result.is_fair, result.overtaken
 
 
 @pytest.fixture(scope="module")

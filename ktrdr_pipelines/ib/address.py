@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ktrdr_pipelines.ib.leases import ClientIds
@@ -26,7 +26,8 @@ class GatewayAddress:
     retry_waits_s: tuple[float, ...] = (15.0, 30.0, 60.0)
     state_dir: Path = Path()
     """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
-    ledger_url: str = ""
+    ledger_url: str = field(default="", repr=False)
+    """May hold a password."""
 
     @property
     def login(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -22,6 +23,9 @@ from ktrdr_pipelines.ib.schedules import read_schedule
 from ktrdr_pipelines.series import Instrument, require_utc
 
 log = logging.getLogger(__name__)
+
+Sending = Callable[[], AbstractContextManager[None]]
+"""Opened around the write of a history request (`ledger.Grant.sending`)."""
 
 
 @dataclass
@@ -60,10 +64,10 @@ class GatewayClient(Conversation):
         bar_size: str,
         intraday: bool,
         doing: str,
-        on_sent: Callable[[], None] = lambda: None,
+        sending: Sending = nullcontext,
     ) -> RawBars:
         """One historical-data request, exactly as given. ``end`` is aware, None means now (IB's empty string); fractions of a
-        second are rounded up. ``on_sent`` is called right before the request is written; if it raises, nothing is sent.
+        second are rounded up. ``sending`` is entered around the very write; if it refuses, nothing is sent.
 
         Returns the bars of the answer, or no bars and ``no_data_text`` when IB said that the window is empty.
 
@@ -77,19 +81,19 @@ class GatewayClient(Conversation):
         end_text = "" if end is None else _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
 
         def send(req_id: int) -> None:
-            on_sent()
-            self._ib.client.reqHistoricalData(
-                req_id,
-                contract,
-                end_text,
-                duration,
-                bar_size,
-                instrument.what_to_show,
-                instrument.use_rth,
-                2,
-                False,
-                [],
-            )
+            with sending():
+                self._ib.client.reqHistoricalData(
+                    req_id,
+                    contract,
+                    end_text,
+                    duration,
+                    bar_size,
+                    instrument.what_to_show,
+                    instrument.use_rth,
+                    2,
+                    False,
+                    [],
+                )
 
         def cancel(req_id: int) -> None:
             self._ib.client.cancelHistoricalData(req_id)
@@ -112,7 +116,7 @@ class GatewayClient(Conversation):
             raise error.while_doing(doing) from None
 
     def schedule(
-        self, instrument: Instrument, *, end: datetime, duration: str, doing: str, on_sent: Callable[[], None]
+        self, instrument: Instrument, *, end: datetime, duration: str, doing: str, sending: Sending
     ) -> list[Session]:
         """IB's own sessions of ``instrument`` (SCHEDULE) up to ``end`` (aware), oldest first.
 
@@ -123,10 +127,10 @@ class GatewayClient(Conversation):
         end_text = _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
 
         def send(req_id: int) -> None:
-            on_sent()
-            self._ib.client.reqHistoricalData(
-                req_id, contract, end_text, duration, "1 day", "SCHEDULE", instrument.use_rth, 2, False, []
-            )
+            with sending():
+                self._ib.client.reqHistoricalData(
+                    req_id, contract, end_text, duration, "1 day", "SCHEDULE", instrument.use_rth, 2, False, []
+                )
 
         def cancel(req_id: int) -> None:
             self._ib.client.cancelHistoricalData(req_id)
@@ -139,7 +143,7 @@ class GatewayClient(Conversation):
             raise error.while_doing(doing) from None
 
     def head_timestamp(
-        self, instrument: Instrument, timeout_s: float = 30.0, on_sent: Callable[[], None] = lambda: None
+        self, instrument: Instrument, timeout_s: float = 30.0, sending: Sending = nullcontext
     ) -> datetime | None:
         """When IB believes that the instrument's history starts: a hint, too early or too late at times.
 
@@ -148,8 +152,8 @@ class GatewayClient(Conversation):
         contract = self._contract(instrument)
 
         def send(req_id: int) -> None:
-            on_sent()
-            self._ib.client.reqHeadTimeStamp(req_id, contract, instrument.what_to_show, instrument.use_rth, 2)
+            with sending():
+                self._ib.client.reqHeadTimeStamp(req_id, contract, instrument.what_to_show, instrument.use_rth, 2)
 
         def cancel(req_id: int) -> None:
             self._ib.client.cancelHeadTimeStamp(req_id)

@@ -22,7 +22,7 @@ from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.answers import RawBars
-from ktrdr_pipelines.ib.client import GatewayClient
+from ktrdr_pipelines.ib.client import GatewayClient, Sending
 from ktrdr_pipelines.ib.clock import Clock, SystemClock
 from ktrdr_pipelines.ib.codes import Hold, RequestLost
 from ktrdr_pipelines.ib.connection import Connection
@@ -139,7 +139,7 @@ class IBHistory:
         doing = f"loading {series} {request.window}"
         ask = describe_bars(series, request)
 
-        def send(client: GatewayClient, on_sent: Callable[[], None]) -> RawBars:
+        def send(client: GatewayClient, sending: Sending) -> RawBars:
             return client.historical_bars(
                 instrument,
                 end=request.end,
@@ -147,7 +147,7 @@ class IBHistory:
                 bar_size=timeframe.ib_bar_size,
                 intraday=timeframe.is_intraday,
                 doing=doing,
-                on_sent=on_sent,
+                sending=sending,
             )
 
         return self._retry(doing, lambda: self._paced(ask, send))
@@ -163,7 +163,7 @@ class IBHistory:
         ask = describe_head(instrument)
         if ask.identity not in self._heads:
             try:
-                head = self._paced(ask, lambda client, on_sent: client.head_timestamp(instrument, on_sent=on_sent))
+                head = self._paced(ask, lambda client, sending: client.head_timestamp(instrument, sending=sending))
             except (GatewayUnreachable, StoreError):
                 raise
             except KtrdrError as error:
@@ -189,8 +189,8 @@ class IBHistory:
             use_rth=instrument.use_rth,
         )
 
-        def send(client: GatewayClient, on_sent: Callable[[], None]) -> list[Session]:
-            return client.schedule(instrument, end=end, duration=duration, doing=doing, on_sent=on_sent)
+        def send(client: GatewayClient, sending: Sending) -> list[Session]:
+            return client.schedule(instrument, end=end, duration=duration, doing=doing, sending=sending)
 
         try:
             return self._retry(doing, lambda: self._paced(ask, send))
@@ -227,7 +227,7 @@ class IBHistory:
 
         return self._retry(doing, ask)
 
-    def _paced(self, ask: Ask, send: Callable[[GatewayClient, Callable[[], None]], T]) -> T:
+    def _paced(self, ask: Ask, send: Callable[[GatewayClient, Sending], T]) -> T:
         """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
         client = self.connect()
         self._ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
@@ -248,11 +248,13 @@ class IBHistory:
                     advice="It is made again; nothing was sent.",
                 ) from None
 
-            def on_sent() -> None:
-                grant.sent()
-                self.requests_made += 1
+            @contextmanager
+            def sending() -> Iterator[None]:
+                with grant.sending():
+                    self.requests_made += 1
+                    yield
 
-            return send(client, on_sent)
+            return send(client, sending)
 
     @contextmanager
     def _watch(self) -> Iterator[None]:

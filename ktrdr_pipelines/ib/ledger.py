@@ -1,7 +1,8 @@
 """The pacing ledger: who may send the next history request, decided once for every process of one gateway login.
 
-`pacing.decide` holds the rules, `ledger_store.py` the rows; here are the transactions around them: requests, the queue of
-those who wait, pauses. A request is granted, stamped right before it is written to the socket, and finished when answered.
+`pacing.decide` holds the rules, `ledger_rows.py` the past, `ledger_store.py` the file; here are the transactions in which the
+three meet. A request is granted, written to the socket, stamped, and finished when answered; from the grant to the stamp it
+counts as sent at this very moment, so that whatever delays its process in between breaks no rule.
 
 Waiters are served first come, first served. One may overtake only while those before it are held up by rules that do not
 concern it, and then leaves them their room in the budget: without this, whoever asks most often gets nearly everything.
@@ -12,28 +13,19 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from ktrdr_pipelines.errors import StoreError, TransientError
-from ktrdr_pipelines.ib.clock import Clock, Reading, Stamp, SystemClock
-from ktrdr_pipelines.ib.ledger_store import (
-    INSERT_HOLD,
-    LedgerStore,
-    PostgresStore,
-    SqliteStore,
-    Transaction,
-    hold_parameters,
-    ledger_path,
-)
-from ktrdr_pipelines.ib.owners import Owner, current_owner
+from ktrdr_pipelines.ib.clock import Clock, SystemClock
+from ktrdr_pipelines.ib.ledger_rows import GRANT_VALID_S, LedgerRows
+from ktrdr_pipelines.ib.ledger_store import LedgerStore, PostgresStore, SqliteStore, Transaction, ledger_path
 from ktrdr_pipelines.ib.pacing import (
     MARGIN_S,
     PENALTY_MEMORY_S,
-    WINDOW_S,
     WINDOW_UNITS,
     Ask,
     Entry,
@@ -47,20 +39,10 @@ from ktrdr_pipelines.ib.pacing import (
 
 log = logging.getLogger(__name__)
 
-GRANT_VALID_S = 10.0
-"""A grant that is not stamped by then is void. Until then it counts as about to be sent, afterwards as sent at that last
-moment: nothing is sent unstamped, but a caller that forgot must not break the limit."""
-OPEN_MAX_S = WINDOW_S
-"""An unanswered request stops counting as open after this long, should nobody have said that it is finished. Requests are
-given up after 120 s; those of a process that has died end with its socket, at once."""
-TICKET_FRESH_S = 20.0
-"""A waiter that did not show itself for so long is passed over (stopped, or its machine asleep). It keeps its place."""
 POLL_S = 1.0
 """Longest sleep of a waiter: what it waits for may change, and it may be told to stop."""
 TURN_POLL_S = 0.2
 """When it is another's turn, look again after this long: that one is waking up just now."""
-HEARTBEAT_S = 5.0
-"""How often a waiter shows itself. Rarer than `POLL_S`, because showing writes to the disk and looking does not."""
 
 
 class GrantExpired(TransientError):
@@ -105,7 +87,7 @@ OnWait = Callable[[float, Rule, float], None]
 
 
 class Grant:
-    """Leave to send one request. Call `sent` right before writing to the socket, `finished` when it is answered or given up.
+    """Leave to send one request. Write to the socket inside `sending`, call `finished` when it is answered or given up.
 
     As a context manager it is finished at the end of the block, or handed back if nothing was sent.
     """
@@ -118,18 +100,32 @@ class Grant:
         self.waited_s = 0.0
         """How long `Ledger.acquire` waited for it."""
         self._ledger = ledger
+        self._is_used = False
         self._is_over = False
 
-    def sent(self) -> float:
-        """Stamp the request as sent now; returns that time (seconds since 1970).
-
-        Call it immediately **before** the write, and again after it if the write may have been delayed: the later time stands.
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Put nothing but the write into this block: it begins with a last look at the ledger, and ends with the stamp.
 
         Raises:
             GrantExpired: more than `GRANT_VALID_S` passed since the grant, or the ledger was replaced meanwhile. Do not send.
-            StoreError: the stamp could not be written. Do not send.
+            StoreError: the ledger cannot be read. Do not send.
         """
-        self.sent_at_s = self._ledger._stamp_sent(self)
+        self._ledger._look_again(self)
+        self._is_used = True
+        try:
+            yield
+        finally:  # a write that failed may have reached the gateway
+            try:
+                self.sent_at_s = self._ledger._stamp_sent(self)
+            except StoreError as failure:
+                # Unstamped, it counts as sent as late as the grant was valid: the cautious side.
+                log.warning("the pacing ledger did not take note of a request: %s", failure)
+
+    def sent(self) -> float | None:
+        """Stamp the request as sent now, without a write to guard; returns that time (seconds since 1970)."""
+        with self.sending():
+            pass
         return self.sent_at_s
 
     def finished(self) -> None:
@@ -139,8 +135,8 @@ class Grant:
             self._ledger._finish(self)
 
     def give_back(self) -> None:
-        """Nothing was and will be sent: return the unit. Does nothing once `sent` was called."""
-        if self.sent_at_s is None and not self._is_over:
+        """Nothing was and will be sent: return the unit. Does nothing once `sending` was entered."""
+        if not self._is_used and not self._is_over:
             self._is_over = True
             self._ledger._give_back(self)
 
@@ -165,9 +161,11 @@ class Ledger:
     Every method is one transaction, and raises StoreError when the ledger cannot be read or written: then nothing is granted.
     """
 
-    def __init__(self, store: LedgerStore, login: str) -> None:
+    def __init__(self, store: LedgerStore, login: str, clock: Clock) -> None:
+        """``clock`` tells how long this process was delayed; what counts is told by the store's."""
         self._store = store
         self._login = login
+        self._clock = clock
 
     def try_acquire(self, ask: Ask) -> Grant | Wait:
         """A grant if ``ask`` may be sent now, else how long to wait and why. Leaves no place in the queue."""
@@ -219,9 +217,7 @@ class Ledger:
                 with suppress(
                     StoreError
                 ):  # a ticket left behind goes with its process; the first error is the one to tell
-                    self._store.run(
-                        lambda tx: tx.run("DELETE FROM ib_pacing_tickets WHERE token = :token", token=ticket)
-                    )
+                    self._store.run(lambda tx: LedgerRows(tx, self._login).remove_ticket(ticket))
 
     def penalise(self, reason: str, seconds: float | None = None) -> float:
         """IB said that requests come too fast (or that all must pause): nobody sends for ``seconds``; returns how long.
@@ -231,17 +227,15 @@ class Ledger:
         """
 
         def body(tx: Transaction) -> float:
-            now = tx.read_clock()
-            holds = self._holds(tx, now)
-            if seconds is not None:
-                length_s = seconds
-            else:
-                penalties = [(age_s, length_s) for age_s, length_s, is_penalty, _ in holds if is_penalty]
-                left_s = max((length_s - age_s for age_s, length_s in penalties), default=0.0)
+            rows = LedgerRows(tx, self._login)
+            length_s = seconds
+            if length_s is None:
+                penalties = [pause for pause in rows.pauses() if pause.is_penalty]
+                left_s = max((pause.left_s for pause in penalties), default=0.0)
                 if left_s > 0:
                     return left_s
-                length_s = penalty_s(sum(age_s <= PENALTY_MEMORY_S for age_s, _ in penalties))
-            tx.run(INSERT_HOLD, **hold_parameters(self._login, now, length_s, reason, is_penalty=seconds is None))
+                length_s = penalty_s(sum(pause.age_s <= PENALTY_MEMORY_S for pause in penalties))
+            rows.add_pause(length_s, reason, is_penalty=seconds is None)
             return length_s
 
         return self._store.run(body)
@@ -250,22 +244,19 @@ class Ledger:
         """The state of the budget now, for people and for forecasts."""
 
         def body(tx: Transaction) -> Budget:
-            now = tx.read_clock()
-            past = self._past(tx, now)
-            holds = sorted(
-                (PauseOfAll(now.wall_s + length_s - age_s, why) for age_s, length_s, _, why in self._holds(tx, now)
-                 if age_s < length_s),
-                key=lambda hold: hold.until_s,
-            )  # fmt: skip
-            answer = decide(past, Ask("", ""), now.wall_s, holds[-1].until_s if holds else None)
+            rows = LedgerRows(tx, self._login)
+            past, now_s = rows.past(), rows.now.wall_s
+            active = sorted((pause.left_s, pause.reason) for pause in rows.pauses() if pause.left_s > 0)
+            holds = tuple(PauseOfAll(now_s + left_s, why) for left_s, why in active)
+            answer = decide(past, Ask("", ""), now_s, holds[-1].until_s if holds else None)
             return Budget(
-                now_s=now.wall_s,
-                used=used_units(past, now.wall_s),
+                now_s=now_s,
+                used=used_units(past, now_s),
                 limit=WINDOW_UNITS,
-                next_free_at_s=now.wall_s + (answer.seconds if isinstance(answer, Wait) else 0.0),
-                waiting=len(self._waiting(tx, now, None)),
+                next_free_at_s=now_s + (answer.seconds if isinstance(answer, Wait) else 0.0),
+                waiting=len(rows.waiting(None)),
                 open=sum(entry.is_open for entry in past),
-                holds=tuple(holds),
+                holds=holds,
                 past=tuple(past),
             )
 
@@ -278,161 +269,51 @@ class Ledger:
     # -- the one transaction that decides
 
     def _decide(self, tx: Transaction, ask: Ask, ticket: str | None) -> Grant | Wait:
-        now = tx.read_clock()
-        past = self._past(tx, now)
-        ahead = self._waiting(tx, now, ticket)
-        active = [(length_s - age_s, why) for age_s, length_s, _, why in self._holds(tx, now) if age_s < length_s]
-        left_s, why = max(active, default=(0.0, ""))
-        hold_until_s = now.wall_s + left_s if left_s > 0 else None
+        rows = LedgerRows(tx, self._login)
+        past, ahead, now_s = rows.past(), rows.waiting(ticket), rows.now.wall_s
+        left_s, why = max(((pause.left_s, pause.reason) for pause in rows.pauses()), default=(0.0, ""))
+        hold_until_s = now_s + left_s if left_s > 0 else None
         # As if everyone before were sent first: whoever comes later must not take the room that they will need.
-        promised = [Entry(now.wall_s, other, is_open=True) for other in ahead]
-        answer = decide(past + promised, ask, now.wall_s, hold_until_s)
+        promised = [Entry(now_s, other, is_open=True) for other in ahead]
+        answer = decide(past + promised, ask, now_s, hold_until_s)
         if isinstance(answer, Go):
             for place, other in enumerate(ahead):
-                if isinstance(decide(past + promised[:place], other, now.wall_s, hold_until_s), Go):
+                if isinstance(decide(past + promised[:place], other, now_s, hold_until_s), Go):
                     answer = Wait(TURN_POLL_S, Rule.TURN)
                     break
         if isinstance(answer, Go):
             token = uuid.uuid4().hex
-            tx.run(
-                "INSERT INTO ib_pacing_requests (token, login, wall_s, boot_s, boot_id, host, pid, started, identity,"
-                " contract, weight, is_sent, is_finished) VALUES (:token, :login, :wall_s, :boot_s, :boot_id, :host, :pid,"
-                " :started, :identity, :contract, :weight, 0, 0)",
-                **self._row(token, ask, now),
-            )
+            rows.add_request(token, ask)
             if ticket is not None:
-                tx.run("DELETE FROM ib_pacing_tickets WHERE token = :token", token=ticket)
-            return Grant(self, ask, token, now.wall_s)
+                rows.remove_ticket(ticket)
+            return Grant(self, ask, token, now_s)
         if ticket is not None:
-            self._show(tx, ask, ticket, now)
+            rows.show(ask, ticket)
         reason = why if answer.rule is Rule.HOLD else f"{len(ahead)} waiting before this one" if ahead else ""
         return replace(answer, reason=reason)
 
-    def _row(self, token: str, ask: Ask, now: Reading) -> dict[str, object]:
-        owner = current_owner()
-        return {
-            "token": token, "login": self._login, "wall_s": now.wall_s, "boot_s": now.boot_s, "boot_id": now.boot_id,
-            "host": owner.host, "pid": owner.pid, "started": owner.started,
-            "identity": ask.identity, "contract": ask.contract, "weight": ask.weight,
-        }  # fmt: skip
-
-    def _past(self, tx: Transaction, now: Reading) -> list[Entry]:
-        """Every request that still matters, at its time on the wall clock of ``now``; the rest is deleted."""
-        entries: list[Entry] = []
-        alive: dict[Owner, bool | None] = {}
-        for token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight, is_sent, is_over in tx.rows(
-            "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight, is_sent, is_finished"
-            " FROM ib_pacing_requests WHERE login = :login",
-            login=self._login,
-        ):
-            age_s = now.age_of(Stamp(wall_s, boot_s, boot_id))
-            if age_s < 0:
-                # From a future: the clock was set back. Counted as sent now, and written down as such, or it would stay for
-                # as long as the clock was set back.
-                self._restamp(tx, token, now)
-                age_s = 0.0
-            if not is_sent:
-                age_s = 0.0 if age_s <= GRANT_VALID_S + MARGIN_S else age_s - GRANT_VALID_S
-            if age_s > WINDOW_S + 2 * MARGIN_S:
-                tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=token)
-                continue
-            is_open = not is_over and age_s <= OPEN_MAX_S
-            if is_open:
-                owner = Owner(host, pid, started)
-                if owner not in alive:
-                    alive[owner] = owner.is_alive()
-                is_open = alive[owner] is not False
-            entries.append(Entry(now.wall_s - age_s, Ask(identity, contract, weight), is_open))
-        return entries
-
-    def _restamp(self, tx: Transaction, token: str, now: Reading) -> None:
-        tx.run(
-            "UPDATE ib_pacing_requests SET wall_s = :wall_s, boot_s = :boot_s, boot_id = :boot_id WHERE token = :token",
-            token=token, wall_s=now.wall_s, boot_s=now.boot_s, boot_id=now.boot_id,
-        )  # fmt: skip
-
-    def _waiting(self, tx: Transaction, now: Reading, ticket: str | None) -> list[Ask]:
-        """Those who wait before ``ticket`` (None: all), in order. Tickets of dead processes are deleted."""
-        ahead: list[Ask] = []
-        for token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight in tx.rows(
-            "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight"
-            " FROM ib_pacing_tickets WHERE login = :login ORDER BY seq",
-            login=self._login,
-        ):
-            if token == ticket:
-                break
-            age_s = now.age_of(Stamp(wall_s, boot_s, boot_id))
-            if Owner(host, pid, started).is_alive() is False or age_s > WINDOW_S:
-                tx.run("DELETE FROM ib_pacing_tickets WHERE token = :token", token=token)
-            elif age_s <= TICKET_FRESH_S:
-                ahead.append(Ask(identity, contract, weight))
-        return ahead
-
-    def _show(self, tx: Transaction, ask: Ask, ticket: str, now: Reading) -> None:
-        """Take a place at the end of the queue, or show that its owner is still there."""
-        found = tx.rows("SELECT wall_s, boot_s, boot_id FROM ib_pacing_tickets WHERE token = :token", token=ticket)
-        if found:
-            if 0 <= now.age_of(Stamp(*found[0])) < HEARTBEAT_S:
-                return
-            tx.run(
-                "UPDATE ib_pacing_tickets SET wall_s = :wall_s, boot_s = :boot_s, boot_id = :boot_id WHERE token = :token",
-                token=ticket, wall_s=now.wall_s, boot_s=now.boot_s, boot_id=now.boot_id,
-            )  # fmt: skip
-            return
-        tx.run(
-            "INSERT INTO ib_pacing_tickets (token, login, wall_s, boot_s, boot_id, host, pid, started, identity, contract,"
-            " weight, seq) SELECT :token, :login, :wall_s, :boot_s, :boot_id, :host, :pid, :started, :identity, :contract,"
-            " :weight, COALESCE(MAX(seq), 0) + 1 FROM ib_pacing_tickets",
-            **self._row(ticket, ask, now),
-        )
-
-    def _holds(self, tx: Transaction, now: Reading) -> list[tuple[float, float, bool, str]]:
-        """Age, length, whether it is IB's pacing answer, and reason of every pause that still matters."""
-        holds: list[tuple[float, float, bool, str]] = []
-        for token, wall_s, boot_s, boot_id, seconds, is_penalty, reason in tx.rows(
-            "SELECT token, wall_s, boot_s, boot_id, seconds, is_penalty, reason FROM ib_pacing_holds WHERE login = :login",
-            login=self._login,
-        ):
-            age_s = now.age_of(Stamp(wall_s, boot_s, boot_id))
-            if age_s < 0:
-                tx.run(
-                    "UPDATE ib_pacing_holds SET wall_s = :wall_s, boot_s = :boot_s, boot_id = :boot_id WHERE token = :token",
-                    token=token, wall_s=now.wall_s, boot_s=now.boot_s, boot_id=now.boot_id,
-                )  # fmt: skip
-                age_s = 0.0
-            if age_s > max(seconds, PENALTY_MEMORY_S):
-                tx.run("DELETE FROM ib_pacing_holds WHERE token = :token", token=token)
-            else:
-                holds.append((age_s, seconds, bool(is_penalty), reason))
-        return holds
-
     # -- what becomes of a grant
 
-    def _stamp_sent(self, grant: Grant) -> float:
-        def body(tx: Transaction) -> float | None:
-            now = tx.read_clock()
-            found = tx.rows(
-                "SELECT wall_s, boot_s, boot_id, is_sent FROM ib_pacing_requests WHERE token = :token",
-                token=grant.token,
-            )
-            if not found:
-                return None
-            *stamp, is_sent = found[0]
-            if not is_sent and now.age_of(Stamp(*stamp)) > GRANT_VALID_S:
-                tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=grant.token)
-                return None
-            self._restamp(tx, grant.token, now)
-            tx.run("UPDATE ib_pacing_requests SET is_sent = 1 WHERE token = :token", token=grant.token)
-            return now.wall_s
+    def _look_again(self, grant: Grant) -> None:
+        while True:
+            began = self._clock.read()
+            if not self._store.run(lambda tx: LedgerRows(tx, self._login).may_send(grant.token)):
+                grant._is_over = True
+                raise GrantExpired(
+                    f"leave to send was not used within {GRANT_VALID_S:.0f} s, or the pacing ledger was replaced",
+                    advice="Nothing was sent; ask again.",
+                )
+            # A look that took long (a stopped process, a slow disk) says nothing about now.
+            if self._clock.read().age_of(began) <= MARGIN_S:
+                return
 
-        sent_at_s = self._store.run(body)
-        if sent_at_s is None:
-            grant._is_over = True
-            raise GrantExpired(
-                f"leave to send was not used within {GRANT_VALID_S:.0f} s, or the pacing ledger was replaced",
-                advice="Nothing was sent; ask again.",
-            )
-        return sent_at_s
+    def _stamp_sent(self, grant: Grant) -> float:
+        def body(tx: Transaction) -> float:
+            rows = LedgerRows(tx, self._login)
+            rows.mark_sent(grant.token, grant.ask)
+            return rows.now.wall_s
+
+        return self._store.run(body)
 
     def _finish(self, grant: Grant) -> None:
         sql = "UPDATE ib_pacing_requests SET is_finished = 1 WHERE token = :token"
@@ -452,6 +333,7 @@ def open_ledger(where: Path | str, login: str, clock: Clock | None = None) -> Le
     Raises:
         InputError: an URL that is not PostgreSQL's, or whose driver is missing.
     """
+    local = clock or SystemClock()
     if isinstance(where, str) and "://" in where:
-        return Ledger(PostgresStore(where, login, clock), login)
-    return Ledger(SqliteStore(ledger_path(Path(where), login), login, clock or SystemClock()), login)
+        return Ledger(PostgresStore(where, login, clock), login, local)
+    return Ledger(SqliteStore(ledger_path(Path(where), login), login, local), login, local)

@@ -1,6 +1,6 @@
 """Where the pacing ledger's rows are kept: one SQLite file per gateway login, or a PostgreSQL database by URL.
 
-Both run a function inside one transaction that no other process can overlap. What the rows mean is in `ledger.py`.
+Both run a function inside one transaction that no other process can overlap. What the rows mean is in `ledger_rows.py`.
 sqlite3 itself serves the file: through SQLAlchemy the same statements took half as long again (twice, without the disk's
 part) and its import a quarter of a second. SQLAlchemy serves PostgreSQL.
 A file that is lost or damaged is replaced by one that pauses for ten minutes: see `SqliteStore`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -39,6 +40,12 @@ def current_owner() -> Owner:
 
 
 def _host() -> str:
+    return _host_of(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _host_of(_pid: int) -> str:
+    """Read once per process: a fork may lead into another namespace, nothing else changes it."""
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

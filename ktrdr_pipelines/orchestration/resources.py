@@ -8,6 +8,8 @@ from pathlib import Path
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
@@ -17,6 +19,9 @@ from ktrdr_pipelines.series import HistoryLimits
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.series_store import Store
+
+_ledger_urls: dict[str, str] = {}
+"""The real URL for each that is shown. Every process that runs assets has built the definitions, and with them this."""
 
 _DAEMON_TAGS = ("dagster/backfill", "dagster/sensor_name", "dagster/schedule_name")
 
@@ -32,6 +37,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     retry_waits_s: list[float] = Field(default_factory=lambda: [15.0, 30.0, 60.0])
     state_dir: str
     ledger_url: str = ""
+    """As people may see it: Dagster shows the configuration of its resources to everybody, and keeps it."""
 
     _history: IBHistory | None = PrivateAttr(default=None)
     _client_ids: ClientIds = PrivateAttr(default=ClientIds.PERSON)
@@ -47,7 +53,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             request_timeout_s=settings.ib_request_timeout_s,
             retry_waits_s=list(settings.ib_retry_waits_s),
             state_dir=str(settings.dagster_home),
-            ledger_url=settings.ledger_url,
+            ledger_url=_without_secrets(settings.ledger_url),
         )
 
     def address(self) -> GatewayAddress:
@@ -61,7 +67,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             request_timeout_s=self.request_timeout_s,
             retry_waits_s=tuple(self.retry_waits_s),
             state_dir=Path(self.state_dir),
-            ledger_url=self.ledger_url,
+            ledger_url=_ledger_urls.get(self.ledger_url, self.ledger_url),
         )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
@@ -100,3 +106,18 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def store(self) -> Store:
         """The store of the folder."""
         return open_store(Path(self.data_dir))
+
+
+def _without_secrets(url: str) -> str:
+    """``url`` as it may be shown; this process can find the real one again."""
+    if not url:
+        return ""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        shown = "(not a database URL)"  # whatever it is: using it tells what is wrong with it
+    else:
+        secret = {name: "hidden" for name in parsed.query if "pass" in name.lower()}
+        shown = parsed.update_query_dict(secret).render_as_string(hide_password=True)
+    _ledger_urls[shown] = url
+    return shown

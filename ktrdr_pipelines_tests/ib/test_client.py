@@ -728,14 +728,14 @@ def test_head_timestamp_without_an_answer_is_a_failure_and_a_refusal_is_no_hint(
 
 
 def test_what_may_not_be_sent_is_not_sent() -> None:
-    """If ``on_sent`` raises (the ledger takes its leave back), nothing goes out and nothing is cancelled."""
+    """If ``sending`` refuses (the ledger takes its leave back), nothing goes out and nothing is cancelled."""
 
     def refuse() -> None:
         raise TransientError("leave to send was not used in time")
 
     with ScriptedGateway() as gateway, make_client(gateway.port) as client:
         with pytest.raises(TransientError, match="leave to send"):
-            ask_bars(client, on_sent=refuse)
+            ask_bars(client, sending=refuse)
         client.probe()
         assert gateway.told(HISTORY) == gateway.told(CANCEL_HISTORY) == []
 

@@ -1,0 +1,131 @@
+"""`make soak`: 130 requests in real time, through the program's own path to IB, judged by the simulated gateway.
+
+Several processes load bars through `IBHistory`, sockets and one ledger, on the machine's clock, with nothing injected: the
+trial of the pacing rules that no fast clock can replace. 60 requests fit into ten minutes, so the default takes about 20.
+The gateway counts what reaches it by its own rules (`simulator/judge.py`). Ends with 1 if a rule was broken, an answer was
+missing, or budget was left lying.
+
+    python tools/soak.py [--requests 130] [--loaders 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG", "AMZN", "NVDA", "IBM")
+PAIR = "EURUSD"
+TEN_MINUTES_S, BUDGET = 600.0, 60
+
+
+def load(port: int, state: Path, numbers: range) -> None:
+    """One process: ask for one day of bars per number, and print what it cost as one line of JSON."""
+    from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
+    from ktrdr_pipelines.plan import Request
+    from ktrdr_pipelines.series import TIMEFRAMES, Duration, Instrument, Series, Window, stock
+
+    def tell(waiting: Waiting) -> None:
+        print(f"  loader {numbers.start}: {waiting.reason}, {waiting.seconds:.0f} s", file=sys.stderr, flush=True)
+
+    bars = 0
+    with IBHistory(GatewayAddress("127.0.0.1", port, state_dir=state), on_wait=tell) as history:
+        for number in numbers:
+            # Every tenth counts twice.
+            what = Instrument(PAIR, "CASH", "IDEALPRO", "USD", ib_symbol="EUR", what_to_show="BID_ASK")
+            instrument = what if number % 10 == 9 else stock(SYMBOLS[number % len(SYMBOLS)])
+            end = datetime(2024, 3, 5, 22, tzinfo=UTC) + timedelta(weeks=number // len(SYMBOLS))
+            request = Request(Window(end - timedelta(days=1), end), end, Duration(1, "D"))
+            bars += len(history.fetch(Series(history.pin(instrument), TIMEFRAMES["1h"]), request))
+        print(json.dumps({"sent": history.requests_made, "bars": bars, "retries": history.retries}))
+
+
+def most_units(sent: list[tuple[float, int]], span_s: float) -> int:
+    """The most units that any closed stretch of ``span_s`` holds."""
+    return max(sum(units for at, units in sent if begin <= at <= begin + span_s) for begin, _ in sent)
+
+
+def soak(requests: int, loaders: int) -> int:
+    from ktrdr_pipelines.simulator.server import run_in_thread
+    from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+
+    arrived: list[tuple[float, int]] = []
+
+    def note(record: Any) -> None:
+        arrived.append((time.monotonic(), 2 if record.what == "BID_ASK" else 1))
+
+    began = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        run_in_thread(SyntheticMarket(), judge=True, pace_clock=time.monotonic, on_record=note) as gateway,
+    ):
+        command = [
+            sys.executable,
+            __file__,
+            "--requests",
+            requests,
+            "--loaders",
+            loaders,
+            "--port",
+            gateway.port,
+            "--state",
+            folder,
+        ]
+        children = [
+            subprocess.Popen([str(part) for part in (*command, "--load", number)], stdout=subprocess.PIPE, text=True)
+            for number in range(loaders)
+        ]
+        try:
+            reports = [json.loads(child.communicate()[0] or "{}") for child in children]
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        violations = list(gateway.violations)
+    took_s = time.monotonic() - began
+    grants = sum(report.get("sent", 0) for report in reports)
+    units = sum(weight for _, weight in arrived)
+    first_s = arrived[0][0] if arrived else 0.0
+    # The ledger keeps ten minutes and half a second, for what is on its way: the cuts lie in that half second.
+    windows = [
+        sum(weight for at, weight in arrived if number <= (at - first_s) / (TEN_MINUTES_S + 0.25) < number + 1)
+        for number in range(-(-units // BUDGET))
+    ]
+    print(
+        f"{grants} requests granted and sent, {len(arrived)} reached the gateway ({units} units) in {took_s / 60:.1f} min"
+    )
+    print(f"{len(violations)} violations judged, {sum(report.get('retries', 0) for report in reports)} retries")
+    print(
+        f"budget: {windows} units in each ten minutes, at most {most_units(arrived, TEN_MINUTES_S)} of {BUDGET} in any ten"
+    )
+    for at, rule in violations:
+        print(f"  violation at {at - first_s:.3f} s: {rule}")
+    wasted = [units for units in windows[:-1] if units < BUDGET - 1]  # one may be left beside a request that weighs two
+    is_complete = grants == len(arrived) == requests and all(report.get("bars") for report in reports)
+    return int(bool(violations) or bool(wasted) or not is_complete)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=130)
+    parser.add_argument("--loaders", type=int, default=3, help="processes that share the ledger")
+    for hidden, kind in (("--load", int), ("--port", int), ("--state", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load is not None:
+        load(options.port, options.state, range(options.load, options.requests, options.loaders))
+        return 0
+    return soak(options.requests, options.loaders)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
