@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from ktrdr_pipelines.errors import (
@@ -25,9 +25,19 @@ from ktrdr_pipelines.errors import (
     RequestTimeout,
     TransientError,
 )
-from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, columns_from_bars, read_error, report_unreadable
+from ktrdr_pipelines.ib.answers import (
+    RawBars,
+    check_bars_message,
+    check_contract_message,
+    columns_from_bars,
+    read_contract,
+    read_error,
+    read_head,
+    report_unreadable,
+)
 from ktrdr_pipelines.ib.codes import Hold, Outcome, classify
 from ktrdr_pipelines.ib.contracts import ContractInfo
+from ktrdr_pipelines.ib.framing import BoundedReader
 from ktrdr_pipelines.ib.handshake import shake_hands
 from ktrdr_pipelines.ib.loop_thread import LoopThread
 from ktrdr_pipelines.ib.unreachable import WELL_KNOWN_PORTS, NotAGatewayError, explain_unreachable
@@ -36,7 +46,10 @@ from ktrdr_pipelines.series import Instrument, require_utc
 log = logging.getLogger(__name__)
 
 CLIENT_ID_IN_USE = 326
-_ERROR, _CONTRACT, _BARS, _HEAD = 4, 10, 17, 88
+_ERROR, _VALID_ID, _CONTRACT, _ACCOUNTS, _BARS, _TIME, _CONTRACT_END, _HEAD = 4, 9, 10, 15, 17, 49, 52, 88
+_HEARD = (_ERROR, _VALID_ID, _CONTRACT, _ACCOUNTS, _BARS, _TIME, _CONTRACT_END, _HEAD)
+"""Messages that are listened to. The library keeps what others say (orders, positions, news), and lets many of them end any
+request whose id they carry."""
 
 T = TypeVar("T")
 
@@ -69,7 +82,8 @@ class GatewayClient:
         self._lib: Any = None
         self._id_in_use = False
         self._refusal = ""
-        self._open: dict[int, bool] = {}  # unanswered requests: does "no data" count as an answer?
+        self._frames: BoundedReader | None = None
+        self._open: dict[int, tuple[int, ...]] = {}  # unanswered requests, and the messages that can answer each
         self._heard: list[str] = []
 
     # -- life cycle -------------------------------------------------------------------------------------------------
@@ -138,7 +152,10 @@ class GatewayClient:
         """
 
         async def ask() -> Any:
-            return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), self.probe_timeout_s)
+            try:
+                return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), self.probe_timeout_s)
+            finally:
+                self._forget("currentTime")
 
         try:
             answer: datetime = self._call(ask(), self.probe_timeout_s + 5)
@@ -164,31 +181,13 @@ class GatewayClient:
             self._ib.client.reqContractDetails(req_id, contract)
 
         try:
-            details = self._request(doing, send, lambda _: None, timeout_s, contract)
+            details = self._request(doing, send, lambda _: None, timeout_s, contract, (_CONTRACT, _CONTRACT_END))
         except KtrdrError as error:
             # "Ambiguous" is a 200 too, and no "there is none".
             if error.code == 200 and not error.retry_helps and "ambiguous" not in error.observed.lower():
                 return []
             raise
-        return [
-            ContractInfo(
-                con_id=int(d.contract.conId),
-                symbol=d.contract.symbol,
-                sec_type=d.contract.secType,
-                exchange=d.contract.exchange,
-                currency=d.contract.currency,
-                primary_exchange=d.contract.primaryExchange,
-                local_symbol=d.contract.localSymbol,
-                trading_class=d.contract.tradingClass,
-                expiry=d.contract.lastTradeDateOrContractMonth,
-                contract_month=d.contractMonth,
-                multiplier=d.contract.multiplier,
-                long_name=d.longName,
-                time_zone=d.timeZoneId,
-                valid_exchanges=d.validExchanges,
-            )
-            for d in details
-        ]
+        return [read_contract(found, doing) for found in details]
 
     def historical_bars(
         self,
@@ -234,7 +233,7 @@ class GatewayClient:
             self._ib.client.cancelHistoricalData(req_id)
 
         try:
-            bars = self._request(doing, send, cancel, self.request_timeout_s, contract, proves_empty=True)
+            bars = self._request(doing, send, cancel, self.request_timeout_s, contract, (_BARS,))
         except _NoData as empty:
             return RawBars.nothing(str(empty))
         if not bars:
@@ -268,17 +267,12 @@ class GatewayClient:
 
         doing = f"asking for the start of history of {instrument.symbol}"
         try:
-            stamp = self._request(doing, send, cancel, timeout_s, contract, always_cancel=True)
+            return read_head(self._request(doing, send, cancel, timeout_s, contract, (_HEAD,), always_cancel=True))
         except PermanentError:
             return None  # "no head time stamp" is no statement about bars: the caller goes without the hint
-        except ValueError as error:
-            log.warning("%s: IB's answer is no time (%s); going on without it", doing, error)
+        except (ValueError, OverflowError) as error:
+            log.warning("%s: IB's answer is no time (%.200s); going on without it", doing, error)
             return None
-        if not isinstance(stamp, datetime):
-            day: date = stamp
-            return datetime(day.year, day.month, day.day, tzinfo=UTC)
-        # formatDate 2 is epoch seconds; a gateway that answers in text means UTC for this request.
-        return stamp.replace(tzinfo=UTC) if stamp.tzinfo is None else stamp.astimezone(UTC)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -289,10 +283,12 @@ class GatewayClient:
         logging.getLogger("ib_insync").setLevel(logging.CRITICAL)
         self._lib = ib_insync
         self._ib = ib_insync.IB()  # type: ignore[no-untyped-call]
-        readers = self._ib.client.decoder.handlers
-        readers[_ERROR] = self._read_error
-        for message in (_CONTRACT, _BARS, _HEAD):
-            readers[message] = self._guard(message, readers[message])
+        known = self._ib.client.decoder.handlers
+        readers = {message: known[message] for message in _HEARD} | {_ERROR: self._read_error}
+        for message in (_CONTRACT, _BARS, _CONTRACT_END, _HEAD):
+            readers[message] = self._guard(message, known[message])
+        self._ib.client.decoder.handlers = readers
+        self._frames = BoundedReader(self._ib.client)
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         if self._thread is None:
@@ -303,7 +299,13 @@ class GatewayClient:
     def _shake_hands(self) -> None:
         self._ib.wrapper.clientId = self.client_id
         work = shake_hands(
-            self._ib.client, self.host, self.port, self.client_id, self.connect_timeout_s, lambda: self._refusal
+            self._ib.client,
+            self.host,
+            self.port,
+            self.client_id,
+            self.connect_timeout_s,
+            lambda: self._refusal,
+            lambda: self._damage,
         )
         try:
             self._call(work, self.connect_timeout_s * 2 + 5)
@@ -317,6 +319,10 @@ class GatewayClient:
             if isinstance(error, NotAGatewayError) and self.notices:
                 error = NotAGatewayError(f"{error}; it said: {'; '.join(self.notices[-3:])}")
             raise explain_unreachable(error, self.host, self.port, self.ports) from None
+
+    @property
+    def _damage(self) -> str:
+        return self._frames.damage if self._frames is not None else ""
 
     def _contract(self, instrument: Instrument) -> Any:
         contract = self._lib.Contract(
@@ -337,9 +343,15 @@ class GatewayClient:
     # -- messages of the gateway, on the owner's loop ---------------------------------------------------------------
 
     def _read_error(self, fields: Sequence[str]) -> None:
-        req_id, code, text = read_error(fields)
+        try:
+            req_id, code, text = read_error(fields)
+        except ValueError as error:
+            if len(fields) > 2 and fields[2].isdecimal() and int(fields[2]) in self._open:
+                self._fail(int(fields[2]), report_unreadable(error, fields))
+            return
         is_open = req_id in self._open
-        outcome = classify(code, text, now=self.now(), during_history=self._open.get(req_id, False), held=self.holds)
+        is_history = self._open.get(req_id) == (_BARS,)  # only there does "no data" count as an answer
+        outcome = classify(code, text, now=self.now(), during_history=is_history, held=self.holds)
         self.holds = (self.holds | outcome.holds) - outcome.releases
         self._id_in_use = self._id_in_use or code == CLIENT_ID_IN_USE
         if is_open and _ends_request(outcome):
@@ -357,16 +369,19 @@ class GatewayClient:
         """``read``, but an answer that cannot be read fails its request instead of leaving it to its time-out."""
 
         def reading(fields: list[str]) -> None:
-            has_version = message == _CONTRACT and self._ib.client.serverVersion() < 164
-            req_id = fields[2 if has_version else 1]
-            if not req_id.isdigit() or int(req_id) not in self._open:
-                return  # late, of a request that was given up
+            is_old = message == _CONTRACT and self._ib.client.serverVersion() < 164
+            text = fields[2 if is_old or message == _CONTRACT_END else 1]
+            req_id = int(text) if text.isdecimal() else -1
+            if message not in self._open.get(req_id, ()):
+                return  # late, of a request that was given up; or no answer to what was asked
             try:
                 if message == _BARS:
                     check_bars_message(fields)
+                elif message == _CONTRACT:
+                    check_contract_message(fields, len(self._ib.wrapper._results.get(req_id, ())))
                 read(fields)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the request has no answer
-                self._fail(int(req_id), report_unreadable(error, fields))
+                self._fail(req_id, report_unreadable(error, fields))
 
         return reading
 
@@ -375,6 +390,12 @@ class GatewayClient:
         if ended is not None and not ended.done():
             ended.set_exception(error)
 
+    def _forget(self, key: Any) -> None:
+        """So that a late answer fills no list and nothing grows."""
+        wrapper = self._ib.wrapper
+        for table in (self._open, wrapper._futures, wrapper._results, wrapper._reqId2Contract):
+            table.pop(key, None)
+
     def _request(
         self,
         doing: str,
@@ -382,18 +403,18 @@ class GatewayClient:
         cancel: Callable[[int], None],
         timeout_s: float,
         contract: Any,
+        answered_by: tuple[int, ...],
         *,
         always_cancel: bool = False,
-        proves_empty: bool = False,
     ) -> Any:
-        """Send one request and wait for its end: the library's result, or an exception. Only where ``proves_empty`` (bars)
-        does "no data" count as an answer."""
+        """Send one request and wait for its end: the library's result, or an exception. Only messages of the kinds
+        ``answered_by`` are taken for answers."""
 
         async def run() -> Any:
             client, wrapper = self._ib.client, self._ib.wrapper
             req_id = client.getReqId()  # ConnectionError if there is none
             ended = wrapper.startReq(req_id, contract)
-            self._open[req_id] = proves_empty
+            self._open[req_id] = answered_by
             self._heard = []
             try:
                 send(req_id)
@@ -411,9 +432,7 @@ class GatewayClient:
                     f"no answer within {timeout_s:g} s; the request was cancelled{said}", doing=doing
                 ) from None
             finally:
-                # Forget the request, so that a late answer fills no list and nothing grows.
-                for table in (self._open, wrapper._futures, wrapper._results, wrapper._reqId2Contract):
-                    table.pop(req_id, None)
+                self._forget(req_id)
 
         try:
             return self._call(run(), timeout_s + 10)
@@ -421,7 +440,7 @@ class GatewayClient:
             raise RequestTimeout(f"no answer within {timeout_s:g} s, and the connection hangs", doing=doing) from None
         except ConnectionError as error:
             raise TransientError(
-                f"the connection to {self.host}:{self.port} was lost ({error})",
+                f"the connection to {self.host}:{self.port} was lost ({self._damage or error})",
                 doing=doing,
                 advice="It is made again for the next try.",
             ) from None
