@@ -145,6 +145,8 @@ def make_attack(random: Random) -> bytes:
             return (
                 HELLO + random.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", (MAX_FRAME_BYTES + 1).to_bytes(4, "big"))) * 50
             )
+        case 2 if random.random() < 0.1:
+            return HELLO + (1 << 20).to_bytes(4, "big") + bytes(3 * MAX_FRAME_BYTES)
         case 2:
             return HELLO + encode(71, 2, random.randrange(100, 120), "") + encode(*history(1))[: random.randrange(80)]
         case 3:
