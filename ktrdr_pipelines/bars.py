@@ -299,7 +299,7 @@ def normalise_answer(
     if missing:
         raise DataError(f"the answer has no {', '.join(missing)}", doing=doing)
     opens_s = _whole_seconds(raw["timestamp"], doing)
-    values = np.column_stack([np.asarray(raw[name], dtype=np.float64) for name in COLUMNS[1:]])
+    values = np.column_stack([np.asarray(raw[name], dtype=np.float64) for name in COLUMNS[1:]]) + 0.0  # no -0.0
     if len(values) != len(opens_s):
         raise DataError("the answer's columns differ in length", doing=doing)
     closes_s = _closes(opens_s, series.timeframe, closes)

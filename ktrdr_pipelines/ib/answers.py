@@ -17,14 +17,26 @@ import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.ib.contracts import ContractInfo
 
 BAR_FIELDS = 8
 """Date, open, high, low, close, volume, average, count (library's decoder, server versions 157 to 176)."""
 BARS_AT = 5
 """Fields of a bars message before its bars: message id, request id, start, end, number of bars."""
 
+MAX_CONTRACTS = 2000
+"""Contracts in one answer; the longest real ones (all futures of a product, expired ones too) have some hundreds."""
+MAX_CONTRACT_FIELDS = 2000
+
+SESSIONS_AT, SESSION_FIELDS = 6, 3
+"""A schedule: message id, request id, start, end, zone, number of sessions; then start, end and date of each."""
+
 _NOTHING_WRITTEN = "Nothing was written."
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_LONGEST_TEXT = 2000
+# float() and int() also take "1_000", blanks and the digits of every script; strptime takes a date that lacks a digit.
+_NO_NUMBER = re.compile(r"[^0-9A-Za-z+\-.]")
+_DATE = re.compile(r"\d{1,12}|\d{8}(?:-| {1,2})\d\d:\d\d:\d\d(?: \S+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -89,10 +101,85 @@ def check_bars_message(fields: Sequence[str]) -> None:
         ValueError: bars are missing or too many. Newer protocols (from 196) leave out start and end: their second field of the
             first bar would be taken for the count, and an open of 0 for "no bars".
     """
-    count = int(fields[BARS_AT - 1])
+    announced = fields[BARS_AT - 1]
+    if not (announced.isascii() and announced.isdigit() and len(announced) < 10):
+        raise ValueError(f"{announced!r} bars announced")
+    count = int(announced)
     end = BARS_AT + BAR_FIELDS * count
-    if count < 0 or len(fields) < end or any(fields[end:]):
+    if len(fields) < end or any(fields[end:]):
         raise ValueError(f"{count} bars announced, {(len(fields) - BARS_AT) / BAR_FIELDS:g} sent")
+    for at in range(BARS_AT + 1, BARS_AT + BAR_FIELDS):
+        if strange := _NO_NUMBER.search("".join(fields[at:end:BAR_FIELDS])):
+            raise ValueError(f"{strange.group()!r} in a number of a bar")
+    for date_text in fields[BARS_AT:end:BAR_FIELDS]:
+        if not _DATE.fullmatch(date_text):
+            raise ValueError(f"{date_text!r} is no date of a bar")
+
+
+def check_schedule_message(fields: Sequence[str]) -> None:
+    """See that a schedule holds as many sessions as it says, and nothing behind them.
+
+    Raises:
+        ValueError: sessions are missing or too many.
+    """
+    announced, rows = fields[SESSIONS_AT - 1], fields[SESSIONS_AT:]
+    if not (announced.isascii() and announced.isdigit() and len(announced) < 10):
+        raise ValueError(f"{announced!r} sessions announced")
+    count = int(announced)
+    if len(rows) < SESSION_FIELDS * count or any(rows[SESSION_FIELDS * count :]):
+        raise ValueError(f"{count} sessions announced, {len(rows) / SESSION_FIELDS:g} sent")
+
+
+def check_contract_message(fields: Sequence[str], before: int) -> None:
+    """See that a contract is of a sane size and not one too many, when ``before`` came in the same answer.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if before >= MAX_CONTRACTS:
+        raise ValueError(f"more than {MAX_CONTRACTS} contracts")
+    if len(fields) > MAX_CONTRACT_FIELDS or sum(map(len, fields)) > 1 << 16:
+        raise ValueError("a contract longer than any")
+
+
+def read_contract(details: Any, doing: str) -> ContractInfo:
+    """One contract from the library's object.
+
+    Raises:
+        DataError: it has no conId: nothing could be asked for by it.
+    """
+    contract = details.contract
+    con_id = int(contract.conId)
+    if not 0 < con_id < 1 << 63:
+        raise DataError(f"IB described a contract without a conId ({con_id:.12g})", doing=doing)
+    return ContractInfo(
+        con_id=con_id,
+        symbol=clean_text(contract.symbol),
+        sec_type=clean_text(contract.secType),
+        exchange=clean_text(contract.exchange),
+        currency=clean_text(contract.currency),
+        primary_exchange=clean_text(contract.primaryExchange),
+        local_symbol=clean_text(contract.localSymbol),
+        trading_class=clean_text(contract.tradingClass),
+        expiry=clean_text(contract.lastTradeDateOrContractMonth),
+        contract_month=clean_text(details.contractMonth),
+        multiplier=clean_text(contract.multiplier),
+        long_name=clean_text(details.longName),
+        time_zone=clean_text(details.timeZoneId),
+        valid_exchanges=clean_text(details.validExchanges),
+    )
+
+
+def read_head(stamp: datetime | date) -> datetime:
+    """A head timestamp as the library read it, as an instant.
+
+    Raises:
+        OverflowError: outside the years 1 to 9999.
+    """
+    if not isinstance(stamp, datetime):
+        return datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC)
+    # formatDate 2 is epoch seconds; a gateway that answers in text means UTC for this request.
+    return stamp.replace(tzinfo=UTC) if stamp.tzinfo is None else stamp.astimezone(UTC)
 
 
 def read_error(fields: Sequence[str]) -> tuple[int, int, str]:
@@ -105,13 +192,22 @@ def read_error(fields: Sequence[str]) -> tuple[int, int, str]:
         ValueError: not an error message.
     """
     _, _, req_id, code, text, *_ = fields
-    return int(req_id), int(code), _ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text)
+    if len(req_id) > 20 or len(code) > 9:
+        raise ValueError("an error of no known code")
+    return int(req_id), int(code), clean_text(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text[:20_000]))
+
+
+def clean_text(text: str) -> str:
+    """A gateway's text fit to be shown, logged and stored: of bearable length, without control characters, and without the
+    halves of characters (emoji arrive as two escapes), which no file takes."""
+    whole = text[:_LONGEST_TEXT].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return whole if whole.isprintable() else "".join(c if c.isprintable() else " " for c in whole)
 
 
 def report_unreadable(error: Exception, fields: Sequence[str]) -> DataError:
     """The error of a request whose answer cannot be read."""
     return DataError(
-        f"the gateway's answer cannot be read ({type(error).__name__}: {error})",
-        rows=" ".join(fields[:24]),
+        clean_text(f"the gateway's answer cannot be read ({type(error).__name__}: {str(error)[:200]})"),
+        rows=clean_text(" ".join(field[:40] for field in fields[:24])),
         advice=f"{_NOTHING_WRITTEN} Please report this with the gateway's version.",
     )

@@ -10,15 +10,15 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.errors import KtrdrError, PermanentError, TransientError
-from ktrdr_pipelines.ib.answers import RawBars, columns_from_bars
+from ktrdr_pipelines.ib.answers import RawBars, columns_from_bars, read_contract, read_head
 from ktrdr_pipelines.ib.codes import Hold
-from ktrdr_pipelines.ib.contracts import ContractInfo, read_details
-from ktrdr_pipelines.ib.conversation import Conversation, NoData
+from ktrdr_pipelines.ib.contracts import ContractInfo
+from ktrdr_pipelines.ib.conversation import BARS, CONTRACT, CONTRACT_END, HEAD, SCHEDULE, Conversation, NoData
 from ktrdr_pipelines.ib.schedules import read_schedule
 from ktrdr_pipelines.series import Instrument, require_utc
 
@@ -47,13 +47,13 @@ class GatewayClient(Conversation):
             self._ib.client.reqContractDetails(req_id, contract)
 
         try:
-            details = self._request(doing, send, lambda _: None, timeout_s, contract)
+            details = self._request(doing, send, lambda _: None, timeout_s, contract, (CONTRACT, CONTRACT_END))
         except KtrdrError as error:
             # "Ambiguous" is a 200 too, and no "there is none".
             if error.code == 200 and not error.retry_helps and "ambiguous" not in error.observed.lower():
                 return []
             raise
-        return [read_details(each) for each in details]
+        return [read_contract(each, doing) for each in details]
 
     def historical_bars(
         self,
@@ -99,7 +99,7 @@ class GatewayClient(Conversation):
             self._ib.client.cancelHistoricalData(req_id)
 
         try:
-            bars = self._request(doing, send, cancel, self.request_timeout_s, contract, proves_empty=True)
+            bars = self._request(doing, send, cancel, self.request_timeout_s, contract, (BARS,))
         except NoData as empty:
             return RawBars.nothing(str(empty))
         if not bars:
@@ -135,7 +135,7 @@ class GatewayClient(Conversation):
         def cancel(req_id: int) -> None:
             self._ib.client.cancelHistoricalData(req_id)
 
-        answer = self._request(doing, send, cancel, self.request_timeout_s, contract)
+        answer = self._request(doing, send, cancel, self.request_timeout_s, contract, (SCHEDULE,))
         rows = [(row.startDateTime, row.endDateTime, row.refDate) for row in answer.sessions]
         try:
             return read_schedule(answer.timeZone, rows)
@@ -160,17 +160,12 @@ class GatewayClient(Conversation):
 
         doing = f"asking for the start of history of {instrument.symbol}"
         try:
-            stamp = self._request(doing, send, cancel, timeout_s, contract, always_cancel=True)
+            return read_head(self._request(doing, send, cancel, timeout_s, contract, (HEAD,), always_cancel=True))
         except PermanentError:
             return None  # "no head time stamp" is no statement about bars: the caller goes without the hint
-        except ValueError as error:
-            log.warning("%s: IB's answer is no time (%s); going on without it", doing, error)
+        except (ValueError, OverflowError) as error:
+            log.warning("%s: IB's answer is no time (%.200s); going on without it", doing, error)
             return None
-        if not isinstance(stamp, datetime):
-            day: date = stamp
-            return datetime(day.year, day.month, day.day, tzinfo=UTC)
-        # formatDate 2 is epoch seconds; a gateway that answers in text means UTC for this request.
-        return stamp.replace(tzinfo=UTC) if stamp.tzinfo is None else stamp.astimezone(UTC)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ktrdr_pipelines.errors import InputError, PermanentError
 from ktrdr_pipelines.series import Instrument, forex, stock
@@ -41,27 +40,6 @@ class ContractInfo:
         where = self.primary_exchange or self.exchange
         parts = [self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name, f"conId {self.con_id}"]
         return " ".join(part for part in parts if part)
-
-
-def read_details(details: Any) -> ContractInfo:
-    """What the library's contract details (``contract``, ``longName`` …) say."""
-    contract = details.contract
-    return ContractInfo(
-        con_id=int(contract.conId),
-        symbol=contract.symbol,
-        sec_type=contract.secType,
-        exchange=contract.exchange,
-        currency=contract.currency,
-        primary_exchange=contract.primaryExchange,
-        local_symbol=contract.localSymbol,
-        trading_class=contract.tradingClass,
-        expiry=contract.lastTradeDateOrContractMonth,
-        contract_month=details.contractMonth,
-        multiplier=contract.multiplier,
-        long_name=details.longName,
-        time_zone=details.timeZoneId,
-        valid_exchanges=details.validExchanges,
-    )
 
 
 def list_candidates(symbol: str) -> list[Instrument]:

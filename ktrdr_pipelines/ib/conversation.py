@@ -20,8 +20,15 @@ from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, RequestTimeout, TransientError
-from ktrdr_pipelines.ib.answers import check_bars_message, read_error, report_unreadable
+from ktrdr_pipelines.ib.answers import (
+    check_bars_message,
+    check_contract_message,
+    check_schedule_message,
+    read_error,
+    report_unreadable,
+)
 from ktrdr_pipelines.ib.codes import Hold, Outcome, classify
+from ktrdr_pipelines.ib.framing import BoundedReader
 from ktrdr_pipelines.ib.handshake import HungUpError, shake_hands
 from ktrdr_pipelines.ib.holds import Down
 from ktrdr_pipelines.ib.loop_thread import LoopThread
@@ -30,7 +37,12 @@ from ktrdr_pipelines.ib.unreachable import WELL_KNOWN_PORTS, NotAGatewayError, e
 log = logging.getLogger(__name__)
 
 CLIENT_ID_IN_USE = 326
-_ERROR, _CONTRACT, _BARS, _HEAD, _SCHEDULE = 4, 10, 17, 88, 106
+_ERROR, _VALID_ID, _ACCOUNTS, _TIME = 4, 9, 15, 49
+CONTRACT, BARS, CONTRACT_END, HEAD, SCHEDULE = 10, 17, 52, 88, 106
+"""Messages that answer requests, by IBKR's number."""
+_HEARD = (_ERROR, _VALID_ID, CONTRACT, _ACCOUNTS, BARS, _TIME, CONTRACT_END, HEAD, SCHEDULE)
+"""Messages that are listened to. The library keeps what others say (orders, positions, news), and lets many of them end any
+request whose id they carry."""
 _PROBE = "currentTime"
 """The library's name for the request that `GatewayClient.probe` sends."""
 
@@ -47,10 +59,10 @@ class HungUp(GatewayUnreachable):
 
 @dataclass
 class _Open:
-    """An unanswered request. ``proves_empty``: "no data" counts as an answer. ``seen_down``: everything that was down at any
-    moment since it was sent. ``must_cancel``: it is over, but the gateway may not know."""
+    """An unanswered request. ``answered_by``: the messages that can be its answer. ``seen_down``: everything that was down at
+    any moment since it was sent. ``must_cancel``: it is over, but the gateway may not know."""
 
-    proves_empty: bool
+    answered_by: tuple[int, ...]
     seen_down: frozenset[Hold]
     must_cancel: bool = False
 
@@ -83,6 +95,7 @@ class Conversation:
         self._lib: Any = None
         self._id_in_use = False
         self._refusal = ""
+        self._frames: BoundedReader | None = None
         self._open: dict[int, _Open] = {}
         self._heard: list[str] = []
 
@@ -155,7 +168,10 @@ class Conversation:
         """
 
         async def ask() -> Any:
-            return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), self.probe_timeout_s)
+            try:
+                return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), self.probe_timeout_s)
+            finally:
+                self._forget(_PROBE)
 
         try:
             answer: datetime = self._call(ask(), self.probe_timeout_s + 5)
@@ -180,10 +196,12 @@ class Conversation:
         logging.getLogger("ib_insync").setLevel(logging.CRITICAL)
         self._lib = ib_insync
         self._ib = ib_insync.IB()  # type: ignore[no-untyped-call]
-        readers = self._ib.client.decoder.handlers
-        readers[_ERROR] = self._read_error
-        for message in (_CONTRACT, _BARS, _HEAD, _SCHEDULE):
-            readers[message] = self._guard(message, readers[message])
+        known = self._ib.client.decoder.handlers
+        readers = {message: known[message] for message in _HEARD} | {_ERROR: self._read_error}
+        for message in (CONTRACT, BARS, CONTRACT_END, HEAD, SCHEDULE):
+            readers[message] = self._guard(message, known[message])
+        self._ib.client.decoder.handlers = readers
+        self._frames = BoundedReader(self._ib.client)
 
     def _call(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         if self._thread is None:
@@ -194,7 +212,13 @@ class Conversation:
     def _shake_hands(self) -> None:
         self._ib.wrapper.clientId = self.client_id
         work = shake_hands(
-            self._ib.client, self.host, self.port, self.client_id, self.connect_timeout_s, lambda: self._refusal
+            self._ib.client,
+            self.host,
+            self.port,
+            self.client_id,
+            self.connect_timeout_s,
+            lambda: self._refusal,
+            lambda: self._damage,
         )
         try:
             self._call(work, self.connect_timeout_s * 2 + 5)
@@ -209,6 +233,10 @@ class Conversation:
                 explained = HungUp(explained.observed, doing=explained.doing, advice=explained.advice)
             raise explained from None
 
+    @property
+    def _damage(self) -> str:
+        return self._frames.damage if self._frames is not None else ""
+
     def _explain_id_in_use(self) -> ClientIdInUse:
         return ClientIdInUse(
             f"client id {self.client_id} is in use at {self.host}:{self.port}",
@@ -219,13 +247,19 @@ class Conversation:
     # -- messages of the gateway, on the owner's loop ---------------------------------------------------------------
 
     def _read_error(self, fields: Sequence[str]) -> None:
-        req_id, code, text = read_error(fields)
+        try:
+            req_id, code, text = read_error(fields)
+        except ValueError as error:
+            if len(fields) > 2 and fields[2].isdecimal() and int(fields[2]) in self._open:
+                self._fail(int(fields[2]), report_unreadable(error, fields))
+            return
         open_request = self._open.get(req_id)
         outcome = classify(
             code,
             text,
             now=self.now(),
-            during_history=open_request is not None and open_request.proves_empty,
+            # Only of bars does "no data" count as an answer.
+            during_history=open_request is not None and open_request.answered_by == (BARS,),
             held=self.down.kinds if open_request is None else open_request.seen_down,
         )
         self._take_note(outcome)
@@ -260,16 +294,21 @@ class Conversation:
         """``read``, but an answer that cannot be read fails its request instead of leaving it to its time-out."""
 
         def reading(fields: list[str]) -> None:
-            has_version = message == _CONTRACT and self._ib.client.serverVersion() < 164
-            req_id = fields[2 if has_version else 1]
-            if not req_id.isdigit() or int(req_id) not in self._open:
-                return  # late, of a request that was given up
+            is_old = message == CONTRACT and self._ib.client.serverVersion() < 164
+            text = fields[2 if is_old or message == CONTRACT_END else 1]
+            open_request = self._open.get(req_id := int(text) if text.isdecimal() else -1)
+            if open_request is None or message not in open_request.answered_by:
+                return  # late, of a request that was given up; or no answer to what was asked
             try:
-                if message == _BARS:
+                if message == BARS:
                     check_bars_message(fields)
+                elif message == SCHEDULE:
+                    check_schedule_message(fields)
+                elif message == CONTRACT:
+                    check_contract_message(fields, len(self._ib.wrapper._results.get(req_id, ())))
                 read(fields)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the request has no answer
-                self._fail(int(req_id), report_unreadable(error, fields))
+                self._fail(req_id, report_unreadable(error, fields))
 
         return reading
 
@@ -278,6 +317,12 @@ class Conversation:
         if ended is not None and not ended.done():
             ended.set_exception(error)
 
+    def _forget(self, key: Any) -> None:
+        """So that a late answer fills no list and nothing grows."""
+        wrapper = self._ib.wrapper
+        for table in (self._open, wrapper._futures, wrapper._results, wrapper._reqId2Contract):
+            table.pop(key, None)
+
     def _request(
         self,
         doing: str,
@@ -285,18 +330,18 @@ class Conversation:
         cancel: Callable[[int], None],
         timeout_s: float,
         contract: Any,
+        answered_by: tuple[int, ...],
         *,
         always_cancel: bool = False,
-        proves_empty: bool = False,
     ) -> Any:
-        """Send one request and wait for its end: the library's result, or an exception. Only where ``proves_empty`` (bars)
-        does "no data" count as an answer."""
+        """Send one request and wait for its end: the library's result, or an exception. Only messages of the kinds
+        ``answered_by`` are taken for answers."""
 
         async def run() -> Any:
             client, wrapper = self._ib.client, self._ib.wrapper
             req_id = client.getReqId()  # ConnectionError if there is none
             ended = wrapper.startReq(req_id, contract)
-            this = self._open[req_id] = _Open(proves_empty, self.down.kinds)
+            this = self._open[req_id] = _Open(answered_by, self.down.kinds)
             self._heard = []
             try:
                 send(req_id)
@@ -318,9 +363,7 @@ class Conversation:
                     cancel(req_id)
                 raise
             finally:
-                # Forget the request, so that a late answer fills no list and nothing grows.
-                for table in (self._open, wrapper._futures, wrapper._results, wrapper._reqId2Contract):
-                    table.pop(req_id, None)
+                self._forget(req_id)
 
         try:
             return self._call(run(), timeout_s + 10)
@@ -328,7 +371,7 @@ class Conversation:
             raise RequestTimeout(f"no answer within {timeout_s:g} s, and the connection hangs", doing=doing) from None
         except ConnectionError as error:
             raise TransientError(
-                f"the connection to {self.host}:{self.port} was lost ({error})",
+                f"the connection to {self.host}:{self.port} was lost ({self._damage or error})",
                 doing=doing,
                 advice="It is made again for the next try.",
             ) from None

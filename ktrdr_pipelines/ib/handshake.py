@@ -20,9 +20,16 @@ class HungUpError(NotAGatewayError):
 
 
 async def shake_hands(
-    client: Any, host: str, port: int, client_id: int, timeout_s: float, refusal: Callable[[], str]
+    client: Any,
+    host: str,
+    port: int,
+    client_id: int,
+    timeout_s: float,
+    refusal: Callable[[], str],
+    damage: Callable[[], str],
 ) -> None:
-    """Connect the library's ``client``. ``refusal`` gives the words with which the gateway refuses, empty if it did not.
+    """Connect the library's ``client``. ``refusal`` gives the words with which the gateway refuses, empty if it did not;
+    ``damage`` says how it broke the protocol, empty as long as it did not.
 
     Raises:
         NotAGatewayError: connected, but no greeting came about; says what was seen. HungUpError: see there.
@@ -36,12 +43,11 @@ async def shake_hands(
     client.conn.disconnected += on_end
     client.apiError += on_end
     attempt = asyncio.ensure_future(client.connectAsync(host, port, client_id, timeout_s))
-    is_reached, is_foreign = False, False
+    is_reached = False
     try:
-        while not (attempt.done() or refusal() or ended or is_foreign):
+        while not (attempt.done() or refusal() or ended or damage()):
             await asyncio.wait({attempt}, timeout=_WATCH_S)
             is_reached = is_reached or client.conn.isConnected()
-            is_foreign = client._data[:1] not in (b"", b"\0")  # a length of 16 MB and more begins no greeting
     finally:
         client.conn.disconnected -= on_end
         client.apiError -= on_end
@@ -58,8 +64,8 @@ async def shake_hands(
     version = client.decoder.serverVersion  # the client forgets its own with the connection
     if refusal():
         raise NotAGatewayError(f"refused: {refusal()}")
-    if is_foreign:
-        raise NotAGatewayError("answers, but not as a gateway does")
+    if damage():
+        raise NotAGatewayError(f"answers, but not as a gateway does: it {damage()}")
     if has_given_up:
         why = f" ({ended[0]})" if ended and ended[0] else ""
         seen = HungUpError if version else NotAGatewayError

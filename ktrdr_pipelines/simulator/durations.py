@@ -105,15 +105,22 @@ def parse_end(text: str, now_s: int, zone: str) -> tuple[int, bool]:
     if not match:
         raise RequestRefusedError(BAD_END)
     date, time, named = match.groups()
-    day = date or datetime.fromtimestamp(now_s, ZoneInfo(named or zone)).strftime("%Y%m%d")
+    day = date or datetime.fromtimestamp(now_s, _find_zone(named or zone)).strftime("%Y%m%d")
     return min(now_s, _to_epoch(day, time, named or zone)), named is None
+
+
+def _find_zone(name: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(name)
+    except (ValueError, ZoneInfoNotFoundError, OSError):  # OSError: the name of a folder of zones, or one too long
+        raise RequestRefusedError(BAD_END) from None
 
 
 def _to_epoch(day: str, time: str, zone: str) -> int:
     try:
-        local = datetime.strptime(f"{day} {time}", "%Y%m%d %H:%M:%S").replace(tzinfo=ZoneInfo(zone))
+        local = datetime.strptime(f"{day} {time}", "%Y%m%d %H:%M:%S").replace(tzinfo=_find_zone(zone))
         return max(0, int(local.timestamp()))
-    except (ValueError, ZoneInfoNotFoundError, OverflowError, OSError):
+    except (ValueError, OverflowError):
         raise RequestRefusedError(BAD_END) from None
 
 

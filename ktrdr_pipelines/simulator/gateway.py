@@ -18,6 +18,8 @@ from ktrdr_pipelines.simulator.market import Listing, Market
 from ktrdr_pipelines.simulator.messages import MAX_VERSION, HeadRequest, HistoryRequest
 from ktrdr_pipelines.simulator.refusals import RequestRefusedError
 
+_LONGEST_TEXT = 200
+
 
 @dataclass(frozen=True)
 class RequestRecord:
@@ -67,6 +69,8 @@ class Gateway:
     max_clients = 32
     max_open_requests = 50
     max_messages_per_s = 50
+    max_records = 100_000
+    """Lines of the log that are kept, the newest."""
 
     def __init__(
         self,
@@ -98,8 +102,11 @@ class Gateway:
         self._number = 0
 
     def record(self, record: RequestRecord) -> None:
-        """Add a line to the log."""
+        """Add a line to the log; texts of a length that no sane client sends are cut."""
+        long: dict[str, Any] = {name: text[:_LONGEST_TEXT] for name, text in vars(record).items() if _is_long(text)}
+        record = replace(record, **long) if long else record
         self.requests.append(record)
+        del self.requests[: -self.max_records]
         if self._on_record:
             self._on_record(record)
 
@@ -191,6 +198,10 @@ class Gateway:
         answer, delivery, faults = self.faults.apply(asked, answer)
         self.record(_with_outcome(replace(record, faults=faults), answer, delivery))
         return Planned(answer, replace(delivery, delay_s=delivery.delay_s + self.latency_s))
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, str) and len(value) > _LONGEST_TEXT
 
 
 def _with_listing(record: RequestRecord, listing: Listing, exchange: str) -> RequestRecord:

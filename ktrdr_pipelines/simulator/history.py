@@ -40,6 +40,10 @@ _SMALL_BARS_KEPT_S = 183 * DAY_S
 """Bars of 30 seconds or less are kept for six months (`ib_facts.md`, section 5)."""
 
 
+MAX_BARS = 200_000
+"""Bars of one answer. More would not fit into a message that IBKR's clients take, and 68 years of minutes cost gigabytes."""
+
+
 @dataclass(frozen=True)
 class HistoryRules:
     """How this gateway reads requests. ``zone`` is its own, for ends without one and for formatDate 1."""
@@ -145,10 +149,24 @@ def look_up(market: Market, lookup: Lookup, now_s: int, rules: HistoryRules) -> 
         start_s = max(start_s, now_s - _SMALL_BARS_KEPT_S)
     bars = None
     if start_s < lookup.end_s:
+        _check_length(market, replace(lookup, start_s=start_s))
         bars = market.bars(lookup.listing, lookup.size, start_s, lookup.end_s, what=lookup.what, regular=lookup.regular)
     if bars is None or not len(bars):
         return replace(answer, refusal=refusals.report_no_data(lookup.name, lookup.exchange, lookup.what))
     return replace(answer, bars=bars)
+
+
+def _check_length(market: Market, lookup: Lookup) -> None:
+    """Refuse what cannot be answered in one message, before it is looked up.
+
+    Raises:
+        RequestRefusedError: 162.
+    """
+    sessions = market.sessions(lookup.listing)
+    first, stop = sessions.find_range(lookup.start_s, lookup.end_s, regular=lookup.regular)
+    opens, closes = (ends(regular=lookup.regular)[first:stop] for ends in (sessions.opens, sessions.closes))
+    if not lookup.size.is_dated and int((closes - opens).sum()) // lookup.size.seconds > MAX_BARS:
+        raise RequestRefusedError(refusals.TOO_LONG)
 
 
 def _find_schedule(market: Market, lookup: Lookup) -> Sessions:

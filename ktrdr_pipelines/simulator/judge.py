@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+_KEPT_VIOLATIONS = 100_000
+
 
 @dataclass(frozen=True)
 class PacingRules:
@@ -59,4 +61,5 @@ class PacingJudge:
             broken = f"{kin} requests of one contract in {rules.burst_s:g} s (allowed: fewer than {rules.burst})"
         if broken:
             self.violations.append((now, broken))
+            del self.violations[:-_KEPT_VIOLATIONS]
         return broken

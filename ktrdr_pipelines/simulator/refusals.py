@@ -62,6 +62,7 @@ READ_ONLY = _invalid("bW", "The API interface is currently in Read-Only mode.")
 TOO_MANY_OPEN = Refusal(
     322, "Error processing request.-'wd' : cause - Only 50 simultaneous API historical data requests allowed."
 )
+TOO_LONG = Refusal(162, f"{SERVICE}the answer would be longer than a message can be")
 BUSY_CLIENT_ID = Refusal(326, "Unable to connect as the client id is already in use.  Retry with a unique client id.")
 FARM_NOTICES = (
     Refusal(2104, "Market data farm connection is OK:usfarm"),

@@ -25,7 +25,10 @@ from ktrdr_pipelines.simulator.sessions import us_stock_sessions
 
 logger = logging.getLogger(__name__)
 
-_READ_BYTES = 1 << 16
+MAX_STRANGERS = 128
+"""Connections that have not come to terms yet. One more, and the oldest of them is dropped: clients need moments for it."""
+_LINGER_S = 5.0
+"""How long a connection that is being closed may take to read what was sent to it."""
 
 
 class SimulatedGateway:
@@ -135,22 +138,39 @@ class _Connection(asyncio.Protocol):
         self._connections = connections
         self._transport: asyncio.Transport | None = None
         self._timers: set[asyncio.TimerHandle] = set()
+        self._is_paused = False
+        self._due: list[int] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._connections[self] = None
+        strangers = [each for each in self._connections if each.session.is_stranger]
+        if len(strangers) > MAX_STRANGERS:
+            strangers[0].abort()
 
     def data_received(self, data: bytes) -> None:
-        self.perform(self.session.receive(data, self._clock(), time.monotonic()))
+        self._answer(data)
+
+    def _answer(self, data: bytes = b"") -> None:
+        # Message by message: a client that does not read what it is sent gets nothing further served, neither what it asks
+        # nor what was due to it; otherwise its answers would pile up here.
+        self.perform(self.session.receive(data, self._clock(), time.monotonic(), limit=1))
+        while self.session.has_message and not self._is_paused:
+            self.perform(self.session.receive(b"", self._clock(), time.monotonic(), limit=1))
 
     def pause_writing(self) -> None:
-        # A client that does not read gets no further requests served: otherwise its answers would pile up here.
+        self._is_paused = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        self._is_paused = False
+        while self._due and not self._is_paused:
+            self.perform(self.session.wake(self._due.pop(0)))
+        if self.session.has_message and not self._is_paused:
+            self._answer()
+        if self._transport is not None and not self._transport.is_closing() and not self._is_paused:
             self._transport.resume_reading()
 
     def connection_lost(self, _exc: Exception | None) -> None:
@@ -159,6 +179,7 @@ class _Connection(asyncio.Protocol):
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
+        self._due.clear()
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -180,6 +201,7 @@ class _Connection(asyncio.Protocol):
                 logger.info("closing client %s: %s", self.session.client_id, action.reason)
                 transport.write(b"".join(pending))
                 transport.close()
+                self._timers.add(asyncio.get_running_loop().call_later(_LINGER_S, transport.abort))
                 return
         if pending:
             transport.write(b"".join(pending))
@@ -187,7 +209,10 @@ class _Connection(asyncio.Protocol):
     def _set_timer(self, wait: Wait) -> None:
         def wake() -> None:
             self._timers.discard(timer)
-            self.perform(self.session.wake(wait.token))
+            if self._is_paused:
+                self._due.append(wait.token)
+            else:
+                self.perform(self.session.wake(wait.token))
 
         timer = asyncio.get_running_loop().call_later(wait.delay_s, wake)
         self._timers.add(timer)

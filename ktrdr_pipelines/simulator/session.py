@@ -34,7 +34,15 @@ from ktrdr_pipelines.simulator.messages import (
     SymbolsRequest,
 )
 from ktrdr_pipelines.simulator.refusals import Refusal
-from ktrdr_pipelines.simulator.wire import HANDSHAKE_PREFIX, FrameDecoder, WireError, encode, split_fields
+from ktrdr_pipelines.simulator.wire import (
+    HANDSHAKE_PREFIX,
+    LENGTH_BYTES,
+    MAX_ANSWER_BYTES,
+    FrameDecoder,
+    WireError,
+    encode,
+    split_fields,
+)
 
 NO_REQUEST = -1
 
@@ -98,9 +106,20 @@ class Session:
 
     # --- bytes in -----------------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, now: float, at: float | None = None) -> list[Action]:
-        """What to do about ``data``. ``now`` is the market's time in epoch seconds; ``at``, by which messages a second are
-        counted, is any steady clock in seconds and matters where ``now`` stands still. After a `Close` nothing is answered.
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the client has still to come to terms with the gateway."""
+        return self.state in (State.PREFIX, State.VERSIONS, State.START)
+
+    @property
+    def has_message(self) -> bool:
+        """Whether a message is held that `receive` was not allowed to answer yet."""
+        return self.state is not State.CLOSED and self._frames.has_payload
+
+    def receive(self, data: bytes, now: float, at: float | None = None, limit: int = 1 << 30) -> list[Action]:
+        """What to do about ``data``, or about its first ``limit`` messages: the rest is kept (`has_message`) and answered when
+        this is called again. ``now`` is the market's time in epoch seconds; ``at``, by which messages a second are counted, is
+        any steady clock in seconds and matters where ``now`` stands still. After a `Close` nothing is answered.
         """
         if self.state is State.CLOSED:
             return []
@@ -116,7 +135,8 @@ class Session:
         try:
             for payload in self._frames.feed(data):
                 actions += self._take_payload(payload, now, now if at is None else at)
-                if self.state is State.CLOSED:
+                limit -= 1
+                if self.state is State.CLOSED or not limit:
                     break
         except WireError as error:
             actions.append(self._close(f"broken framing: {error}"))
@@ -281,6 +301,8 @@ class Session:
                 format_date=request.format_date,
                 zone=self._gateway.rules.zone,
             )
+            if len(data) > LENGTH_BYTES + MAX_ANSWER_BYTES:
+                data = self._refuse(request.req_id, refusals.TOO_LONG).data
         cut = planned.delivery.drop_after
         if cut is not None:
             return [Send(data[:cut]), self._close(f"dropped after {cut} bytes")]

@@ -37,6 +37,8 @@ _VOLATILITY = {"STK": 0.0006, "CASH": 0.00012, "FUT": 0.0003}
 _CHUNK = 16
 """Sessions computed and kept together: about 1.5 MB a chunk."""
 _KEPT_CHUNKS = 48
+_PIECE = 16 * _CHUNK
+"""Sessions of minutes joined at once: decades of them would take gigabytes."""
 
 
 class SyntheticMarket:
@@ -163,6 +165,11 @@ class SyntheticMarket:
     def _clocked(
         self, listing: Listing, size: BarSize, lo: int, hi: int, start_s: int, end_s: int, what: str, *, regular: bool
     ) -> Atoms:
+        if hi - lo > _PIECE:
+            pieces = [(at, min(at + _PIECE, hi)) for at in range(lo, hi, _PIECE)]  # no bar goes beyond its session
+            return Atoms.join(
+                [self._clocked(listing, size, *piece, start_s, end_s, what, regular=regular) for piece in pieces]
+            )
         sessions = self.sessions(listing)
         atoms = self._minutes(listing, lo, hi)
         floor = start_s if size.seconds >= 60 else start_s - start_s % 60

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 
 HANDSHAKE_PREFIX = b"API\0"
 LENGTH_BYTES = 4
-MAX_FRAME_BYTES = 1 << 20
+MAX_FRAME_BYTES = 1 << 16
 """The longest frame accepted from a client. Real requests stay under 2 KB; the limit bounds what a stranger can make us hold."""
+MAX_ANSWER_BYTES = 0xFFFFFF
+"""The longest payload sent: IBKR's own clients refuse longer ones (ibapi ``common.py``, MAX_MSG_LEN)."""
 
 
 class WireError(ValueError):
@@ -47,6 +49,14 @@ class FrameDecoder:
             payload = bytes(self._buffer[LENGTH_BYTES:end])
             del self._buffer[:end]
             yield payload
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether `feed` would yield or raise without more data."""
+        if len(self._buffer) < LENGTH_BYTES:
+            return False
+        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
+        return not 0 < length <= self._max_bytes or len(self._buffer) >= LENGTH_BYTES + length
 
     @property
     def pending_bytes(self) -> int:

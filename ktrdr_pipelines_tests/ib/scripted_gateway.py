@@ -30,7 +30,8 @@ def bars(req_id: object, *rows: Fields) -> Fields:
 
 
 class ScriptedGateway:
-    """``answers`` by message id; ``ready`` follows the start message; ``hello`` None: accepts and says nothing."""
+    """``answers`` by message id; ``ready`` follows the start message; ``hello`` None: accepts and says nothing, or
+    ``raw_hello``, and answers only if it ``serves_raw``."""
 
     def __init__(
         self,
@@ -40,6 +41,8 @@ class ScriptedGateway:
         hello: Fields | None = (176, "20240301 12:00:00 EST"),
         raw_hello: bytes = b"",
         closes: bool = False,
+        closes_after_hello: bool = False,
+        serves_raw: bool = False,
         hello_after: threading.Event | None = None,
     ) -> None:
         self.received: list[list[str]] = []
@@ -51,6 +54,7 @@ class ScriptedGateway:
             **(answers or {}),
         }
         self._hello, self._raw_hello, self._closes, self._hello_after = hello, raw_hello, closes, hello_after
+        self._closes_after_hello, self._serves_raw = closes_after_hello, serves_raw
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._threads: list[threading.Thread] = []
@@ -94,6 +98,7 @@ class ScriptedGateway:
                 peer, _ = self._listener.accept()
             except OSError:
                 return
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # pieces of an answer arrive as pieces
             self.connections += 1
             self.open_sockets.append(peer)
             self._start(self._serve, peer)
@@ -114,13 +119,15 @@ class ScriptedGateway:
         greeting = peer.recv(4096)
         if self._raw_hello:
             peer.sendall(self._raw_hello)
+            if self._closes_after_hello:
+                return
         if self._hello_after is not None:
             self._hello_after.wait(10)
         if self._hello is not None and greeting:
             peer.sendall(encode(*self._hello))
         frames = FrameDecoder()
         while data := peer.recv(65536):
-            if self._hello is None:
+            if self._hello is None and not self._serves_raw:
                 continue
             for payload in frames.feed(data):
                 fields = split_fields(payload)

@@ -9,7 +9,7 @@ from ktrdr_pipelines.simulator.gateway import Gateway
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.session import Close, Send, Session, Wait
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
-from ktrdr_pipelines.simulator.wire import FrameDecoder, encode, frame, split_fields
+from ktrdr_pipelines.simulator.wire import MAX_ANSWER_BYTES, FrameDecoder, encode, frame, split_fields
 
 MARKET = SyntheticMarket()
 NOW = datetime(2024, 3, 5, 19, 40, 30, tzinfo=UTC).timestamp()
@@ -46,7 +46,7 @@ class Talk:
         self.session = Session(self.gateway)
         self.now = NOW
         self.seen = []
-        self._decoder = FrameDecoder()
+        self._decoder = FrameDecoder(max_bytes=MAX_ANSWER_BYTES)
         if start:
             self.shake_hands(version)
             self.greeting = self.say(71, 2, client_id, "")
