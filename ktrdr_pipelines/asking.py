@@ -61,8 +61,9 @@ class Asker:
         all_expected: ExpectedBars,
         report: LoadReport,
     ) -> None:
-        """``series`` is pinned. ``expected`` bars are complete at ``now_s`` (epoch seconds); ``all_expected`` also has
-        those around them that are not, to tell which bars of an answer are still forming. Counts go into ``report``."""
+        """``series`` is pinned. ``now_s`` (epoch seconds) is the earlier of this machine's and the gateway's time;
+        ``all_expected`` has those bars around ``expected`` too that are not complete, to tell which bars of an answer are
+        still forming. Counts go into ``report``."""
         self._series, self._store, self._history = series, store, history
         self._limits, self._now, self._now_s = limits, now, now_s
         self._expected, self._all_expected, self._report = expected, all_expected, report
@@ -87,7 +88,9 @@ class Asker:
             KtrdrError: the window failed; bars that arrived before are in the file, nothing is claimed about the rest.
         """
         self._may_put_off, self._is_put_off = may_put_off, False
-        expected = bars_inside(self._expected, request.window)
+        wanted = bars_inside(self._expected, request.window)
+        # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
+        expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         rows = self._fetch_and_write(request, evidence)
@@ -119,6 +122,7 @@ class Asker:
             self._learn_sparseness(agreed=len(holes) == found)
         if self._is_put_off:
             return Loaded(rows, is_put_off=True)
+        holes = wanted.take(np.flatnonzero(np.isin(wanted.opens, holes.opens) | (wanted.closes > self._now_s)))
         pending = self._prove(request.window, expected, holes, evidence)
         return Loaded(rows, pending, history_start_s=self._note_history_start(holes) if len(holes) else None)
 
@@ -238,6 +242,7 @@ class Asker:
         is_newest = np.ones(len(holes), np.bool_) if extent is None else holes.opens > extent.last_open_s
         is_late = bool((is_newest & (holes.closes > self._now_s - grace_s)).any())
         is_pending = is_newest & (holes.closes > self._now_s - run_s) & is_late
+        is_pending |= holes.closes > self._now_s
         return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
     def _lie_before_head(self, holes: ExpectedBars, request: Request, evidence: list[Evidence]) -> bool:

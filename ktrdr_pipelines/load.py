@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -180,7 +181,7 @@ class Load:
             history=history,
             limits=self._limits,
             now=self._now,
-            now_s=self._now_s,
+            now_s=self._now_s - self._measure_clock(history),
             expected=self._expected,
             all_expected=self._all_expected,
             report=self.report,
@@ -213,6 +214,15 @@ class Load:
             if (head := asker.head) is not None and self._store.extent(self.series) is None:
                 skipped += [r for r in waiting if r.window.end <= head]
                 waiting = deque(r for r in waiting if r.window.end > head)
+
+    def _measure_clock(self, history: History) -> int:
+        """Seconds that the gateway's time is behind ours, and says so: what is complete for us may still be forming there."""
+        lag_s = ceil(history.clock_lag_s)
+        if lag_s:
+            self.report.notices.append(
+                f"the gateway's clock is {lag_s} s behind this machine's: bars count as complete by the gateway's"
+            )
+        return lag_s
 
     def _lacks(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""

@@ -64,6 +64,8 @@ class GatewayClient:
     def __post_init__(self) -> None:
         self.holds: frozenset[Hold] = frozenset()
         """What the gateway says is down at the moment; then "no data" is not believed."""
+        self.clock_lag_s = 0.0
+        """How many seconds the gateway's time was behind this machine's at the last probe; 0 if it was not."""
         self._thread: LoopThread | None = None
         self._ib: Any = None
         self._lib: Any = None
@@ -133,6 +135,8 @@ class GatewayClient:
     def probe(self) -> datetime:
         """Ask the gateway for its time: a connection may look alive and be dead (laptop sleep, silent hang).
 
+        Sets `clock_lag_s`. The answer is in whole seconds, so that a lag below one second does not show.
+
         Raises:
             GatewayUnreachable: no answer within ``probe_timeout_s``.
         """
@@ -140,6 +144,7 @@ class GatewayClient:
         async def ask() -> Any:
             return await asyncio.wait_for(self._ib.reqCurrentTimeAsync(), self.probe_timeout_s)
 
+        asked_at = self.now()
         try:
             answer: datetime = self._call(ask(), self.probe_timeout_s + 5)
         except (TimeoutError, ConnectionError) as error:
@@ -147,6 +152,8 @@ class GatewayClient:
                 f"{self.host}:{self.port} is connected but does not tell the time ({type(error).__name__})",
                 advice="Restart TWS or the gateway, or look whether it shows a dialog.",
             ) from None
+        is_behind = asked_at - answer > timedelta(seconds=1)
+        self.clock_lag_s = (self.now() - answer).total_seconds() if is_behind else 0.0
         return answer
 
     # -- requests ---------------------------------------------------------------------------------------------------

@@ -120,6 +120,11 @@ class IBHistory:
             return "simulator"
         return "paper" if self._account.startswith("D") else "live"
 
+    @property
+    def clock_lag_s(self) -> float:
+        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or nobody asked yet."""
+        return self._client.clock_lag_s if self._client is not None else 0.0
+
     # -- what can be asked ------------------------------------------------------------------------------------------
 
     def pin(self, instrument: Instrument) -> Instrument:
