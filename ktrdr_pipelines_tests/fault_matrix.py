@@ -197,7 +197,7 @@ class Place:
         return pieces[mode]
 
 
-_STARTS = {"1m": "2024-06-12", "1h": "2024-03-24", "1d": "2021-03-14", "1w": "2020-06-01", "1mo": "2020-06-01"}
+_STARTS = {"1m": "2024-06-11", "1h": "2024-03-24", "1d": "2021-03-14", "1w": "2020-06-01", "1mo": "2020-06-01"}
 
 
 @cache
@@ -209,6 +209,7 @@ def place(symbol: str, timeframe: str) -> Place:
 # -- the truth --------------------------------------------------------------------------------------------------------
 
 
+@cache
 def find_truth(series: Series, start: datetime, now: datetime, habits: Habits = USUAL) -> Rows:
     """Every bar from ``start`` that is complete at ``now``, as the market has it: no calendar, no planner, no parser of the
     project is asked."""
