@@ -3,6 +3,7 @@
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
 # make bench  measurements, as ratios within one run
 # make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
+# make matrix every fault in every mode and timeframe, as a table (minutes)
 # make lint   ruff, mypy, import arrows
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
 
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test ui bench soak lint lock clients clean
+.PHONY: demo test ui bench soak matrix lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -38,6 +39,9 @@ bench: $(READY)
 
 soak: $(READY)
 	@$(BIN)/python tools/soak.py
+
+matrix: $(READY)
+	@$(BIN)/python tools/matrix.py
 
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import ceil
 
 import numpy as np
 
@@ -61,10 +62,12 @@ class Asker:
         all_expected: ExpectedBars,
         report: LoadReport,
     ) -> None:
-        """``series`` is pinned. ``expected`` bars are complete at ``now_s`` (epoch seconds); ``all_expected`` also has
-        those around them that are not, to tell which bars of an answer are still forming. Counts go into ``report``."""
+        """``series`` is pinned. ``expected`` bars are complete at ``now_s`` (epoch seconds, by this machine);
+        ``all_expected`` has those bars around them too that are not complete, to tell which bars of an answer are still
+        forming. Counts go into ``report``."""
         self._series, self._store, self._history = series, store, history
-        self._limits, self._now, self._now_s = limits, now, now_s
+        self._limits, self._now, self._own_now_s = limits, now, now_s
+        self._is_clock_told = self._is_clock_disproved = False
         self._expected, self._all_expected, self._report = expected, all_expected, report
         self._head: datetime | None = None
         self._head_is_asked = False
@@ -77,6 +80,32 @@ class Asker:
         """IB's head timestamp as far as it was asked for."""
         return self._head
 
+    @property
+    def _now_s(self) -> int:
+        """The earlier of this machine's time and the gateway's, epoch seconds: what is complete for us may still be forming
+        there. Bars that open after the gateway's own time disprove its clock."""
+        return self._own_now_s - (0 if self._is_clock_disproved else ceil(self._history.clock_lag_s))
+
+    def _doubt_clock(self, opens_s: IntArray) -> None:
+        """See whether the gateway's clock agrees with the bars it just sent, and tell when it is behind or wrong."""
+        lag_s = self._own_now_s - self._now_s
+        if not lag_s:
+            return
+        timeframe = self._series.timeframe
+        # A daily bar may begin on the evening before its date, a longer one may carry its last day.
+        slack_s = 0 if timeframe.is_intraday else timeframe.seconds + 86400
+        if len(opens_s) and opens_s.max() - slack_s > self._now_s:
+            self._is_clock_disproved = True
+            self._report.notices.append(
+                f"the gateway's clock is {lag_s} s behind this machine's, and it sends bars that open later than that: "
+                "its clock is not believed"
+            )
+        elif not self._is_clock_told:
+            self._is_clock_told = True
+            self._report.notices.append(
+                f"the gateway's clock is {lag_s} s behind this machine's: bars count as complete by the gateway's"
+            )
+
     def load(self, request: Request, *, may_put_off: bool) -> Loaded:
         """Fetch, verify and write one planned request.
 
@@ -87,10 +116,12 @@ class Asker:
             KtrdrError: the window failed; bars that arrived before are in the file, nothing is claimed about the rest.
         """
         self._may_put_off, self._is_put_off = may_put_off, False
-        expected = bars_inside(self._expected, request.window)
+        wanted = bars_inside(self._expected, request.window)
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         rows = self._fetch_and_write(request, evidence)
+        # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
+        expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
         holes = self.find_holes(expected)
         asked, poor, found = [request], 0, len(holes)
         while len(holes) and not self._lie_before_head(holes, request, evidence):
@@ -119,6 +150,7 @@ class Asker:
             self._learn_sparseness(agreed=len(holes) == found)
         if self._is_put_off:
             return Loaded(rows, is_put_off=True)
+        holes = wanted.take(np.flatnonzero(np.isin(wanted.opens, holes.opens) | (wanted.closes > self._now_s)))
         pending = self._prove(request.window, expected, holes, evidence)
         return Loaded(rows, pending, history_start_s=self._note_history_start(holes) if len(holes) else None)
 
@@ -135,6 +167,7 @@ class Asker:
 
     def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
         raw = self._history.fetch(self._series, request)
+        self._doubt_clock(raw.opens_s)
         answer = self._normalise(raw, request)
         self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
@@ -244,6 +277,7 @@ class Asker:
         is_newest = np.ones(len(holes), np.bool_) if extent is None else holes.opens > extent.last_open_s
         is_late = bool((is_newest & (holes.closes > self._now_s - grace_s)).any())
         is_pending = is_newest & (holes.closes > self._now_s - run_s) & is_late
+        is_pending |= holes.closes > self._now_s
         return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
     def _lie_before_head(self, holes: ExpectedBars, request: Request, evidence: list[Evidence]) -> bool:

@@ -156,3 +156,26 @@ def bars_inside(bars: ExpectedBars, window: Window) -> ExpectedBars:
 def widen(window: Window) -> Window:
     """Room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock grid)."""
     return Window.from_epoch(max(0, window.start_s - STAMP_SLACK_S), window.end_s + STAMP_SLACK_S)
+
+
+def owed_from(
+    since: datetime | None, span: Window, missing: ExpectedBars, held: tuple[int, int] | None
+) -> datetime | None:
+    """The first of ``missing`` (all of ``span``) from ``since`` on that is older than the last held bar: where tail has to
+    begin. ``held`` is the first and the last held open, epoch seconds. Unchanged if ``since`` lies before ``span``; None when
+    nothing is owed, or nothing held at all."""
+    if since is None or held is None or since < span.start:
+        return since if held is not None else None
+    owed = missing.opens[(missing.opens >= int(since.timestamp())) & (missing.opens < held[1])]
+    return datetime.fromtimestamp(int(owed[0]), UTC) if len(owed) else None
+
+
+def owed_until(
+    until: datetime | None, span: Window, missing: ExpectedBars, held: tuple[int, int] | None
+) -> datetime | None:
+    """The other way round: the end of the last of ``missing`` before ``until`` that is newer than the first held bar."""
+    if until is None or held is None or until > span.end:
+        return until if held is not None else None
+    is_owed = (missing.opens < int(until.timestamp())) & (missing.opens > held[0])
+    owed = missing.closes[is_owed]
+    return datetime.fromtimestamp(int(owed[-1]), UTC) if len(owed) else None

@@ -20,7 +20,7 @@ from ktrdr_pipelines.ib.ledger_store import ledger_path
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS, Entry
 from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.loading import choose_window, say_clipped
-from ktrdr_pipelines.modes import Held, Mode
+from ktrdr_pipelines.modes import Mode
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs import clip_to_partitions
 from ktrdr_pipelines.plan import Gap, Request
@@ -173,13 +173,13 @@ def _drive_to_plan(
         history=_refuse_to_ask,
         limits=settings.history_limits,
         now=lambda: now,
-        recheck_last=mode is Mode.TAIL and Held.of(store.extent(series)) is not None,
+        recheck_last=mode is Mode.TAIL and store.extent(series) is not None,
     )
     for event in load.run():
         if isinstance(event, Planned):
             # The load looks at its window only; people want to know how a gap lies to all that is held.
-            held = Held.of(store.extent(series))
-            first_s, last_s = (int(held.first.timestamp()), int(held.last.timestamp())) if held else (None, None)
+            held = store.extent(series)
+            first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
             gaps = [replace(g, reason=place(g.window.start_s, first_s, last_s)) for g in event.gaps]
             return Planned(gaps, event.requests)
     return Planned((), ())

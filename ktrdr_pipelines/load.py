@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import numpy as np
@@ -24,8 +25,8 @@ import numpy.typing as npt
 
 from ktrdr_pipelines.asking import Asker, Loaded
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
-from ktrdr_pipelines.coverage import bars_inside, mark_missing, widen
-from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, TransientError
+from ktrdr_pipelines.coverage import bars_inside, mark_missing, owed_from, owed_until, widen
+from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, StoreError, TransientError
 from ktrdr_pipelines.partitions import Partition, partitions_in
 from ktrdr_pipelines.plan import Request, find_gaps, plan_requests
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
@@ -72,6 +73,7 @@ class Load:
             return
         # Completeness is judged by whole partitions, even if less of them was asked for.
         span = Window(partitions[0].window.start, partitions[-1].window.end)
+        self._span = span
         self._now_s = int(self._now().timestamp())
         self._settle_files()
         # Bars that are not complete yet tell which bars of an answer are still forming; only complete ones are asked for.
@@ -96,6 +98,8 @@ class Load:
                 yield from self._fetch_all(requests, partitions)
             finally:
                 self._finish()
+        else:
+            self._settle_unfinished()
 
     # -- what is missing --------------------------------------------------------------------------------------------
 
@@ -171,6 +175,7 @@ class Load:
             history = self._history = self._open_history()
             self._counted = _counts(history)
             pinned = Series(history.pin(self.series.instrument), self.series.timeframe)
+            self._note_unfinished(requests)
         except KtrdrError as error:
             yield self._fail(everything, error)
             return
@@ -248,6 +253,31 @@ class Load:
         still = asker.find_holes(self._expected.take(mine))
         self._is_missing[mine] &= np.isin(self._expected.opens[mine], still.opens)
 
+    # -- what is left for the next load --------------------------------------------------------------------------------
+
+    def _note_unfinished(self, requests: Sequence[Request]) -> None:
+        """Before anything is written: should this load fail or be killed half way, newer bars may be held than some it owes. The
+        next tail or backfill would then pass over them."""
+        extent, sidecar = self._store.extent(self.series), self._store.read_sidecar(self.series)
+        newer = [r.window.start for r in requests if extent is None or r.window.end_s > extent.last_open_s]
+        older = [r.window.end for r in requests if extent is not None and r.window.start_s < extent.first_open_s]
+        since = min([*newer, *filter(None, [sidecar.unfinished_from])], default=None)
+        until = max([*older, *filter(None, [sidecar.unfinished_until])], default=None)
+        self._store.note_unfinished(self.series, since, until, now=self._now())
+
+    def _settle_unfinished(self) -> None:
+        """What is still owed of what this and earlier loads were asked for. What lies outside of this load stays as it was."""
+        sidecar, extent = self._store.read_sidecar(self.series), self._store.extent(self.series)
+        since, until = sidecar.unfinished_from, sidecar.unfinished_until
+        if since is None and until is None:
+            return
+        missing = self._expected.take(np.flatnonzero(self._is_missing))
+        held = (extent.first_open_s, extent.last_open_s) if extent is not None else None
+        since = owed_from(since, self._span, missing, held)
+        until = owed_until(until, self._span, missing, held)
+        if (since, until) != (sidecar.unfinished_from, sidecar.unfinished_until):
+            self._store.note_unfinished(self.series, since, until, now=self._now())
+
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def _count_requests(self) -> None:
@@ -266,6 +296,9 @@ class Load:
                 f"{self.report.empty_sessions} of its sessions without a bar); IB's bars are what is kept. "
                 f"`ktrdr calendar {self.series.instrument.symbol}` compares the calendar with IB's schedule"
             )
+        # Should that fail, the next load looks at more than it has to, and asks for what is missing all the same.
+        with suppress(StoreError):
+            self._settle_unfinished()
         self.report.missing_bars = int(self._is_missing[self._indexes(self.window)].sum())
         if self.report.failures:
             self.report.status = "partial" if self.report.segments_fetched or self.report.fetched_bars else "failed"

@@ -67,7 +67,7 @@ def load_series(
         series = identify_series(symbol, wanted_timeframe, universe, history)
         store = open_store(settings.data_dir)
         put_right = store.prepare(series, now=now).describe()
-        held = Held.of(store.extent(series))
+        held = Held.of(store.extent(series), store.read_sidecar(series))
         window = choose_window(
             series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now
         )
@@ -121,7 +121,7 @@ def choose_window(
     Raises:
         InputError: the dates cannot be meant; said before IB is asked anything.
     """
-    held = Held.of(store.extent(series))
+    held = Held.of(store.extent(series), store.read_sidecar(series))
     earliest = first_partition_start(series.timeframe, settings)
 
     def resolve(history_start: datetime) -> Window:

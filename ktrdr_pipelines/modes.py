@@ -13,6 +13,7 @@ from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.plan import longest_back
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.store.series_store import Extent
+from ktrdr_pipelines.store.sidecar import Sidecar
 
 
 class Mode(StrEnum):
@@ -26,17 +27,19 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """First and last bar open that the store holds of a series."""
+    """First and last bar open that the store holds of a series, as far as the modes continue from there: what an earlier load
+    was asked for and could not finish counts as not held, nor does anything beyond it."""
 
     first: datetime
     last: datetime
 
     @classmethod
-    def of(cls, extent: Extent | None) -> Held | None:
-        """From the store's extent; None without a CSV or without a row in it."""
+    def of(cls, extent: Extent | None, sidecar: Sidecar) -> Held | None:
+        """From the store's extent and sidecar; None without a CSV or without a row in it."""
         if extent is None:
             return None
-        return cls(datetime.fromtimestamp(extent.first_open_s, UTC), datetime.fromtimestamp(extent.last_open_s, UTC))
+        first, last = (datetime.fromtimestamp(s, UTC) for s in (extent.first_open_s, extent.last_open_s))
+        return cls(max(first, sidecar.unfinished_until or first), min(last, sidecar.unfinished_from or last))
 
 
 def needs_history_start(mode: Mode, held: Held | None, start: datetime | None) -> bool:

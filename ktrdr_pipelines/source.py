@@ -54,6 +54,10 @@ class History(Protocol):
     @property
     def retry_wait_s(self) -> float: ...
 
+    @property
+    def clock_lag_s(self) -> float:
+        """How many seconds the gateway's time is behind this machine's (0: it is not); known once `pin` was called."""
+
     def pin(self, instrument: Instrument) -> Instrument:
         """The instrument with IB's conId and time zone."""
 

@@ -53,6 +53,7 @@ class FakeHistory:
     retries: int = 0
     pacing_wait_s: float = 0.0
     retry_wait_s: float = 0.0
+    clock_lag_s: float = 0.0
 
     @classmethod
     def of(cls, series: Series, span: Window, **more: object) -> FakeHistory:

@@ -8,6 +8,8 @@ from ktrdr_pipelines import errors
 from ktrdr_pipelines.cli import cli
 from ktrdr_pipelines.series import TIMEFRAMES
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
+from ktrdr_pipelines.simulator.faults import KINDS
+from ktrdr_pipelines.simulator.habits import VALUES
 
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +38,14 @@ def test_every_timeframe_and_command_is_named() -> None:
         assert re.search(rf"\b{name}\b", README), name
     for command in cli.commands:
         assert f"`ktrdr {command}" in README, command
+
+
+def test_every_fault_and_habit_of_the_simulator_is_named() -> None:
+    """What a file of faults and `--habit` can say stands in the README."""
+    for kind in KINDS:
+        assert f"`{kind}`" in README, kind
+    for habit in VALUES:
+        assert f"`{habit}=" in README, habit
 
 
 def test_every_room_of_the_house_is_on_the_map() -> None:

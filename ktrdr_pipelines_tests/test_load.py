@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from ktrdr_pipelines.errors import (
 )
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.load import Load
+from ktrdr_pipelines.modes import Held, Mode, resolve_window
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
 from ktrdr_pipelines.store.series_store import Store
@@ -604,3 +605,86 @@ def test_a_late_run_of_newest_bars_is_late_as_a_whole(store: Store) -> None:
     history.script.clear()
     load(store, history, series, span, now=utc("2024-06-14T18:40:00"))
     assert len(held(store, series)) == 310
+
+
+@pytest.mark.parametrize("mode", [Mode.TAIL, Mode.BACKFILL, Mode.FULL])
+def test_the_next_load_of_a_mode_finds_the_window_that_failed(store: Store, mode: Mode) -> None:
+    """One of three windows fails and bars beyond it are held: the same mode begins at the hole next time, not beyond it."""
+    begin, now = utc("2024-01-02"), utc("2024-06-01")
+    history = FakeHistory.of(AAPL_1H, Window(begin, now), head=utc("1980-12-12"))
+    held_before = {
+        Mode.TAIL: window("2024-01-02", "2024-01-20"),
+        Mode.BACKFILL: window("2024-05-10", "2024-06-01"),
+        Mode.FULL: window("2024-02-10", "2024-02-20"),
+    }
+    load(store, history, AAPL_1H, held_before[mode], now=now)
+    failing = len(history.requests) + (2 if mode is Mode.BACKFILL else 1)
+    history.script = {failing: RequestTimeout("no answer within 120 s")}
+    for _ in range(2):
+        held_by_modes = Held.of(store.extent(AAPL_1H), store.read_sidecar(AAPL_1H))
+        start = None if mode is Mode.TAIL else begin
+        load(store, history, AAPL_1H, resolve_window(mode, AAPL_1H, held_by_modes, now=now, start=start), now=now)
+    assert len(history.requests) > failing
+    assert held(store, AAPL_1H) == history.truth[history.truth >= begin.timestamp()].tolist()
+    sidecar = store.read_sidecar(AAPL_1H)
+    assert (sidecar.unfinished_from, sidecar.unfinished_until) == (None, None)
+
+
+def test_a_first_load_that_failed_half_way_is_finished_by_a_tail(store: Store) -> None:
+    """With no CSV a tail loads everything; if its first window fails, the next tail begins there."""
+    span = window("2024-01-02", "2024-04-01")
+    history = FakeHistory.of(AAPL_1H, span, script={1: RequestTimeout("no answer")}, head=utc("1980-12-12"))
+    load(store, history, AAPL_1H, span, now=span.end)
+    tail = resolve_window(Mode.TAIL, AAPL_1H, Held.of(store.extent(AAPL_1H), store.read_sidecar(AAPL_1H)), now=span.end)
+    assert tail.start <= span.start + timedelta(days=1)
+    load(store, history, AAPL_1H, tail, now=span.end, recheck_last=True)
+    assert held(store, AAPL_1H) == history.truth.tolist()
+
+
+def test_what_a_load_is_about_to_ask_for_is_written_down_before_its_first_bar(store: Store) -> None:
+    """Killed after any write, it leaves behind where the next tail or backfill has to begin."""
+    history = FakeHistory.of(AAPL_1H, window("2024-01-02", "2024-06-01"), head=utc("1980-12-12"))
+    load(store, history, AAPL_1H, window("2024-03-01", "2024-03-20"))
+    seen: list[tuple[datetime | None, datetime | None]] = []
+
+    def look(raw: RawBars) -> RawBars:
+        sidecar = store.read_sidecar(AAPL_1H)
+        seen.append((sidecar.unfinished_from, sidecar.unfinished_until))
+        return raw
+
+    history.script = dict.fromkeys(range(2, 20), look)
+    load(store, history, AAPL_1H, window("2024-01-02", "2024-06-01"))
+    since, until = seen[0]
+    assert since is not None
+    assert until is not None
+    assert since <= utc("2024-03-20T20:00:00")
+    assert utc("2024-02-29T21:00:00") <= until
+    assert held(store, AAPL_1H) == history.truth.tolist()
+
+
+def test_bars_that_form_by_the_gateways_clock_are_not_stored(store: Store) -> None:
+    """The gateway's time is ten minutes behind ours: its newest bar is still forming, whatever our clock says."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span, now = window("2024-06-14", "2024-06-15"), utc("2024-06-14T18:30:00")
+    history = FakeHistory.of(series, span, clock_lag_s=600.0)
+    history.script = {n: lambda raw: pick(raw, raw.opens_s <= int(now.timestamp()) - 600) for n in range(1, 9)}
+    job, _ = load(store, history, series, span, now=now)
+    assert held(store, series)[-1] == int(utc("2024-06-14T18:19:00").timestamp())
+    assert job.report.missing_bars == 10
+    assert not store.read_sidecar(series).proven_empty
+    assert any("clock is 600 s behind" in notice for notice in job.report.notices)
+    assert len(history.requests) == 1
+    load(store, FakeHistory.of(series, span), series, span, now=now)
+    assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())
+
+
+def test_a_gateways_clock_that_its_own_bars_disprove_is_not_believed(store: Store) -> None:
+    """A gateway that tells a time of last year and sends this year's bars: they are whole, and none is held back."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span, now = window("2024-06-13", "2024-06-15"), utc("2024-06-14T18:30:00")
+    history = FakeHistory.of(series, span, clock_lag_s=365 * 86400.0)
+    history.script = {n: lambda raw: pick(raw, raw.opens_s <= int(now.timestamp())) for n in range(1, 9)}
+    job, _ = load(store, history, series, span, now=now)
+    assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())
+    assert (job.report.missing_bars, len(history.requests)) == (0, 2)
+    assert [notice for notice in job.report.notices if "is not believed" in notice]

@@ -51,6 +51,11 @@ class Connection:
         self._is_suspect = False
         self._patience_s = 0.0
 
+    @property
+    def clock_lag_s(self) -> float:
+        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or nobody asked yet."""
+        return self._client.clock_lag_s if self._client is not None else 0.0
+
     def get(self) -> GatewayClient:
         """The connection: kept, probed when it was idle, or made anew with the next free client id.
 

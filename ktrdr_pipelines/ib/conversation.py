@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self, TypeVar
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, RequestTimeout, TransientError
@@ -90,6 +90,8 @@ class Conversation:
     def __post_init__(self) -> None:
         self.down = Down()
         """What the gateway says is down at the moment; then "no data" is not believed."""
+        self.clock_lag_s = 0.0
+        """How many seconds the gateway's time was behind this machine's at the last probe; 0 if it was not."""
         self._thread: LoopThread | None = None
         self._ib: Any = None
         self._lib: Any = None
@@ -163,6 +165,8 @@ class Conversation:
     def probe(self) -> datetime:
         """Ask the gateway for its time: a connection may look alive and be dead (laptop sleep, silent hang).
 
+        Sets `clock_lag_s`. The answer is in whole seconds, so that a lag below one second does not show.
+
         Raises:
             GatewayUnreachable: no answer within ``probe_timeout_s``. HungUp: the connection was closed instead.
         """
@@ -173,6 +177,7 @@ class Conversation:
             finally:
                 self._forget(_PROBE)
 
+        asked_at = self.now()
         try:
             answer: datetime = self._call(ask(), self.probe_timeout_s + 5)
         except GatewayUnreachable:
@@ -185,6 +190,8 @@ class Conversation:
                 f"{self.host}:{self.port} is connected but does not tell the time ({type(error).__name__})",
                 advice="Restart TWS or the gateway, or look whether it shows a dialog.",
             ) from None
+        is_behind = asked_at - answer > timedelta(seconds=1)
+        self.clock_lag_s = (self.now() - answer).total_seconds() if is_behind else 0.0
         return answer
 
     # -- inside -----------------------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ class IBHistory:
             return "simulator"
         return "paper" if self._connection.account.startswith("D") else "live"
 
+    @property
+    def clock_lag_s(self) -> float:
+        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or nobody asked yet."""
+        return self._connection.clock_lag_s
+
     # -- what can be asked ------------------------------------------------------------------------------------------
 
     def pin(self, instrument: Instrument) -> Instrument:

@@ -107,7 +107,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         try:
             now = datetime.now(UTC)
             report.notices += store.prepare(series, now=now).describe()
-            held = Held.of(store.extent(series))
+            held = Held.of(store.extent(series), store.read_sidecar(series))
             report.window = config.narrow(chosen, held)
             load = Load(
                 series,

@@ -59,6 +59,13 @@ DEFAULT_PORT = 4001
     show_default=True,
     help="How D, W, M and Y are counted.",
 )
+@click.option(
+    "--habit",
+    "habit_texts",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Differ as gateways do: periods=first, days=open, newest=N, head=early|late|none, empty=wordless. Repeatable.",
+)
 @click.option("--zone", default="America/New_York", show_default=True, help="The gateway's own time zone.")
 @click.option("--latency", default=0.0, show_default=True, metavar="SECONDS", help="Delay of every history answer.")
 def simulator_command(
@@ -72,6 +79,7 @@ def simulator_command(
     freeze: bool,
     seed: int,
     durations: str,
+    habit_texts: tuple[str, ...],
     zone: str,
     latency: float,
 ) -> None:
@@ -86,6 +94,7 @@ def simulator_command(
     from ktrdr_pipelines.errors import KtrdrError
     from ktrdr_pipelines.simulator.durations import DurationRule
     from ktrdr_pipelines.simulator.faults import read_faults
+    from ktrdr_pipelines.simulator.habits import read_habits
 
     try:
         check_zone(zone)
@@ -104,6 +113,7 @@ def simulator_command(
                 judge=judge,
                 zone=zone,
                 durations=DurationRule(durations),
+                habits=read_habits(habit_texts),
                 latency_s=latency,
             )
         )

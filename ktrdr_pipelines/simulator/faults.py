@@ -1,8 +1,10 @@
-"""Scripted misbehaviour: rules that spoil chosen answers. A rule matches requests and is one step of two kinds: it transforms
-the answer, or it plans how the answer is delivered. Rules are tried in order and all that match apply.
+"""Scripted misbehaviour: rules that spoil chosen answers. A rule matches requests and is one step of three kinds: it transforms
+the answer, plans how the answer is delivered, or begins a disturbance of the whole gateway (`disturbances.py`). Rules are
+tried in order and all that match apply.
 
 A file of rules is YAML or JSON, a list of mappings with the fields of `FaultRule`:
-``[{kind: pacing, nth: [1]}, {kind: hole, symbol: AAPL, rows: 7}]``. What a real gateway does is in `history.py`.
+``[{kind: pacing, nth: [1]}, {kind: hole, symbol: AAPL, rows: 7}]``. What a real gateway does is in `history.py`, in which
+harmless ways gateways differ in `habits.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.simulator import refusals
+from ktrdr_pipelines.simulator.disturbances import DISTURBANCES, MEANWHILE, Disturbance, make_disturbance
 from ktrdr_pipelines.simulator.history import Answer
 from ktrdr_pipelines.simulator.market import Bars
 from ktrdr_pipelines.simulator.refusals import Refusal
@@ -24,17 +27,22 @@ from ktrdr_pipelines.simulator.refusals import Refusal
 @dataclass(frozen=True)
 class Delivery:
     """How an answer reaches the client. ``drop_after`` bytes the connection breaks; ``silent`` answers never come, unless
-    ``after_cancel`` says that they come when the client has given up."""
+    ``after_cancel`` says that they come when the client has given up. ``begins``: what else happens on this occasion."""
 
     delay_s: float = 0.0
     silent: bool = False
     drop_after: int | None = None
     after_cancel: bool = False
+    begins: tuple[Disturbance, ...] = ()
+
+
+CONNECT = "connect"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What rules can match on. ``kind`` is history, schedule or head; ``number`` counts requests of all kinds from 1."""
+    """What rules can match on. ``kind`` is history, schedule, head, or connect for a client that comes; ``number`` counts
+    requests of all kinds from 1; ``now`` is epoch seconds."""
 
     kind: str
     number: int
@@ -47,15 +55,16 @@ class Asked:
     end: str
     what: str
     use_rth: bool
+    now: float = 0.0
 
 
 @dataclass(frozen=True)
 class FaultRule:
-    """One fault. Empty conditions match everything.
+    """One fault. Empty conditions match everything that is asked; a client that connects only ``on: connect``.
 
     ``nth``: of the requests that fit the other conditions, only these (from 1). ``times``: at most so often (0: always).
     ``when``: a further test, from Python only. ``rows``, ``after_bytes``, ``code``, ``text``, ``seconds``, ``factor``,
-    ``part`` are the amounts of the kinds that use them.
+    ``part`` are the amounts of the kinds that use them; ``delay``, ``back`` and ``meanwhile`` those of disturbances.
     """
 
     kind: str
@@ -75,11 +84,16 @@ class FaultRule:
     seconds: float = 1.0
     factor: float = 1.01
     part: str = "first"
+    delay: float = 0.0
+    back: int = 0
+    meanwhile: str = ""
     when: Callable[[Asked], bool] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"unknown fault {self.kind!r}", advice=f"Use one of {', '.join(sorted(KINDS))}.")
+        if self.meanwhile not in ("", *MEANWHILE):
+            raise InputError(f"meanwhile cannot be {self.meanwhile!r}", advice=f"Use one of {', '.join(MEANWHILE)}.")
 
     def fits(self, asked: Asked) -> bool:
         """True if every condition but ``nth`` and ``times`` holds."""
@@ -94,6 +108,7 @@ class FaultRule:
         )
         return (
             all(wanted in ("", given) for wanted, given in tests)
+            and (asked.kind != CONNECT or self.on == CONNECT)
             and self.client_id in (None, asked.client_id)
             and (self.when is None or self.when(asked))
         )
@@ -121,6 +136,17 @@ def _deliver(change: Callable[[FaultRule, Delivery], Delivery]) -> Callable[[Ste
     return lambda step: replace(step, delivery=change(step.rule, step.delivery))
 
 
+def _begin(step: Step) -> Step:
+    rule = step.rule
+    begun = make_disturbance(
+        rule.kind, seconds=rule.seconds, delay_s=rule.delay, back=rule.back, meanwhile=rule.meanwhile
+    )
+    delivery = replace(step.delivery, begins=(*step.delivery.begins, begun))
+    if begun.kind == "hang" and begun.delay_s <= 0:
+        delivery = replace(delivery, delay_s=delivery.delay_s + begun.seconds)
+    return replace(step, delivery=delivery)
+
+
 def _spoil(change: Callable[[FaultRule, Bars], Bars]) -> Callable[[Step], Step]:
     """Faults of bars: an answer without bars stays as it is."""
 
@@ -131,6 +157,22 @@ def _spoil(change: Callable[[FaultRule, Bars], Bars]) -> Callable[[Step], Step]:
         return replace(step, answer=replace(step.answer, bars=change(step.rule, bars)))
 
     return apply
+
+
+def _add_notice(step: Step) -> Step:
+    return replace(step, answer=replace(step.answer, notices=(*step.answer.notices, refusals.QUERY_NOTICE)))
+
+
+def _lag(step: Step) -> Step:
+    known_s = int(step.asked.now - step.rule.seconds)
+    return _spoil(lambda _, bars: bars.take(bars.stamp < known_s))(step)
+
+
+def _shift(step: Step) -> Step:
+    shift_s = int(step.rule.seconds)
+    if step.answer.head is not None:
+        return replace(step, answer=replace(step.answer, head=max(0, step.answer.head + shift_s)))
+    return _spoil(lambda _, bars: replace(bars, stamp=bars.stamp + shift_s))(step)
 
 
 def _middle(rule: FaultRule, bars: Bars) -> tuple[int, int]:
@@ -192,8 +234,8 @@ def _turn_upside_down(rule: FaultRule, bars: Bars) -> Bars:
     return replace(bars, high=high, low=low)
 
 
-def _shift(rule: FaultRule, bars: Bars) -> Bars:
-    return replace(bars, stamp=bars.stamp + int(rule.seconds))
+def _revise(rule: FaultRule, bars: Bars) -> Bars:
+    return _scale(bars, slice(-rule.rows, None), rule.factor, ("open", "high", "low", "close"))
 
 
 KINDS: dict[str, Callable[[Step], Step]] = {
@@ -202,11 +244,19 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     "no_data_lie": _refuse(
         lambda step: refusals.report_no_data(step.asked.local_symbol, step.asked.exchange, step.asked.what)
     ),
+    "query_cancelled": _refuse(lambda step: refusals.confirm_cancel(step.asked.number)),
+    "unknown_query": _refuse(lambda step: refusals.report_unknown_query(step.asked.number)),
+    "client_id_in_use": _refuse(lambda _: refusals.BUSY_CLIENT_ID),
+    "query_notice": _add_notice,
     "silent": _deliver(lambda _, delivery: replace(delivery, silent=True)),
     "late": _deliver(lambda _, delivery: replace(delivery, silent=True, after_cancel=True)),
     "slow": _deliver(lambda rule, delivery: replace(delivery, delay_s=rule.seconds)),
     "drop_after": _deliver(lambda rule, delivery: replace(delivery, drop_after=rule.after_bytes)),
     "partial": _spoil(_take_part),
+    "newest": _spoil(lambda rule, bars: bars.take(slice(-rule.rows, None))),
+    "empty": _spoil(lambda _, bars: bars.take(slice(0, 0))),
+    "lag": _lag,
+    "revise": _spoil(_revise),
     "hole": _spoil(_cut_hole),
     "duplicate": _spoil(_repeat),
     "out_of_order": _spoil(_swap),
@@ -214,9 +264,12 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     "nan": _spoil(_poison(float("nan"))),
     "infinite": _spoil(_poison(float("inf"))),
     "high_below_low": _spoil(_turn_upside_down),
-    "shift": _spoil(_shift),
+    "shift": _shift,
+    **dict.fromkeys(DISTURBANCES, _begin),
 }
-"""Every fault by name. Rows are taken from the middle of the answer; ``shift`` moves all stamps by ``seconds``."""
+"""Every fault by name. Rows are taken from the middle of the answer, for ``newest`` and ``revise`` from its end; ``shift`` moves
+all stamps, or a head timestamp, by ``seconds``; ``lag`` leaves out bars that opened less than ``seconds`` ago;
+``query_notice`` sends 165 before the answer, ``unknown_query`` 366 in place of it; ``empty`` is no bars without a word."""
 
 
 class FaultBook:

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ktrdr_pipelines.simulator import refusals
+from ktrdr_pipelines.simulator.disturbances import EMPTY, HELD, Disturbance
 from ktrdr_pipelines.simulator.durations import DurationRule, RequestLimits
-from ktrdr_pipelines.simulator.faults import Asked, Delivery, FaultBook, FaultRule
+from ktrdr_pipelines.simulator.faults import CONNECT, Asked, Delivery, FaultBook, FaultRule
+from ktrdr_pipelines.simulator.habits import USUAL, Habits
 from ktrdr_pipelines.simulator.history import Answer, HistoryRules, check_request, find_head, look_up
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.market import Listing, Market
@@ -53,10 +55,11 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class Planned:
-    """An answer and how to deliver it."""
+    """An answer and how to deliver it. ``is_held`` until the end of an outage."""
 
     answer: Answer
     delivery: Delivery
+    is_held: bool = False
 
 
 class Gateway:
@@ -80,6 +83,7 @@ class Gateway:
         faults: Iterable[FaultRule] = (),
         zone: str = "America/New_York",
         durations: DurationRule = DurationRule.SESSIONS,
+        habits: Habits = USUAL,
         limits: RequestLimits = RequestLimits.CURRENT,
         account: str = "SIM0000001",
         server_version: int = MAX_VERSION,
@@ -90,13 +94,15 @@ class Gateway:
         self.market = market
         self.judge = judge
         self.faults = FaultBook(faults)
-        self.rules = HistoryRules(zone, durations, limits)
+        self.rules = HistoryRules(zone, durations, limits, habits=habits)
         self.account = account
         self.server_version = server_version
         self.latency_s = latency_s
         self.requests: list[RequestRecord] = []
         self.client_ids: set[int] = set()
         self.open_requests = 0
+        self.outages: list[Disturbance] = []
+        self.clock_lag_s = 0.0
         self._pace_clock = pace_clock
         self._on_record = on_record
         self._number = 0
@@ -109,6 +115,30 @@ class Gateway:
         del self.requests[: -self.max_records]
         if self._on_record:
             self._on_record(record)
+
+    def begin(self, disturbance: Disturbance) -> None:
+        """What a disturbance changes for requests from now on. `end` ends an outage."""
+        if disturbance.is_outage:
+            self.outages.append(disturbance)
+        elif disturbance.kind == "stale_clock":
+            self.clock_lag_s = disturbance.seconds
+
+    def end(self, disturbance: Disturbance) -> None:
+        """The outage is over."""
+        if disturbance in self.outages:
+            self.outages.remove(disturbance)
+
+    def plan_connection(self, client_id: int, now: float) -> Planned:
+        """What happens to a client that comes: nothing, a refusal, or a disturbance."""
+        asked = Asked(CONNECT, self._number, client_id, "", "", "", "", "", "", "", False, now)
+        answer, delivery, _ = self.faults.apply(asked, Answer())
+        self._begin_at_once(delivery)
+        return Planned(answer, delivery)
+
+    def _begin_at_once(self, delivery: Delivery) -> None:
+        for disturbance in delivery.begins:
+            if disturbance.delay_s <= 0:
+                self.begin(disturbance)
 
     def plan_history(self, client_id: int, request: HistoryRequest, now: float) -> Planned:
         """Judge, look up and spoil one history or schedule request."""
@@ -162,6 +192,7 @@ class Gateway:
             local_symbol = listing.local_symbol or listing.symbol
             record = _with_listing(record, listing, exchange)
             self._judge(record)
+            head = self.rules.habits.tell_head(head)
             if head is None or head > now:
                 raise RequestRefusedError(refusals.report_no_data(local_symbol, exchange, request.what))
             answer = Answer(head=head)
@@ -194,10 +225,18 @@ class Gateway:
             end=record.end,
             what=record.what,
             use_rth=record.use_rth,
+            now=record.time,
         )
         answer, delivery, faults = self.faults.apply(asked, answer)
+        self._begin_at_once(delivery)
+        meanwhile = self.outages[-1].meanwhile if self.outages else ""
+        if meanwhile == EMPTY:
+            answer = Answer(refusal=refusals.report_no_data(local_symbol, record.exchange, record.what))
+        elif meanwhile:
+            delivery = replace(delivery, silent=True)
         self.record(_with_outcome(replace(record, faults=faults), answer, delivery))
-        return Planned(answer, replace(delivery, delay_s=delivery.delay_s + self.latency_s))
+        delivery = replace(delivery, delay_s=delivery.delay_s + self.latency_s)
+        return Planned(answer, delivery, is_held=meanwhile == HELD)
 
 
 def _is_long(value: object) -> bool:

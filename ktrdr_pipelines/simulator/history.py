@@ -19,9 +19,11 @@ from ktrdr_pipelines.simulator.durations import (
     parse_duration,
     parse_end,
 )
+from ktrdr_pipelines.simulator.habits import USUAL, Habits
 from ktrdr_pipelines.simulator.market import (
     BAR_SIZES,
     DAY_S,
+    NO_BARS,
     Bars,
     BarSize,
     ContractQuery,
@@ -52,6 +54,7 @@ class HistoryRules:
     durations: DurationRule = DurationRule.SESSIONS
     limits: RequestLimits = RequestLimits.CURRENT
     forget_small_bars: bool = True
+    habits: Habits = USUAL
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,11 @@ def look_up(market: Market, lookup: Lookup, now_s: int, rules: HistoryRules) -> 
         _check_length(market, replace(lookup, start_s=start_s))
         bars = market.bars(lookup.listing, lookup.size, start_s, lookup.end_s, what=lookup.what, regular=lookup.regular)
     if bars is None or not len(bars):
+        if rules.habits.empty == "wordless":
+            return replace(answer, bars=NO_BARS)
         return replace(answer, refusal=refusals.report_no_data(lookup.name, lookup.exchange, lookup.what))
-    return replace(answer, bars=bars)
+    bars = rules.habits.date_bars(bars, lookup.size, market.sessions(lookup.listing))
+    return replace(answer, bars=rules.habits.cut_answer(bars))
 
 
 def _check_length(market: Market, lookup: Lookup) -> None:

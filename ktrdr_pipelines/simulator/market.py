@@ -115,6 +115,9 @@ class Bars:
 
 COLUMNS = ("stamp", "open", "high", "low", "close", "volume", "average", "count")
 
+_NO_INT, _NO_FLOAT = np.empty(0, np.int64), np.empty(0, np.float64)
+NO_BARS = Bars(_NO_INT, _NO_FLOAT, _NO_FLOAT, _NO_FLOAT, _NO_FLOAT, _NO_INT, _NO_FLOAT, _NO_INT)
+
 
 @dataclass(frozen=True, eq=False)
 class Atoms:

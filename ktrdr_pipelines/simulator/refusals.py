@@ -72,6 +72,9 @@ FARM_NOTICES = (
 """What a gateway tells every new client. -1 is their request id."""
 
 
+QUERY_NOTICE = Refusal(165, "Historical Market Data Service query message:HMDS server connection was successful")
+
+
 def refuse_duration(duration: str) -> Refusal:
     """``8 H``, ``1D`` and the like: only an integer, a space and S, D, W, M or Y is a duration."""
     return _invalid("bP", f"Invalid duration/step '{duration}'. An integer, a space and one of S D W M Y are expected")

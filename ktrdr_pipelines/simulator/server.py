@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.simulator.disturbances import Disturbance
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import Gateway, RequestRecord
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.market import Market
 from ktrdr_pipelines.simulator.refusals import Refusal
-from ktrdr_pipelines.simulator.session import Action, Close, Send, Session, Wait
+from ktrdr_pipelines.simulator.session import Action, Begin, Close, Send, Session, Wait
 from ktrdr_pipelines.simulator.sessions import us_stock_sessions
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class SimulatedGateway:
     ``clock`` gives epoch seconds and defaults to the system's; it decides what "now" is for bars, pacing and current time,
     while delays of answers and messages a second are real seconds. ``judge`` True judges pacing by the specification, None
     or False does not. Other keyword arguments are `Gateway`'s: ``pace_clock`` (needed where ``clock`` stands still and
-    pacing is judged), ``zone``, ``durations``, ``limits``, ``account``, ``latency_s``, ``on_record``, ``server_version``.
+    pacing is judged), ``zone``, ``durations``, ``habits``, ``limits``, ``account``, ``latency_s``, ``on_record``,
+    ``server_version``.
     """
 
     def __init__(
@@ -59,6 +61,9 @@ class SimulatedGateway:
         self._clock = clock
         self._server: asyncio.Server | None = None
         self._connections: dict[_Connection, None] = {}
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._return: asyncio.Task[None] | None = None
+        self.is_hanging = False
 
     @property
     def port(self) -> int:
@@ -81,17 +86,18 @@ class SimulatedGateway:
         Raises:
             InputError: the address cannot be had (port in use, no such host).
         """
-        loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(
-                lambda: _Connection(self.gateway, self._clock, self._connections), self.host, self._wanted_port
-            )
+            self._server = await self._listen()
         except (OSError, OverflowError) as error:
             raise InputError(
                 f"cannot listen on {self.host}:{self._wanted_port}: {error}",
                 advice="Choose another port, or 0 for any.",
             ) from error
         return self
+
+    async def _listen(self) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(lambda: _Connection(self), self.host, self._wanted_port)
 
     async def serve(self) -> None:
         """Run until cancelled, then close everything."""
@@ -104,12 +110,16 @@ class SimulatedGateway:
 
     async def stop(self) -> None:
         """Stop listening and drop all clients. Safe to call twice."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        if self._return is not None:
+            self._return.cancel()
         server, self._server = self._server, None
         if server is None:
             return
         server.close()
-        for connection in list(self._connections):
-            connection.abort()
+        self.disconnect_clients()
         await server.wait_closed()
 
     def disconnect_clients(self) -> None:
@@ -122,6 +132,69 @@ class SimulatedGateway:
         for connection in list(self._connections):
             connection.perform(connection.session.broadcast(Refusal(code, text)))
 
+    # --- disturbances -------------------------------------------------------------------------------------------------
+
+    def begin(self, disturbance: Disturbance) -> None:
+        """Let it happen, after its delay. Durations are real seconds."""
+        if disturbance.delay_s > 0:
+            self._later(disturbance.delay_s, lambda: self._begin_late(disturbance))
+        else:
+            self._begin_now(disturbance)
+
+    def _begin_late(self, disturbance: Disturbance) -> None:
+        self.gateway.begin(disturbance)
+        self._begin_now(disturbance)
+
+    def _begin_now(self, disturbance: Disturbance) -> None:
+        logger.info("%s for %g s", disturbance.kind, disturbance.seconds)
+        if disturbance.begin is not None:
+            self.broadcast(disturbance.begin.code, disturbance.begin.text)
+        if disturbance.kind == "restart":
+            self._go_down(disturbance.seconds)
+        elif disturbance.kind == "hang":
+            self._set_hanging(True)
+            self._later(disturbance.seconds, lambda: self._set_hanging(False))
+        elif disturbance.is_outage:
+            self._later(disturbance.seconds, lambda: self._end_outage(disturbance))
+
+    def _end_outage(self, disturbance: Disturbance) -> None:
+        self.gateway.end(disturbance)
+        if disturbance.end is not None:
+            self.broadcast(disturbance.end.code, disturbance.end.text)
+        for connection in list(self._connections):
+            connection.perform(connection.session.deliver_held())
+
+    def _set_hanging(self, is_hanging: bool) -> None:
+        self.is_hanging = is_hanging
+        for connection in list(self._connections):
+            connection.set_hanging(is_hanging)
+
+    def _go_down(self, seconds: float) -> None:
+        """Close the port and drop everybody; listen on the same port again after ``seconds``."""
+        if self._server is None:
+            return
+        server, self._wanted_port, self._server = self._server, self.port, None
+        server.close()
+        self.disconnect_clients()
+
+        async def come_back() -> None:
+            await asyncio.sleep(seconds)
+            while self._server is None:
+                try:
+                    self._server = await self._listen()
+                except OSError:
+                    await asyncio.sleep(0.05)  # somebody else has the port at this moment
+
+        self._return = asyncio.get_running_loop().create_task(come_back())
+
+    def _later(self, delay_s: float, do: Callable[[], None]) -> None:
+        def run() -> None:
+            self._timers.discard(timer)
+            do()
+
+        timer = asyncio.get_running_loop().call_later(delay_s, run)
+        self._timers.add(timer)
+
     async def __aenter__(self) -> Self:
         return await self.start()
 
@@ -132,10 +205,11 @@ class SimulatedGateway:
 class _Connection(asyncio.Protocol):
     """One socket and its session."""
 
-    def __init__(self, gateway: Gateway, clock: Callable[[], float], connections: dict[_Connection, None]) -> None:
-        self.session = Session(gateway)
-        self._clock = clock
-        self._connections = connections
+    def __init__(self, server: SimulatedGateway) -> None:
+        self.session = Session(server.gateway)
+        self._server = server
+        self._clock = server._clock
+        self._connections = server._connections
         self._transport: asyncio.Transport | None = None
         self._timers: set[asyncio.TimerHandle] = set()
         self._is_paused = False
@@ -148,6 +222,8 @@ class _Connection(asyncio.Protocol):
         strangers = [each for each in self._connections if each.session.is_stranger]
         if len(strangers) > MAX_STRANGERS:
             strangers[0].abort()
+        if self._server.is_hanging:
+            self.set_hanging(True)
 
     def data_received(self, data: bytes) -> None:
         self._answer(data)
@@ -170,8 +246,19 @@ class _Connection(asyncio.Protocol):
             self.perform(self.session.wake(self._due.pop(0)))
         if self.session.has_message and not self._is_paused:
             self._answer()
-        if self._transport is not None and not self._transport.is_closing() and not self._is_paused:
+        is_silent = self._is_paused or self._server.is_hanging
+        if self._transport is not None and not self._transport.is_closing() and not is_silent:
             self._transport.resume_reading()
+
+    def set_hanging(self, is_hanging: bool) -> None:
+        """Stop reading, or go on: what arrived meanwhile is answered late."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if is_hanging:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._connections.pop(self, None)
@@ -197,6 +284,10 @@ class _Connection(asyncio.Protocol):
                 pending.append(action.data)
             elif isinstance(action, Wait):
                 self._set_timer(action)
+            elif isinstance(action, Begin):
+                self._server.begin(action.disturbance)
+                if transport.is_closing():
+                    return
             elif isinstance(action, Close):
                 logger.info("closing client %s: %s", self.session.client_id, action.reason)
                 transport.write(b"".join(pending))

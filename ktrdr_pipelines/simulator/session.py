@@ -16,6 +16,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from ktrdr_pipelines.simulator import messages, refusals
+from ktrdr_pipelines.simulator.disturbances import Disturbance
 from ktrdr_pipelines.simulator.encoding import encode_history, write_head, write_schedule
 from ktrdr_pipelines.simulator.faults import Delivery
 from ktrdr_pipelines.simulator.gateway import Gateway, Planned, RequestRecord
@@ -77,7 +78,14 @@ class Close:
     reason: str
 
 
-Action = Send | Wait | Close
+@dataclass(frozen=True)
+class Begin:
+    """A disturbance of the whole gateway begins, after its delay."""
+
+    disturbance: Disturbance
+
+
+Action = Send | Wait | Close | Begin
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ class Session:
         this is called again. ``now`` is the market's time in epoch seconds; ``at``, by which messages a second are counted, is
         any steady clock in seconds and matters where ``now`` stands still. After a `Close` nothing is answered.
         """
+        at = now if at is None else at
+        now -= self._gateway.clock_lag_s
         if self.state is State.CLOSED:
             return []
         if self.state is State.PREFIX:
@@ -134,7 +144,7 @@ class Session:
         actions: list[Action] = []
         try:
             for payload in self._frames.feed(data):
-                actions += self._take_payload(payload, now, now if at is None else at)
+                actions += self._take_payload(payload, now, at)
                 limit -= 1
                 if self.state is State.CLOSED or not limit:
                     break
@@ -189,7 +199,7 @@ class Session:
         local = datetime.fromtimestamp(now, UTC).astimezone(ZoneInfo(self._gateway.rules.zone))
         return [self._send(messages.build_handshake(version, local))]
 
-    def _start(self, message: StartApi, _now: float) -> list[Action]:
+    def _start(self, message: StartApi, now: float) -> list[Action]:
         gateway = self._gateway
         if self.state is State.READY:
             return [self._refuse(NO_REQUEST, Refusal(501, "Already connected."))]
@@ -197,12 +207,16 @@ class Session:
             return [self._refuse(NO_REQUEST, refusals.BUSY_CLIENT_ID), self._close("client id is in use")]
         if len(gateway.client_ids) >= gateway.max_clients:
             return [self._close(f"more than {gateway.max_clients} clients")]
+        planned = gateway.plan_connection(message.client_id, now)
+        if planned.answer.refusal is not None:
+            return [self._refuse(NO_REQUEST, planned.answer.refusal), self._close("refused, as a fault says")]
         gateway.client_ids.add(message.client_id)
         self.client_id, self.state = message.client_id, State.READY
         return [
             self._send(messages.build_managed_accounts(gateway.account)),
             self._send(messages.build_next_valid_id(1)),
             *(self._refuse(NO_REQUEST, notice) for notice in refusals.FARM_NOTICES),
+            *(Begin(disturbance) for disturbance in planned.delivery.begins),
         ]
 
     def _describe_contracts(self, message: ContractRequest, now: float) -> list[Action]:
@@ -235,8 +249,9 @@ class Session:
             planned = self._gateway.plan_history(self.client_id, message, now)
         else:
             planned = self._gateway.plan_head(self.client_id, message, now)
-        actions: list[Action] = [self._refuse(message.req_id, notice) for notice in planned.answer.notices]
         delivery = planned.delivery
+        actions: list[Action] = [Begin(disturbance) for disturbance in delivery.begins]
+        actions += [self._refuse(message.req_id, notice) for notice in planned.answer.notices]
         if not delivery.silent and delivery.delay_s <= 0:
             return [*actions, *self._deliver(message, planned)]
         self._remember(message, planned)
@@ -254,6 +269,15 @@ class Session:
                 self._forget(req_id)
                 return self._deliver(entry.request, entry.planned)
         return []
+
+    def deliver_held(self) -> list[Action]:
+        """The answers that an outage has held up."""
+        held = [(req_id, entry) for req_id, entry in self._open.items() if entry.planned.is_held]
+        actions: list[Action] = []
+        for req_id, entry in held:
+            self._forget(req_id)
+            actions += self._deliver(entry.request, entry.planned)
+        return actions
 
     def _cancel(self, message: CancelHistory, now: float) -> list[Action]:
         entry = self._open.get(message.req_id)

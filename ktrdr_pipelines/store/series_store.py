@@ -311,6 +311,14 @@ class Store:
                 update["sparse"] = sparse
             self._files.save_sidecar(series, sidecar.model_copy(update=update))
 
+    def note_unfinished(self, series: Series, since: datetime | None, until: datetime | None, *, now: datetime) -> None:
+        """Remember what loads of newer (``since``) and of older bars (``until``) still owe; None: nothing."""
+        doing = f"noting what is unfinished of {series}"
+        with self._files.locked(series, doing):
+            sidecar, _ = settle(self._files, series, require_utc(now, "now"), doing)
+            update = {"updated_at": now, "series": str(series), "unfinished_from": since, "unfinished_until": until}
+            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+
     def adopt(self, series: Series, path: Path | None = None, *, now: datetime, assume_utc: bool = False) -> Adopted:
         """Make a file that something else wrote the CSV of ``series``, or part of it.
 

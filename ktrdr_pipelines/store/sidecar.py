@@ -129,6 +129,10 @@ class Sidecar(_Model):
     answered: tuple[Span, ...] = ()
     """Disjoint, sorted windows in which IB gave a verified answer, with or without bars."""
     proven_empty: tuple[ProvenEmpty, ...] = ()
+    unfinished_from: Instant | None = None
+    """The first bar that a load which continued the file owes. Newer bars may be held: tail begins here."""
+    unfinished_until: Instant | None = None
+    """The end of the last bar that a load of older bars owes. Older bars may be held: backfill ends here."""
     file: FileMark | None = None
     partitions: dict[str, PartitionMark] = {}
 

@@ -640,3 +640,15 @@ def test_no_request_goes_out_unpaced(bench: Bench, start_gateway: Any) -> None:
     assert [wait.reason for wait in bench.waits] == [
         "pacing: fewer than six requests for one contract within 2 seconds"
     ]
+
+
+@pytest.mark.parametrize(("behind_s", "least_s"), [(0, 0), (-3600, 0), (3600, 3600)])
+def test_how_far_the_gateways_clock_is_behind_is_known_once_connected(
+    bench: Bench, start_gateway: Any, behind_s: int, least_s: int
+) -> None:
+    """Its own time decides which bars are complete; whole seconds and the way of the answer are no lag."""
+    gateway = start_gateway(clock=lambda: time.time() - behind_s)
+    history = bench.connect_to(gateway.port)
+    assert history.clock_lag_s == 0
+    history.pin(stock("AAPL"))
+    assert least_s <= history.clock_lag_s < least_s + 30

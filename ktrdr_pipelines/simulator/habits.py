@@ -1,0 +1,89 @@
+"""Ways in which gateways differ that are no faults: how bars are dated, how many come, what is known of the start of history.
+
+None of it is documented by IBKR, and whatever a loader takes for granted here will be otherwise on some gateway. How
+durations are counted is such a habit too; it is in `durations.py`. Scripted faults are in `faults.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.simulator.market import DAY_S, Bars, BarSize, label_dates
+from ktrdr_pipelines.simulator.sessions import Sessions
+
+_HEAD_SHIFTS_S = {"exact": 0, "early": -3653 * DAY_S, "late": 365 * DAY_S}
+
+
+@dataclass(frozen=True)
+class Habits:
+    """``periods``: weeks and months are dated with the "last" of their sessions, or the "first" of their days (Monday, the
+    1st). ``days``: daily bars are dated with the day on which their session ends ("close") or begins ("open": forex from
+    Sunday to Thursday). ``newest``: at most so many bars an answer, the newest (0: all). ``head``: the head timestamp is
+    "exact", ten years too "early", a year too "late", or "none" is known. ``empty``: a window without bars is "told" with
+    162, or answered "wordless" with no bars.
+    """
+
+    periods: str = "last"
+    days: str = "close"
+    newest: int = 0
+    head: str = "exact"
+    empty: str = "told"
+
+    def date_bars(self, bars: Bars, size: BarSize, sessions: Sessions) -> Bars:
+        """``bars`` with the stamps of this gateway."""
+        if size.unit == "day" and self.days == "open":
+            at = np.searchsorted(sessions.day, bars.stamp // DAY_S)
+            return replace(bars, stamp=(sessions.open[at] + sessions.offset[at]) // DAY_S * DAY_S)
+        if size.unit in ("week", "month") and self.periods == "first":
+            key = label_dates(bars.stamp // DAY_S, size.unit)
+            days = key * 7 - 3 if size.unit == "week" else key.astype("datetime64[M]").astype("datetime64[D]")
+            return replace(bars, stamp=days.astype(np.int64) * DAY_S)
+        return bars
+
+    def cut_answer(self, bars: Bars) -> Bars:
+        """As many of ``bars`` as this gateway sends."""
+        return bars.take(slice(-self.newest, None)) if self.newest else bars
+
+    def tell_head(self, head_s: int | None) -> int | None:
+        """The start of history as this gateway believes it (epoch seconds)."""
+        return None if head_s is None or self.head == "none" else max(0, head_s + _HEAD_SHIFTS_S[self.head])
+
+
+USUAL = Habits()
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "periods": ("last", "first"),
+    "days": ("close", "open"),
+    "newest": (),
+    "head": (*_HEAD_SHIFTS_S, "none"),
+    "empty": ("told", "wordless"),
+}
+"""What each habit can be; ``newest`` is a number."""
+
+
+def read_habits(texts: Iterable[str]) -> Habits:
+    """``["periods=first", "newest=100"]`` as `Habits`.
+
+    Raises:
+        InputError: no such habit or value.
+    """
+    habits = USUAL
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in VALUES:
+            raise InputError(f"unknown habit {text!r}", advice=f"Write NAME=VALUE with one of {', '.join(VALUES)}.")
+        if name == "newest":
+            if not value.isdecimal():
+                raise InputError(f"{text!r} is not a number of bars", advice="Write it like newest=100.")
+            habits = replace(habits, newest=int(value))
+        elif value not in VALUES[name]:
+            raise InputError(f"habit {name} cannot be {value!r}", advice=f"Use one of {', '.join(VALUES[name])}.")
+        else:
+            changed: dict[str, Any] = {name: value}
+            habits = replace(habits, **changed)
+    return habits
