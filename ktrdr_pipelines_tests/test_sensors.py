@@ -116,6 +116,22 @@ def test_weeks_and_months_are_due_when_their_last_session_has_settled(
     assert len(tick(offline, [series], utc(after)).requests) == 1
 
 
+def test_what_an_earlier_load_could_not_finish_is_due_although_newer_bars_are_held(offline: Settings) -> None:
+    """A window in February failed for ever, the bars after it arrived: the tick asks from there, until it is settled."""
+    hold(offline.data_dir, AAPL_1H, utc("2024-01-01"), TUESDAY)
+    store, held = Store(offline.data_dir), HeldEnds(offline.data_dir)
+
+    def tick_on() -> TailTick:
+        return decide_tail(offline, [AAPL_1H], held, NOBODY, TUESDAY)
+
+    assert tick_on().requests == []
+    store.note_unfinished(AAPL_1H, utc("2024-02-05T14:30:00"), None, now=TUESDAY)
+    (request,) = tick_on().requests
+    assert partition_range(request) == ("2024-02-01", "2024-03-01")
+    store.note_unfinished(AAPL_1H, None, None, now=TUESDAY)
+    assert tick_on().requests == []
+
+
 def test_a_bar_that_was_proven_empty_is_not_due(offline: Settings) -> None:
     """What IB showed not to exist is never asked for again."""
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from ktrdr_pipelines.calendars import ExpectedBars, calendar_of, expected_bars, is_open, next_complete
+from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.partitions import Partition, partition_at, partitions_in
 from ktrdr_pipelines.plan import missing_bars
 from ktrdr_pipelines.series import Hours, Series, Timeframe, Window
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.sidecar import TAIL_BYTES, peek_unfinished_from
 
 SETTLING_S = 10
 """A bar is due this long after its close: IB needs a moment to finish it."""
@@ -85,28 +88,45 @@ class HeldEnds:
         self._empty: dict[str, tuple[object, list[Window]]] = {}
 
     def last_held_s(self, series: Series, now: datetime) -> int | None:
-        """Open of the last bar, epoch seconds; None without a CSV or a row in it.
+        """Open of the last bar that tail continues from, epoch seconds, as `modes.Held` has it: the newest, or the one before
+        what an earlier load could not finish. None without a CSV or a row in it.
 
         None as well for a file of another program that changed within `QUIET_S` before ``now``: it may still be being copied.
 
         Raises:
             KtrdrError: the file cannot be read.
         """
-        path = self._store.csv_path(series)
-        mark = _mark(path)
+        path, sidecar_path = self._store.csv_path(series), self._store.sidecar_path(series)
+        mark = (_mark(path), _mark(sidecar_path))
         known = self._last.get(series.name)
         if known is not None and known[0] == mark:
             return known[1]
-        if mark is None:
+        if mark[0] is None:
             return None
-        is_quiet = not 0 <= now.timestamp() - mark[0] / 1e9 < QUIET_S
-        if not is_quiet and _mark(self._store.sidecar_path(series)) is None:
+        is_quiet = not 0 <= now.timestamp() - mark[0][0] / 1e9 < QUIET_S
+        if not is_quiet and mark[1] is None:
             return None
         extent = self._store.extent(series)
-        if _mark(path) != mark:  # reading adopted it
+        if _mark(path) != mark[0]:  # reading adopted it
             self.notices += [f"{series}: {said}" for said in self._store.prepare(series, now=now).describe()]
-        self._last[series.name] = (_mark(path), extent.last_open_s if extent else None)
-        return self._last[series.name][1]
+            mark = (_mark(path), _mark(sidecar_path))
+        last_s = extent.last_open_s if extent else None
+        if last_s is not None and (unfinished := self._peek_unfinished(series)) is not None:
+            last_s = min(last_s, int(unfinished.timestamp()) - 1)
+        self._last[series.name] = (mark, last_s)
+        return last_s
+
+    def _peek_unfinished(self, series: Series) -> datetime | None:
+        try:
+            with self._store.sidecar_path(series).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                return peek_unfinished_from(file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            with suppress(KtrdrError):  # who needs more of it will say that it cannot be read
+                return Store(self._data_dir).read_sidecar(series).unfinished_from
+            return None
 
     def changed_s(self, series: Series) -> float:
         """When the sidecar was last written, epoch seconds; 0 without one. It proves nothing of a bar that closed later."""

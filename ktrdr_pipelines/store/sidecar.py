@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -189,6 +190,24 @@ def render_sidecar(sidecar: Sidecar) -> bytes:
     data = sidecar.model_dump(mode="json")
     lines = [f"  {json.dumps(key)}: {_render_value(data[key])}" for key in sorted(data)]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+TAIL_BYTES = 1024
+"""In the last of a sidecar's bytes stands what is unfinished: keys are sorted, and what grows comes before."""
+
+_UNFINISHED_FROM = re.compile(rb'^  "unfinished_from": (?:null|"([^"]+)"),$', re.MULTILINE)
+
+
+def peek_unfinished_from(tail: bytes) -> datetime | None:
+    """`Sidecar.unfinished_from` by the last `TAIL_BYTES` of a sidecar, without reading megabytes of windows.
+
+    Raises:
+        ValueError: it does not stand there, as in a file that somebody wrote otherwise: parse the whole.
+    """
+    found = _UNFINISHED_FROM.search(tail)
+    if found is None:
+        raise ValueError("no unfinished_from at the end of the sidecar")
+    return datetime.fromisoformat(found[1].decode()) if found[1] else None
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
