@@ -1,13 +1,11 @@
-"""Dagster's instance for doors of our own: found without environment variables, initialised once, rid of dead runs.
+"""Dagster's instance for doors of our own: found without environment variables, initialised once.
 
 A fresh home must be initialised by one process alone: four at once leave two alembic heads in it, for ever
-(dagster_facts.md, 1). Runs of this machine whose process was killed stay STARTED and keep their pool slot; nobody else
-would ever notice (dagster_facts.md, 5).
+(dagster_facts.md, 1).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,17 +13,9 @@ import dagster as dg
 from filelock import FileLock, Timeout
 
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.ib.owners import Owner, current_owner
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
 ORIGIN_TAG = "ktrdr/origin"
-OWNER_TAG = "ktrdr/owner"
-
-
-def owner_tags(origin: str) -> dict[str, str]:
-    """Tags that let `reap_dead_runs` tell whether the process that executes a run still lives."""
-    owner = current_owner()
-    return {ORIGIN_TAG: origin, OWNER_TAG: json.dumps([owner.host, owner.pid, owner.started])}
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
@@ -58,14 +48,3 @@ def _provide_config(home: Path) -> None:
             shutil.copyfile(ours, target)
         else:
             target.touch()
-
-
-def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs whose process is gone as failed and free their pool slots; returns their ids."""
-    reaped = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])):
-        if OWNER_TAG in run.tags and Owner(*json.loads(run.tags[OWNER_TAG])).is_alive() is False:
-            instance.report_run_failed(run, "The process that executed this run is gone.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            reaped.append(run.run_id)
-    return reaped

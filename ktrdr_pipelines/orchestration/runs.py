@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import threading
 import traceback
+import uuid
 
 import dagster as dg
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
 from ktrdr_pipelines.orchestration.build import build_definitions
+from ktrdr_pipelines.orchestration.dead_runs import owner_tag, reaping
 from ktrdr_pipelines.orchestration.door import Door, lend
-from ktrdr_pipelines.orchestration.instance import owner_tags, reap_dead_runs
+from ktrdr_pipelines.orchestration.instance import ORIGIN_TAG
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.report import LoadReport
@@ -65,7 +67,8 @@ def execute_load(
         end=format_instant(window.end) if window.end < last.window.end else "",
         mode=mode,
     )
-    tags = {**owner_tags(origin), "ktrdr/mode": mode, "ktrdr/series": series.name}
+    run_id = str(uuid.uuid4())
+    tags = {ORIGIN_TAG: origin, **owner_tag(run_id), "ktrdr/mode": mode, "ktrdr/series": series.name}
     if first == last:
         where: dict[str, object] = {"partition_key": first.key}
     else:
@@ -73,10 +76,10 @@ def execute_load(
         tags["dagster/asset_partition_range_start"] = first.key
         tags["dagster/asset_partition_range_end"] = last.key
     job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
-    with _one_run_at_a_time, lend(door):
-        reap_dead_runs(instance)
+    with _one_run_at_a_time, lend(door), reaping(instance):
         result = job.execute_in_process(
             instance=instance,
+            run_id=run_id,
             asset_selection=[asset_key(series)],
             raise_on_error=False,
             tags=tags,
