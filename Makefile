@@ -2,6 +2,7 @@
 # make test   linters, types, tests
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
 # make bench  measurements, as ratios within one run
+# make kills  two hundred loads killed at random instants (the tests kill a few)
 # make lint   ruff, mypy, import arrows
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
 
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test ui bench lint lock clients clean
+.PHONY: demo test ui bench kills lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -34,6 +35,9 @@ lint: $(READY)
 
 bench: $(READY)
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+kills: $(READY)
+	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/test_load_crash.py -k random_instants
 
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)

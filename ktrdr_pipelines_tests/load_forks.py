@@ -1,9 +1,9 @@
 """Loads in processes that can be killed, without the seconds that a start of `ktrdr` takes: a server imports everything once
 and forks a child for each load.
 
-`LoadForks` is the end for tests. The other end, ``python -m ktrdr_pipelines_tests.load_forks``, reads one JSON object a line:
-``{"load": {...}}`` forks and answers with the pid, ``{"wait": pid}`` with its exit status. It starts no thread and opens no
-database, so that a child of it is as good as a process of its own.
+`ForkServer` and `LoadForks` are the end for tests. The other end, ``python -m ktrdr_pipelines_tests.load_forks``, reads one JSON
+object a line: ``{"load": {...}}`` forks and answers with the pid, ``{"wait": pid}`` with its exit status, ``{"warm": 0}`` imports
+what a first load imported. It starts no thread and opens no database: a child of it is as good as a process of its own.
 """
 
 from __future__ import annotations
@@ -18,56 +18,59 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SPEED = 100
 """The ledger's clock runs so much faster: ten requests a second."""
 
 
-class LoadForks:
-    """Starts loads of stocks against the gateway on ``port``, with data, Dagster home and logs in ``folder``."""
+class ForkServer:
+    """The process whose children load; ``folder`` is its own."""
 
-    def __init__(self, port: int, folder: Path) -> None:
-        self._common = {"port": port, "folder": str(folder)}
+    def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "ktrdr_pipelines_tests.load_forks"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-        self._server = subprocess.Popen(
+        self._process = subprocess.Popen(
             command, env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self._read() == "ready"
 
+    def ask(self, what: Mapping[str, object]) -> int:
+        """Send one line; the number answered."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return int(self._read())
+
+    def warm_up(self) -> None:
+        """Import what a first load has imported meanwhile: later children start in half the time."""
+        self.ask({"warm": 0})
+
+    def close(self) -> None:
+        """End it, and with it nothing else: children are waited for by who started them."""
+        self._process.communicate(timeout=30)
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+class LoadForks:
+    """Starts loads of stocks against the gateway on ``port``, with data, Dagster home and logs in ``folder``."""
+
+    def __init__(self, server: ForkServer, port: int, folder: Path) -> None:
+        self._server = server
+        self._common = {"port": port, "folder": str(folder)}
+
     def start(self, symbol: str, timeframe: str, start: str, end: str, **more: object) -> int:
         """Begin a load; the pid of its process."""
         job = {"symbol": symbol, "timeframe": timeframe, "start": start, "end": end, **self._common, **more}
-        return self._ask({"load": job})
+        return self._server.ask({"load": job})
 
     def wait(self, pid: int) -> int:
         """The exit status of a load: 0, 1 with failed windows, minus the signal that killed it."""
-        return self._ask({"wait": pid})
-
-    def warm_up(self) -> None:
-        """Import in the server what a load has just imported: children start in half the time."""
-        self._ask({"warm": 0})
-
-    def _ask(self, what: Mapping[str, object]) -> int:
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(what) + "\n")
-        self._server.stdin.flush()
-        return int(self._read())
-
-    def _read(self) -> str:
-        assert self._server.stdout is not None
-        return self._server.stdout.readline().strip()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.communicate(timeout=30)
+        return self._server.ask({"wait": pid})
 
 
 def run_load(job: Mapping[str, Any]) -> int:
@@ -88,6 +91,7 @@ def run_load(job: Mapping[str, Any]) -> int:
         data_dir=folder / "data",
         dagster_home=folder / job.get("home", "home"),
         ib_retry_waits_s=(0.1, 0.1, 0.1),
+        history_limits=job.get("limits", "classic"),
     )
     series = Series(stock(job["symbol"]), parse_timeframe(job["timeframe"]))
     address = GatewayResource.of(settings).address()

@@ -13,38 +13,41 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
 import numpy as np
 import pytest
+import time_machine
 
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.orchestration import dead_runs
 from ktrdr_pipelines.orchestration.active import find_active_runs
-from ktrdr_pipelines.orchestration.assets import GATEWAY_POOL
+from ktrdr_pipelines.orchestration.assets import GATEWAY_POOL, asset_key
 from ktrdr_pipelines.orchestration.dead_runs import OWNER_TAG, owner_tag, reap_dead_runs
 from ktrdr_pipelines.orchestration.instance import open_instance
+from ktrdr_pipelines.orchestration.partitions import define_partitions
 from ktrdr_pipelines.partitions import partition_at
 from ktrdr_pipelines.series import TIMEFRAMES, Series, Window, stock
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import RequestRecord
-from ktrdr_pipelines.store.series_store import Store
-from ktrdr_pipelines_tests.conftest import Ktrdr, StartGateway
+from ktrdr_pipelines.simulator.server import GatewayThread
+from ktrdr_pipelines_tests.conftest import LoadAt, StartGateway
 from ktrdr_pipelines_tests.fakes import utc
 from ktrdr_pipelines_tests.ledger_tools import poll
-from ktrdr_pipelines_tests.load_forks import ROOT, LoadForks
+from ktrdr_pipelines_tests.load_forks import ROOT
 
 MakeSettings = Callable[..., Settings]
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "24"))
-KILLED_WITHIN_S = 0.8
+KILLS = int(os.environ.get("KILLS", "12"))
+KILLED_WITHIN_S = 0.6
 """Every fourth blow falls so soon after the process began, the others so soon after its first request."""
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
 FIRST = "2008-01-01"
@@ -121,7 +124,7 @@ def held_slots(instance: dg.DagsterInstance) -> int:
 
 @pytest.mark.timeout(30 + 10 * KILLS)
 def test_loads_killed_at_random_instants_lose_nothing(
-    start_gateway: StartGateway, make_settings: MakeSettings, tmp_path: Path
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """After each SIGKILL the CSV is whole and has every row of before, each claim of the sidecar holds, and the next load asks
     at most the interrupted request again. In the end the file is the truth, and Dagster has no run and no slot of the dead."""
@@ -129,46 +132,206 @@ def test_loads_killed_at_random_instants_lose_nothing(
     witness = Witness(tmp_path / "data")
     wrong: list[str] = []
     repeated = 0
-    with LoadForks(gateway.port, tmp_path) as forks:
-        assert forks.wait(forks.start("AAPL", "1h", FIRST, "2008-02-01")) == 0
-        forks.warm_up()
-        witness.look()
-        for blow in range(KILLS):
-            seen, last = len(gateway.requests), max(witness.rows)
-            # Two months that are held and more to come than one load can do in time.
-            pid = forks.start("AAPL", "1h", max(FIRST, add_months(last, -2)), add_months(last, 24))
-            if blow % 4:
-                poll(lambda seen=seen: len(gateway.requests) > seen)
-            ended = select.select([], [], [], chance.uniform(0.0, KILLED_WITHIN_S))  # until the blow
-            assert ended == ([], [], [])
-            os.kill(pid, signal.SIGKILL)
-            assert forks.wait(pid) == -signal.SIGKILL, "the load was over before the blow: it needs more to do"
-            again = count_again(gateway.requests[seen:], gateway.requests[:seen])
-            repeated += again
-            wrong += [f"blow {blow}: {what}" for what in witness.look()]
-            if again > 1:
-                listed = "; ".join(f"{r.end} {r.duration}" for r in gateway.requests[seen - 1 :])
-                wrong.append(f"blow {blow}: {again} requests were asked again: after {listed}")
-        seen, end = len(gateway.requests), add_months(max(witness.rows), 3)
-        assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0, (tmp_path / "loads.log").read_text()[-2000:]
-        wrong += witness.look()
-        repeated += count_again(gateway.requests[seen:], gateway.requests[:seen])
-        made = len(gateway.requests)
-        assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0
-        assert len(gateway.requests) == made, "something was left to ask for"
-    print(f"{KILLS} kills, {made} requests, {repeated} of them asked again, {len(witness.rows)} rows, {len(wrong)} wrong")
-    assert not wrong, '\n'.join(wrong)
+    forks = load_at(gateway.port)
+    assert forks.wait(forks.start("AAPL", "1h", FIRST, "2008-02-01")) == 0
+    witness.look()
+    for blow in range(KILLS):
+        seen, last = len(gateway.requests), max(witness.rows)
+        # Two months that are held and more to come than one load can do in time.
+        pid = forks.start("AAPL", "1h", max(FIRST, add_months(last, -2)), add_months(last, 24))
+        if blow % 4:
+            poll(lambda seen=seen: len(gateway.requests) > seen)
+        ended = select.select([], [], [], chance.uniform(0.0, KILLED_WITHIN_S))  # until the blow
+        assert ended == ([], [], [])
+        os.kill(pid, signal.SIGKILL)
+        assert forks.wait(pid) == -signal.SIGKILL, "the load was over before the blow: it needs more to do"
+        again = count_again(gateway.requests[seen:], gateway.requests[:seen])
+        repeated += again
+        wrong += [f"blow {blow}: {what}" for what in witness.look()]
+        if again > 1:
+            listed = "; ".join(f"{r.end} {r.duration}" for r in gateway.requests[seen - 1 :])
+            wrong.append(f"blow {blow}: {again} requests were asked again: after {listed}")
+    seen, end = len(gateway.requests), add_months(max(witness.rows), 3)
+    assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0, (tmp_path / "loads.log").read_text()[-2000:]
+    wrong += witness.look()
+    repeated += count_again(gateway.requests[seen:], gateway.requests[:seen])
+    made = len(gateway.requests)
+    assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0
+    assert len(gateway.requests) == made, "something was left to ask for"
+    # The truth: one load that nobody disturbs, asked for in long requests.
+    (tmp_path / "truth").mkdir()
+    options = {"folder": str(tmp_path / "truth"), "limits": "current"}
+    assert forks.wait(forks.start("AAPL", "1h", FIRST, end, **options)) == 0
+    truth = (tmp_path / "truth" / "data" / "AAPL_1h.csv").read_bytes()
+    print(
+        f"{KILLS} kills, {made} requests, {repeated} of them asked again, {len(witness.rows)} rows, {len(wrong)} wrong"
+    )
+    assert not wrong, "\n".join(wrong)
     assert len(witness.rows) > KILLS * 140 / 2, "the loads hardly came forward: the test proved nothing"
     assert repeated <= KILLS
-    assert make_truth(start_gateway, tmp_path / "truth", end) == witness.csv.read_bytes()
+    assert truth == witness.csv.read_bytes()
     with open_instance(make_settings(gateway.port)) as instance:
         assert unfinished_runs(instance) == []
         assert held_slots(instance) == 0
 
 
-def make_truth(start_gateway: StartGateway, folder: Path, end: str) -> bytes:
-    """The CSV of one load that nobody disturbs."""
-    folder.mkdir()
-    with LoadForks(start_gateway().port, folder) as forks:
-        assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0
-    return (folder / "data" / "AAPL_1h.csv").read_bytes()
+# ---------------------------------------------------------------------------------------------------- Dagster's record
+
+
+@contextmanager
+def killed(command: Sequence[str], gateway: GatewayThread, folder: Path) -> Iterator[None]:
+    """Start ``command`` as a user does, kill it while the gateway keeps it waiting for an answer."""
+    seen = len(gateway.requests)
+    with (folder / "command.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment(gateway, folder), cwd=folder, stdout=log, stderr=log)
+        try:
+            poll(lambda: len(gateway.requests) > seen or process.poll() is not None, 60)
+            yield
+        finally:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, (folder / "command.log").read_text()
+
+
+def environment(gateway: GatewayThread, folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "IB_PORT": str(gateway.port),
+        "KTRDR_DATA_DIR": str(folder / "data"),
+        "DAGSTER_HOME": str(folder / "home"),
+    }
+
+
+def ktrdr_command(symbol: str = "AAPL") -> list[str]:
+    return [sys.executable, "-m", "ktrdr_pipelines.cli", "ib-load", symbol, "1h", "--mode", "full", "--start", "2024-02-05",
+            "--end", "2024-02-10"]  # fmt: skip
+
+
+def materialize_command(symbol: str = "AAPL") -> list[str]:
+    return [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "ktrdr_pipelines.definitions", "--select",
+            f"ohlcv/{symbol}/1h", "--partition", "2024-02-01"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [ktrdr_command(), materialize_command()], ids=["ktrdr", "materialize"])
+def test_a_killed_command_leaves_no_run_and_no_slot_to_whoever_comes_next(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path, command: list[str]
+) -> None:
+    """The only slot of the pool is free for the next load of another series, at once; the run has failed, its partition too."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
+    with open_instance(make_settings(gateway.port)) as instance:
+        with killed(command, gateway, tmp_path):
+            (run,) = unfinished_runs(instance)
+            assert (run.status, held_slots(instance)) == (dg.DagsterRunStatus.STARTED, 1)
+        assert len(unfinished_runs(instance)) == 1, "who noticed?"
+        forks = load_at(gateway.port)
+        assert forks.wait(forks.start("MSFT", "1h", "2024-02-05", "2024-02-10")) == 0
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+        dead = instance.get_run_by_id(run.run_id)
+        assert dead is not None
+        assert dead.status is dg.DagsterRunStatus.FAILURE
+        assert instance.get_status_by_partition(
+            asset_key(AAPL_1H), ["2024-02-01"], define_partitions(AAPL_1H.timeframe, make_settings(gateway.port))
+        )["2024-02-01"].value == "FAILED"  # fmt: skip
+
+
+def test_a_materialization_does_not_wait_for_the_slot_of_a_killed_load(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """`dagster asset materialize` right after a killed load: no wait for a daemon, no person needed."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
+    forks = load_at(gateway.port)
+    pid = forks.start("AAPL", "1h", "2024-02-05", "2024-02-10")
+    poll(lambda: len(gateway.requests) == 1, 60)
+    os.kill(pid, signal.SIGKILL)
+    forks.wait(pid)
+    done = subprocess.run(
+        materialize_command("MSFT"), env=environment(gateway, tmp_path), cwd=tmp_path, capture_output=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    with open_instance(make_settings(gateway.port)) as instance:
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+
+
+def test_a_load_that_waits_for_the_slot_goes_on_when_its_holder_is_killed(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """Nobody else is there to notice: the one who waits has to."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
+    forks = load_at(gateway.port)
+    with open_instance(make_settings(gateway.port)) as instance:
+        holder = forks.start("AAPL", "1h", "2024-02-05", "2024-02-10")
+        poll(lambda: len(gateway.requests) == 1, 60)
+        waiter = forks.start("MSFT", "1h", "2024-02-05", "2024-02-10")
+        slots = instance.event_log_storage
+        poll(lambda: slots.get_concurrency_info(GATEWAY_POOL).pending_step_count == 1, 60)
+        os.kill(holder, signal.SIGKILL)
+        assert forks.wait(waiter) == 0
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+    assert (tmp_path / "data" / "MSFT_1h.csv").exists()
+
+
+def make_run(instance: dg.DagsterInstance, **more: object) -> dg.DagsterRun:
+    """A run as it is before anybody executes it."""
+
+    @dg.job
+    def nothing() -> None:
+        pass
+
+    return instance.create_run_for_job(nothing, **more)  # type: ignore[arg-type]
+
+
+def test_a_sensor_s_tick_reaps_runs_of_dead_processes_only(instance: dg.DagsterInstance) -> None:
+    """This process' run goes on, a dead one's has failed, one with a copied tag (a re-execution) is not judged by it."""
+    mine, dead = str(uuid.uuid4()), str(uuid.uuid4())
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    tag = json.loads(owner_tag(dead)[OWNER_TAG])
+    tag[3:] = [ended.pid, "1"]
+    of_the_dead = {OWNER_TAG: json.dumps(tag)}
+    make_run(instance, run_id=mine, tags=owner_tag(mine))
+    make_run(instance, run_id=dead, tags=of_the_dead)
+    again = make_run(instance, tags=of_the_dead)
+    canceling = str(uuid.uuid4())
+    make_run(instance, run_id=canceling, tags={OWNER_TAG: json.dumps([canceling, *tag[1:]])})
+    instance.report_run_canceling(instance.get_run_by_id(canceling))
+    find_active_runs(instance, utc("2024-03-01"))
+    assert {run.run_id for run in unfinished_runs(instance)} == {mine, again.run_id}
+    assert instance.get_run_by_id(dead).status is dg.DagsterRunStatus.FAILURE
+    assert instance.get_run_by_id(canceling).status is dg.DagsterRunStatus.CANCELED
+
+
+def test_a_run_of_before_a_restart_of_the_machine_is_dead(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same machine, another boot. Of another machine's run nothing can be known."""
+    monkeypatch.setattr(dead_runs, "_machine", lambda: "this machine")
+    before, elsewhere = str(uuid.uuid4()), str(uuid.uuid4())
+    for run_id, machine in ((before, "this machine"), (elsewhere, "another machine")):
+        make_run(instance, run_id=run_id, tags={OWNER_TAG: json.dumps([run_id, machine, "another boot/1", 1, "1"])})
+    assert reap_dead_runs(instance) == [before]
+
+
+def test_a_run_that_nobody_began_is_dead_after_ten_minutes(instance: dg.DagsterInstance) -> None:
+    """Its process was killed while it made the run, before it could leave its name; a run under way is not judged so."""
+    run, begun = make_run(instance), make_run(instance)
+    instance.report_engine_event("Executing", begun)
+    with time_machine.travel(datetime.now(UTC) + timedelta(minutes=9), tick=False):
+        assert reap_dead_runs(instance) == []
+    with time_machine.travel(datetime.now(UTC) + timedelta(minutes=11), tick=False):
+        assert reap_dead_runs(instance) == [run.run_id]
+
+
+def test_a_slot_of_a_run_that_has_ended_is_freed(instance: dg.DagsterInstance) -> None:
+    """Killed between the end of its run and giving the slot back."""
+    storage = instance.event_log_storage
+    storage.set_concurrency_slots(GATEWAY_POOL, 1)
+    run = make_run(instance)
+    assert storage.claim_concurrency_slot(GATEWAY_POOL, run.run_id, "step").is_claimed
+    reap_dead_runs(instance)
+    assert held_slots(instance) == 1
+    instance.report_run_failed(run)
+    reap_dead_runs(instance)
+    assert held_slots(instance) == 0
