@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dagster as dg
 from filelock import FileLock, Timeout
+from sqlalchemy.exc import DBAPIError
 
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
@@ -38,7 +39,18 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
             f"DAGSTER_HOME {home} cannot be written: {error.strerror or error}",
             advice="Make it writable, or set DAGSTER_HOME to another folder.",
         ) from None
+    except DBAPIError as error:
+        raise explain_database(error, home) from error
     return instance
+
+
+def explain_database(error: DBAPIError, home: Path) -> StoreError:
+    """What a person can do when Dagster's database refuses (a full disk, a read-only or damaged file)."""
+    return StoreError(
+        f"Dagster's records in DAGSTER_HOME {home} cannot be used: {error.orig}",
+        advice="Is the disk full or read-only? Free some space or set DAGSTER_HOME to another folder, and run it again. "
+        "Bars that are in the CSV are kept.",
+    )
 
 
 def _provide_config(home: Path) -> None:
