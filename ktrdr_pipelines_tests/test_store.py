@@ -22,7 +22,8 @@ from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.series import Hours, Instrument, Series, Window, forex, parse_timeframe, stock
 from ktrdr_pipelines.store.csvfile import HEADER, render_rows
 from ktrdr_pipelines.store.disk import Disk, state_of
-from ktrdr_pipelines.store.series_store import Extent, Store, Written
+from ktrdr_pipelines.store.results import Extent, Written
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, PartitionMark, ProvenEmpty
 from ktrdr_pipelines.store.splice import mark_partitions, splice_bars
 

@@ -22,7 +22,8 @@ from ktrdr_pipelines.bars import bars_from_columns
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
 from ktrdr_pipelines.store.disk import Disk
-from ktrdr_pipelines.store.series_store import Store, Written
+from ktrdr_pipelines.store.results import Written
+from ktrdr_pipelines.store.series_store import Store
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 NOW = datetime(2025, 1, 1, tzinfo=UTC)

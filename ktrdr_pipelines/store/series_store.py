@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,16 +25,19 @@ from ktrdr_pipelines.store.csvfile import (
     MalformedFile,
     RowFault,
     count_lines,
-    find_row,
+    find_window,
     first_and_last_open,
+    looks_normal,
     parse_rows,
     read_range,
     render_rows,
     scan_opens,
 )
 from ktrdr_pipelines.store.disk import Disk, FileState, SourceChanged, state_of
-from ktrdr_pipelines.store.files import SeriesFiles, bad_rows, explained, fault_at, is_as_written, mark_of, opened
+from ktrdr_pipelines.store.files import bad_rows, explained, fault_at, is_as_written, mark_of, opened
 from ktrdr_pipelines.store.intake import Adopted, Prepared, changing_all_the_time, settle
+from ktrdr_pipelines.store.parsed import ParsedFiles
+from ktrdr_pipelines.store.results import Extent, Written
 from ktrdr_pipelines.store.sidecar import (
     HistoryStart,
     ProvenEmpty,
@@ -53,30 +55,6 @@ from ktrdr_pipelines.store.splice import Spliced, mark_partitions, splice_bars, 
 from ktrdr_pipelines.store.verify import Problem, verify_files
 
 _TRIES_AGAINST_EDITORS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """First and last bar open of a CSV, epoch seconds UTC; both are held."""
-
-    first_open_s: int
-    last_open_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What one write did. Counts are rows; ``rows_held_in_window`` is about the answered window, afterwards."""
-
-    rows_added: int
-    rows_revised: int
-    rows_held_in_window: int
-    path: Path
-    revised_from: pd.DataFrame
-    """Held bars that came again with other values, as they were; ``revised_to`` as they are now."""
-    revised_to: pd.DataFrame
-    partitions: tuple[str, ...]
-    """Keys of the partitions the bars fall into."""
-    prepared: Prepared
 
 
 def utc_now() -> datetime:
@@ -101,7 +79,7 @@ class Store:
     ) -> None:
         self.data_dir = Path(data_dir)
         self._clock = clock
-        self._files = SeriesFiles(self.data_dir, lock_timeout_s, disk or Disk())
+        self._files = ParsedFiles(self.data_dir, lock_timeout_s, disk or Disk())
         self._trusted: dict[Path, FileState] = {}
         """CSVs seen to be sorted from end to end, in the state in which they were."""
         self._views: dict[Path, tuple[FileState | None, FileState | None, Sidecar]] = {}
@@ -131,7 +109,7 @@ class Store:
             if file is None:
                 return empty_bars()
             fd, state = file
-            start, end = _find_window(fd, state.size, window)
+            start, end = find_window(fd, state.size, window)
             bars, faults = parse_rows(read_range(fd, start, end), rules_for(series))
             if not faults:
                 return bars
@@ -150,7 +128,7 @@ class Store:
             if file is None:
                 return np.empty(0, np.int64)
             fd, state = file
-            chunks = [opens_s for opens_s, _ in scan_opens(fd, *_find_window(fd, state.size, window))]
+            chunks = [opens_s for opens_s, _ in scan_opens(fd, *find_window(fd, state.size, window))]
             return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
     def extent(self, series: Series) -> Extent | None:
@@ -269,7 +247,8 @@ class Store:
             StoreError: the disk or the lock refuses, or the file holds something else (`sidecar.pin`).
         """
         now = require_utc(now, "now")
-        validate_bars(bars, series, answered)
+        if len(bars):
+            validate_bars(bars, series, answered)
         doing = f"writing bars of {series}" + (f" {answered}" if answered else "")
         last_complete_s = latest_complete_open_s(series.timeframe, now.timestamp())
         until = require_utc(complete_until or datetime.fromtimestamp(last_complete_s + 1, UTC), "complete_until")
@@ -424,7 +403,7 @@ class Store:
             if whole:
                 self._ensure_sorted(series, fd, state, doing)
         except MalformedFile:
-            return not _looks_normal(fd, state) or not self._was_written_by_us(series, doing)
+            return not looks_normal(fd, state.size) or not self._was_written_by_us(series, doing)
         return False
 
     def _ensure_sorted(self, series: Series, fd: int, state: FileState, doing: str) -> None:
@@ -459,18 +438,3 @@ class Store:
             except MalformedFile:
                 found = {}
             return withdraw_partitions(sidecar, series.timeframe, found)[0]
-
-
-def _looks_normal(fd: int, state: FileState) -> bool:
-    try:
-        first_and_last_open(fd, state.size)
-    except MalformedFile:
-        return False
-    return True
-
-
-def _find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
-    """Offsets of the first row of ``window`` and of the first after it."""
-    if window is None:
-        return len(HEADER), size
-    return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)
