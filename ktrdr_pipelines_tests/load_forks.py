@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -138,6 +139,7 @@ def serve() -> None:
 
 def _run_child(job: Mapping[str, Any], known: set[str], learnt: Path) -> None:
     code = 70
+    signal.alarm(150)  # no child outlives a test that failed
     try:
         log = os.open(f"{job['folder']}/loads.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

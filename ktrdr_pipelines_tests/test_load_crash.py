@@ -40,13 +40,16 @@ from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines_tests.conftest import LoadAt, StartGateway
 from ktrdr_pipelines_tests.fakes import utc
 from ktrdr_pipelines_tests.ledger_tools import poll
-from ktrdr_pipelines_tests.load_forks import ROOT
+from ktrdr_pipelines_tests.load_forks import ROOT, LoadForks
 
 MakeSettings = Callable[..., Settings]
 
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("KILLS", "12"))
+KILLS_PER_SERIES = 25
+"""More would bring a series to the present."""
+SYMBOLS = ("AAPL", "MSFT", "SPY", "IBM", "KO", "JPM", "INTC", "AMD")
 KILLED_WITHIN_S = 0.6
 """Every fourth blow falls so soon after the process began, the others so soon after its first request."""
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
@@ -59,8 +62,8 @@ FIRST = "2008-01-01"
 class Witness:
     """Looks at the files of a series after each blow, without the store: what a trader would read."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self.csv, self.sidecar = data_dir / "AAPL_1h.csv", data_dir / "AAPL_1h.meta.json"
+    def __init__(self, data_dir: Path, symbol: str) -> None:
+        self.csv, self.sidecar = data_dir / f"{symbol}_1h.csv", data_dir / f"{symbol}_1h.meta.json"
         self.expected = expected_bars(AAPL_1H, Window(utc(FIRST), utc("2024-01-01"))).opens
         self.rows: dict[str, str] = {}
 
@@ -122,57 +125,68 @@ def held_slots(instance: dg.DagsterInstance) -> int:
     return len(instance.event_log_storage.get_concurrency_info(GATEWAY_POOL).claimed_slots)
 
 
-@pytest.mark.timeout(30 + 10 * KILLS)
+@pytest.mark.timeout(60 + 10 * KILLS)
 def test_loads_killed_at_random_instants_lose_nothing(
     start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """After each SIGKILL the CSV is whole and has every row of before, each claim of the sidecar holds, and the next load asks
     at most the interrupted request again. In the end the file is the truth, and Dagster has no run and no slot of the dead."""
     gateway, chance = start_gateway(), random.Random(20240105)
-    witness = Witness(tmp_path / "data")
+    forks = load_at(gateway.port)
+    for done in range(0, KILLS, KILLS_PER_SERIES):
+        symbol = SYMBOLS[done // KILLS_PER_SERIES]
+        kill_loads_of(symbol, min(KILLS_PER_SERIES, KILLS - done), gateway, forks, chance, tmp_path)
+    with open_instance(make_settings(gateway.port)) as instance:
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+
+
+def kill_loads_of(
+    symbol: str, kills: int, gateway: GatewayThread, forks: LoadForks, chance: random.Random, folder: Path
+) -> None:
+    witness = Witness(folder / "data", symbol)
     wrong: list[str] = []
     repeated = 0
-    forks = load_at(gateway.port)
-    assert forks.wait(forks.start("AAPL", "1h", FIRST, "2008-02-01")) == 0
+
+    def asked() -> list[RequestRecord]:
+        return [r for r in gateway.requests if r.symbol == symbol]
+
+    assert forks.wait(forks.start(symbol, "1h", FIRST, "2008-02-01")) == 0
     witness.look()
-    for blow in range(KILLS):
-        seen, last = len(gateway.requests), max(witness.rows)
+    for blow in range(kills):
+        before, last = asked(), max(witness.rows)
         # Two months that are held and more to come than one load can do in time.
-        pid = forks.start("AAPL", "1h", max(FIRST, add_months(last, -2)), add_months(last, 24))
+        pid = forks.start(symbol, "1h", max(FIRST, add_months(last, -2)), add_months(last, 24))
         if blow % 4:
-            poll(lambda seen=seen: len(gateway.requests) > seen)
+            poll(lambda before=before: len(asked()) > len(before))
         ended = select.select([], [], [], chance.uniform(0.0, KILLED_WITHIN_S))  # until the blow
         assert ended == ([], [], [])
         os.kill(pid, signal.SIGKILL)
         assert forks.wait(pid) == -signal.SIGKILL, "the load was over before the blow: it needs more to do"
-        again = count_again(gateway.requests[seen:], gateway.requests[:seen])
+        again = count_again(asked()[len(before) :], before)
         repeated += again
         wrong += [f"blow {blow}: {what}" for what in witness.look()]
         if again > 1:
-            listed = "; ".join(f"{r.end} {r.duration}" for r in gateway.requests[seen - 1 :])
-            wrong.append(f"blow {blow}: {again} requests were asked again: after {listed}")
-    seen, end = len(gateway.requests), add_months(max(witness.rows), 3)
-    assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0, (tmp_path / "loads.log").read_text()[-2000:]
+            wrong.append(f"blow {blow}: {again} requests were asked again")
+    before, end = asked(), add_months(max(witness.rows), 3)
+    assert forks.wait(forks.start(symbol, "1h", FIRST, end)) == 0, (folder / "loads.log").read_text()[-2000:]
     wrong += witness.look()
-    repeated += count_again(gateway.requests[seen:], gateway.requests[:seen])
-    made = len(gateway.requests)
-    assert forks.wait(forks.start("AAPL", "1h", FIRST, end)) == 0
-    assert len(gateway.requests) == made, "something was left to ask for"
+    repeated += count_again(asked()[len(before) :], before)
+    made = len(asked())
+    assert forks.wait(forks.start(symbol, "1h", FIRST, end)) == 0
+    assert len(asked()) == made, "something was left to ask for"
     # The truth: one load that nobody disturbs, asked for in long requests.
-    (tmp_path / "truth").mkdir()
-    options = {"folder": str(tmp_path / "truth"), "limits": "current"}
-    assert forks.wait(forks.start("AAPL", "1h", FIRST, end, **options)) == 0
-    truth = (tmp_path / "truth" / "data" / "AAPL_1h.csv").read_bytes()
+    (folder / "truth").mkdir(exist_ok=True)
+    options = {"folder": str(folder / "truth"), "limits": "current"}
+    assert forks.wait(forks.start(symbol, "1h", FIRST, end, **options)) == 0
+    truth = (folder / "truth" / "data" / witness.csv.name).read_bytes()
     print(
-        f"{KILLS} kills, {made} requests, {repeated} of them asked again, {len(witness.rows)} rows, {len(wrong)} wrong"
+        f"{symbol}: {kills} kills, {made} requests, {repeated} of them asked again, {len(witness.rows)} rows, {wrong}"
     )
     assert not wrong, "\n".join(wrong)
-    assert len(witness.rows) > KILLS * 140 / 2, "the loads hardly came forward: the test proved nothing"
-    assert repeated <= KILLS
+    assert len(witness.rows) > kills * 140 / 2, "the loads hardly came forward: the test proved nothing"
+    assert repeated <= kills
     assert truth == witness.csv.read_bytes()
-    with open_instance(make_settings(gateway.port)) as instance:
-        assert unfinished_runs(instance) == []
-        assert held_slots(instance) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- Dagster's record
