@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ktrdr_pipelines.bars import opens_of
@@ -23,6 +25,7 @@ from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window
 
@@ -576,3 +579,27 @@ def test_a_late_run_of_newest_bars_is_late_as_a_whole(store: Store) -> None:
     history.script.clear()
     load(store, history, series, span, now=utc("2024-06-14T18:40:00"))
     assert len(held(store, series)) == 310
+
+
+class EditedStore(Store):
+    """An editor saves the file without the new bars right after each write."""
+
+    def write(self, series: Series, bars: pd.DataFrame, **more: Any) -> Written:
+        before = self.csv_path(series).read_bytes()
+        written = super().write(series, bars, **more)
+        if len(bars):
+            self.csv_path(series).write_bytes(before)
+        return written
+
+
+def test_bars_that_another_program_takes_away_are_not_proven_empty(tmp_path: Path) -> None:
+    """Two answers brought them, the file has them not: a failure, and the next load brings them for good."""
+    january, months = window("2024-01-01", "2024-02-01"), window("2024-01-01", "2024-03-01")
+    history = FakeHistory.of(AAPL_1H, months)
+    load(Store(tmp_path), history, AAPL_1H, january)
+    edited, _ = load(EditedStore(tmp_path), history, AAPL_1H, months)
+    assert "another program changed it" in str(edited.report.failures[0].error)
+    store = Store(tmp_path)
+    assert store.read_sidecar(AAPL_1H).proven_empty == ()
+    load(store, history, AAPL_1H, months)
+    assert held(store, AAPL_1H) == history.truth.tolist()

@@ -213,7 +213,9 @@ def test_thousands_of_splices_equal_a_dictionary(writes: Writes, tmp_path_factor
     model: dict[int, tuple[float, ...]] = {}
     marks: dict[str, PartitionMark] = {}
     for bars in answers_from(writes):
-        spliced = splice_bars(QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), window=None)
+        spliced = splice_bars(
+            QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), window=None, is_settled=lambda _: True
+        )
         assert spliced.merged.added == len(as_dict(bars).keys() - model.keys())
         model |= as_dict(bars)
         marks |= spliced.marks

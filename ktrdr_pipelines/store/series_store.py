@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ from ktrdr_pipelines.store.sidecar import (
     add_proven_empty,
     drop_disproved,
     pin,
+    subtract_windows,
     withdraw_partitions,
 )
 from ktrdr_pipelines.store.splice import Spliced, mark_partitions, splice_bars, splice_nothing
@@ -237,7 +239,8 @@ class Store:
         Same stamp: the new values count, the old ones are in the result. Held bars that ``bars`` lacks stay. ``answered`` is
         the window in which the answer was verified to be all there is (None claims nothing); ``proven_empty`` the ranges
         with expected opens and no bars. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
-        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``.
+        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. A claim without ``bars``
+        says something of what the file held when it was verified: it does not hold where the file turns out to be edited.
 
         When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
         replaced, the bars are kept and only the claims are lost.
@@ -256,9 +259,13 @@ class Store:
             sidecar, spliced, prepared = self._splice(series, bars, answered, source, now, doing, volume_unit)
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
+            spans = add_answered(sidecar.answered, answered, until) if answered else sidecar.answered
+            if not len(bars):
+                # Verified on a file that is no more: bars may have gone with an edit that nobody had seen.
+                spans = subtract_windows(spans, prepared.changed_windows(series.timeframe))
             update = {
                 "updated_at": now,
-                "answered": add_answered(sidecar.answered, answered, until) if answered else sidecar.answered,
+                "answered": spans,
                 "proven_empty": ranges,
                 "partitions": {**sidecar.partitions, **spliced.marks},
                 "file": mark_of(spliced.state),
@@ -352,8 +359,9 @@ class Store:
             if source is not None:
                 sidecar = pin(sidecar, series, source, volume_unit)
             try:
+                is_settled = partial(is_as_written, sidecar)
                 if not len(bars):
-                    return sidecar, splice_nothing(path, bars, window), prepared
+                    return sidecar, splice_nothing(path, bars, window, is_settled=is_settled), prepared
                 spliced = splice_bars(
                     self._files.disk,
                     path,
@@ -361,6 +369,7 @@ class Store:
                     series.timeframe,
                     rules_for(series),
                     window=window,
+                    is_settled=is_settled,
                     held_wins=held_wins,
                 )
             except SourceChanged:

@@ -334,6 +334,17 @@ def drop_disproved(ranges: Sequence[ProvenEmpty], opens_s: Sequence[int]) -> tup
     return tuple(kept)
 
 
+def partition_windows(timeframe: Timeframe, keys: Iterable[str]) -> tuple[Window, ...]:
+    """The windows of the partitions called ``keys``; a key that somebody typed has none."""
+    windows = []
+    for key in keys:
+        try:
+            windows.append(partition_from_key(timeframe, key).window)
+        except InputError:
+            continue
+    return tuple(windows)
+
+
 def withdraw_partitions(
     sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark]
 ) -> tuple[Sidecar, tuple[str, ...]]:
@@ -343,11 +354,5 @@ def withdraw_partitions(
     that its missing opens are asked for again. Partitions that were not recorded take nothing away.
     """
     changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
-    windows = []
-    for key in changed:
-        try:
-            windows.append(partition_from_key(timeframe, key).window)
-        except InputError:  # a key that somebody typed claims nothing
-            continue
-    answered = subtract_windows(sidecar.answered, windows)
+    answered = subtract_windows(sidecar.answered, partition_windows(timeframe, changed))
     return sidecar.model_copy(update={"answered": answered, "partitions": dict(found)}), changed
