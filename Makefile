@@ -4,6 +4,7 @@
 # make bench  measurements, as ratios within one run
 # make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
 # make matrix every fault in every mode and timeframe, as a table (minutes)
+# make kills  two hundred loads killed at random instants (the tests kill a few)
 # make lint   ruff, mypy, import arrows
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
 
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test ui bench soak matrix lint lock clients clean
+.PHONY: demo test ui bench soak matrix kills lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -42,6 +43,9 @@ soak: $(READY)
 
 matrix: $(READY)
 	@$(BIN)/python tools/matrix.py
+
+kills: $(READY)
+	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/test_load_crash.py -k random_instants
 
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)

@@ -73,6 +73,8 @@ class Asker:
         self._head_is_asked = False
         self._agreed = 0
         self._was_wordless = True
+        self._arrived = np.empty(0, np.int64)
+        """Opens of the bars that the answers to the request at hand brought."""
         self._may_put_off = self._is_put_off = False
 
     @property
@@ -119,6 +121,7 @@ class Asker:
         wanted = bars_inside(self._expected, request.window)
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
+        self._arrived = np.empty(0, np.int64)
         rows = self._fetch_and_write(request, evidence)
         # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
         expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
@@ -146,6 +149,7 @@ class Asker:
                         advice="This is no proof of an empty window; run the load again.",
                     )
                 break  # a second, differently shaped request agrees
+        self._refuse_vanished(holes, request)
         if len(asked) > 1 and len(holes) < len(expected):
             self._learn_sparseness(agreed=len(holes) == found)
         if self._is_put_off:
@@ -153,6 +157,21 @@ class Asker:
         holes = wanted.take(np.flatnonzero(np.isin(wanted.opens, holes.opens) | (wanted.closes > self._now_s)))
         pending = self._prove(request.window, expected, holes, evidence)
         return Loaded(rows, pending, history_start_s=self._note_history_start(holes) if len(holes) else None)
+
+    def _refuse_vanished(self, holes: ExpectedBars, request: Request) -> None:
+        """Bars that an answer brought and the file lacks all the same were taken away by another program: they are no proof of
+        anything.
+
+        Raises:
+            DataError: there are such bars.
+        """
+        vanished = int(match_held(holes, self._arrived, self._series.timeframe).sum()) if len(holes) else 0
+        if vanished:
+            raise DataError(
+                f"{vanished} bars that IB sent are not in the file: another program changed it meanwhile",
+                doing=f"loading {self._series} {request.window}",
+                advice="Close the file there (an editor, a copy under way) and run the load again.",
+            )
 
     def _learn_sparseness(self, *, agreed: bool) -> None:
         """After a window with bars was asked for twice: a series whose second answers keep agreeing that some do not exist is
@@ -174,6 +193,7 @@ class Asker:
         evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
         if not len(answer.bars):
             return 0
+        self._arrived = np.union1d(self._arrived, opens_of(answer.bars))
         written = self._store.write(
             self._series,
             answer.bars,

@@ -12,7 +12,7 @@ from enum import StrEnum
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.plan import longest_back
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
-from ktrdr_pipelines.store.series_store import Extent
+from ktrdr_pipelines.store.results import Extent
 from ktrdr_pipelines.store.sidecar import Sidecar
 
 

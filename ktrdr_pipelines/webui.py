@@ -14,6 +14,7 @@ import urllib.request
 import click
 
 from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.orchestration.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.settings import PROJECT_ROOT, as_environment, load_settings
 
@@ -32,8 +33,8 @@ def serve_ui(host: str, port: int) -> int:
                 doing="opening the UI",
                 advice="Choose another --port.",
             ) from None
-    with open_instance(settings):
-        pass
+    with open_instance(settings) as instance:
+        reap_dead_runs(instance)
     environment = {**os.environ, **as_environment(settings), "PWD": str(settings.dagster_home)}
     command = [
         sys.executable,

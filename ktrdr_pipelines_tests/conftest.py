@@ -19,12 +19,14 @@ from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+from ktrdr_pipelines_tests.load_forks import ForkServer, LoadForks
 
 # Two shared cores: a slow moment is no failure.
 hypothesis_settings.register_profile("ktrdr", deadline=None)
 hypothesis_settings.load_profile("ktrdr")
 
 StartGateway = Callable[..., GatewayThread]
+LoadAt = Callable[[int], LoadForks]
 Ktrdr = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -48,6 +50,25 @@ def start_gateway() -> Iterator[StartGateway]:
             return running.enter_context(run_in_thread(market, faults=tuple(faults), **options))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A process whose children load, warm after its first one."""
+    folder = tmp_path_factory.mktemp("forks")
+    server = ForkServer(folder)
+    with run_in_thread(SyntheticMarket(), judge=False) as gateway:
+        first = LoadForks(server, gateway.port, folder)
+        assert first.wait(first.start("AAPL", "1h", "2024-02-05", "2024-02-10")) == 0
+    server.warm_up()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def load_at(fork_server: ForkServer, tmp_path: Path) -> Callable[[int], LoadForks]:
+    """Loads against the gateway on a port, each in a process that can be killed, all in the test's folder."""
+    return lambda port: LoadForks(fork_server, port, tmp_path)
 
 
 @pytest.fixture

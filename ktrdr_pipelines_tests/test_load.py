@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ktrdr_pipelines.bars import opens_of
@@ -24,6 +26,7 @@ from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.modes import Held, Mode, resolve_window
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window
 
@@ -688,3 +691,27 @@ def test_a_gateways_clock_that_its_own_bars_disprove_is_not_believed(store: Stor
     assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())
     assert (job.report.missing_bars, len(history.requests)) == (0, 2)
     assert [notice for notice in job.report.notices if "is not believed" in notice]
+
+
+class EditedStore(Store):
+    """An editor saves the file without the new bars right after each write."""
+
+    def write(self, series: Series, bars: pd.DataFrame, **more: Any) -> Written:
+        before = self.csv_path(series).read_bytes()
+        written = super().write(series, bars, **more)
+        if len(bars):
+            self.csv_path(series).write_bytes(before)
+        return written
+
+
+def test_bars_that_another_program_takes_away_are_not_proven_empty(tmp_path: Path) -> None:
+    """Two answers brought them, the file has them not: a failure, and the next load brings them for good."""
+    january, months = window("2024-01-01", "2024-02-01"), window("2024-01-01", "2024-03-01")
+    history = FakeHistory.of(AAPL_1H, months)
+    load(Store(tmp_path), history, AAPL_1H, january)
+    edited, _ = load(EditedStore(tmp_path), history, AAPL_1H, months)
+    assert "another program changed it" in str(edited.report.failures[0].error)
+    store = Store(tmp_path)
+    assert store.read_sidecar(AAPL_1H).proven_empty == ()
+    load(store, history, AAPL_1H, months)
+    assert held(store, AAPL_1H) == history.truth.tolist()

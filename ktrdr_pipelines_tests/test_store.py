@@ -22,7 +22,8 @@ from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.series import Hours, Instrument, Series, Window, forex, parse_timeframe, stock
 from ktrdr_pipelines.store.csvfile import HEADER, render_rows
 from ktrdr_pipelines.store.disk import Disk, state_of
-from ktrdr_pipelines.store.series_store import Extent, Store, Written
+from ktrdr_pipelines.store.results import Extent, Written
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, PartitionMark, ProvenEmpty
 from ktrdr_pipelines.store.splice import mark_partitions, splice_bars
 
@@ -212,7 +213,9 @@ def test_thousands_of_splices_equal_a_dictionary(writes: Writes, tmp_path_factor
     model: dict[int, tuple[float, ...]] = {}
     marks: dict[str, PartitionMark] = {}
     for bars in answers_from(writes):
-        spliced = splice_bars(QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), window=None)
+        spliced = splice_bars(
+            QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), window=None, is_settled=lambda _: True
+        )
         assert spliced.merged.added == len(as_dict(bars).keys() - model.keys())
         model |= as_dict(bars)
         marks |= spliced.marks

@@ -18,11 +18,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ktrdr_pipelines.bars import bars_from_columns
+from ktrdr_pipelines.bars import bars_from_columns, empty_bars
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
+from ktrdr_pipelines.store import series_store
 from ktrdr_pipelines.store.disk import Disk
-from ktrdr_pipelines.store.series_store import Store, Written
+from ktrdr_pipelines.store.intake import settle
+from ktrdr_pipelines.store.results import Written
+from ktrdr_pipelines.store.series_store import Store
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -279,6 +282,43 @@ def test_an_editor_at_work_during_a_write_is_not_overwritten(tmp_path: Path) -> 
     assert written.prepared.changed_partitions == ("2024-01-02",)
     assert len(store.held_opens(AAPL_1M)) == 19
     assert store.read_sidecar(AAPL_1M).answered_windows == (window_of(20, 30),)
+    assert store.verify(AAPL_1M) == []
+
+
+def test_a_claim_about_bars_that_an_editor_took_away_meanwhile_does_not_hold(tmp_path: Path) -> None:
+    """Bars are written, an editor saves the file without them, and only then their window is called answered: they must be
+    asked for again, so the sidecar must not say so."""
+    store = Store(tmp_path)
+    write(store, range(10))
+    before = store.csv_path(AAPL_1M).read_bytes()
+    store.write(AAPL_1M, make_bars(range(10, 20)), answered=None, source="simulator", now=NOW)
+    store.csv_path(AAPL_1M).write_bytes(before)
+    store.write(AAPL_1M, empty_bars(), answered=window_of(10, 20), source="simulator", now=NOW)
+    assert len(store.held_opens(AAPL_1M)) == 10
+    assert store.read_sidecar(AAPL_1M).answered_windows == ()
+
+
+@pytest.mark.parametrize("minutes", [range(0), range(2000, 2010)])
+def test_an_edit_right_before_a_write_is_not_taken_for_our_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: range
+) -> None:
+    """The editor saves after the file was looked at and before it is opened for the write: the write looks again."""
+    store = Store(tmp_path)
+    write(store, range(10))
+    path = store.csv_path(AAPL_1M)
+    saves = [path.read_bytes().splitlines(keepends=True)[:-1]]
+
+    def settle_and_save(*arguments: Any, **more: Any) -> Any:
+        settled = settle(*arguments, **more)
+        if saves:
+            path.write_bytes(b"".join(saves.pop()))
+        return settled
+
+    monkeypatch.setattr(series_store, "settle", settle_and_save)
+    bars = make_bars(minutes) if minutes else empty_bars()
+    written = store.write(AAPL_1M, bars, answered=None, source="simulator", now=NOW)
+    assert written.prepared.changed_partitions == ("2024-01-02",)
+    assert store.read_sidecar(AAPL_1M).answered_windows == ()
     assert store.verify(AAPL_1M) == []
 
 

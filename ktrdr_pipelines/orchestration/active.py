@@ -1,6 +1,6 @@
 """Which series are in a run that has not ended, whoever started it: nobody asks for the same bars twice at once.
 
-Runs of dead processes are reaped by `instance.py`; without that they would count as going for ever.
+Runs of dead processes are reaped by `dead_runs.py`; without that they would count as going for ever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 
 from ktrdr_pipelines.orchestration.assets import asset_key
-from ktrdr_pipelines.orchestration.instance import reap_dead_runs
+from ktrdr_pipelines.orchestration.dead_runs import reap_dead_runs
 from ktrdr_pipelines.series import Series
 
 _GOING = [

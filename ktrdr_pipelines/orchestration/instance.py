@@ -1,31 +1,22 @@
-"""Dagster's instance for doors of our own: found without environment variables, initialised once, rid of dead runs.
+"""Dagster's instance for doors of our own: found without environment variables, initialised once.
 
 A fresh home must be initialised by one process alone: four at once leave two alembic heads in it, for ever
-(dagster_facts.md, 1). Runs of this machine whose process was killed stay STARTED and keep their pool slot; nobody else
-would ever notice (dagster_facts.md, 5).
+(dagster_facts.md, 1).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import dagster as dg
 from filelock import FileLock, Timeout
+from sqlalchemy.exc import DBAPIError
 
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.ib.owners import Owner, current_owner
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
 ORIGIN_TAG = "ktrdr/origin"
-OWNER_TAG = "ktrdr/owner"
-
-
-def owner_tags(origin: str) -> dict[str, str]:
-    """Tags that let `reap_dead_runs` tell whether the process that executes a run still lives."""
-    owner = current_owner()
-    return {ORIGIN_TAG: origin, OWNER_TAG: json.dumps([owner.host, owner.pid, owner.started])}
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
@@ -48,7 +39,18 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
             f"DAGSTER_HOME {home} cannot be written: {error.strerror or error}",
             advice="Make it writable, or set DAGSTER_HOME to another folder.",
         ) from None
+    except DBAPIError as error:
+        raise explain_database(error, home) from error
     return instance
+
+
+def explain_database(error: DBAPIError, home: Path) -> StoreError:
+    """What a person can do when Dagster's database refuses (a full disk, a read-only or damaged file)."""
+    return StoreError(
+        f"Dagster's records in DAGSTER_HOME {home} cannot be used: {error.orig}",
+        advice="Is the disk full or read-only? Free some space or set DAGSTER_HOME to another folder, and run it again. "
+        "Bars that are in the CSV are kept.",
+    )
 
 
 def _provide_config(home: Path) -> None:
@@ -58,14 +60,3 @@ def _provide_config(home: Path) -> None:
             shutil.copyfile(ours, target)
         else:
             target.touch()
-
-
-def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs whose process is gone as failed and free their pool slots; returns their ids."""
-    reaped = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])):
-        if OWNER_TAG in run.tags and Owner(*json.loads(run.tags[OWNER_TAG])).is_alive() is False:
-            instance.report_run_failed(run, "The process that executed this run is gone.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            reaped.append(run.run_id)
-    return reaped

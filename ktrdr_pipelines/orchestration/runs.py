@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 import traceback
+import uuid
 
 import dagster as dg
+from sqlalchemy.exc import DBAPIError
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
 from ktrdr_pipelines.orchestration.build import build_definitions
+from ktrdr_pipelines.orchestration.dead_runs import owner_tag, reaping
 from ktrdr_pipelines.orchestration.door import Door, lend
-from ktrdr_pipelines.orchestration.instance import owner_tags, reap_dead_runs
+from ktrdr_pipelines.orchestration.instance import ORIGIN_TAG, explain_database
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.report import LoadReport
@@ -56,6 +59,7 @@ def execute_load(
 
     Raises:
         KeyboardInterrupt: a person stopped it; what was loaded is kept.
+        StoreError: Dagster's database refuses.
         RuntimeError: the run failed for a reason that is not in the report: a bug, with its traceback.
     """
     partitions = list(partitions_in(series.timeframe, window))
@@ -65,7 +69,8 @@ def execute_load(
         end=format_instant(window.end) if window.end < last.window.end else "",
         mode=mode,
     )
-    tags = {**owner_tags(origin), "ktrdr/mode": mode, "ktrdr/series": series.name}
+    run_id = str(uuid.uuid4())
+    tags = {ORIGIN_TAG: origin, **owner_tag(run_id), "ktrdr/mode": mode, "ktrdr/series": series.name}
     if first == last:
         where: dict[str, object] = {"partition_key": first.key}
     else:
@@ -73,20 +78,23 @@ def execute_load(
         tags["dagster/asset_partition_range_start"] = first.key
         tags["dagster/asset_partition_range_end"] = last.key
     job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
-    with _one_run_at_a_time, lend(door):
-        reap_dead_runs(instance)
-        result = job.execute_in_process(
-            instance=instance,
-            asset_selection=[asset_key(series)],
-            raise_on_error=False,
-            tags=tags,
-            run_config={
-                "ops": {op_name(series): {"config": config.model_dump()}},
-                # People see progress and the report; Dagster's own log is in the UI.
-                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-            },
-            **where,  # type: ignore[arg-type]
-        )
+    try:
+        with _one_run_at_a_time, lend(door), reaping(instance):
+            result = job.execute_in_process(
+                instance=instance,
+                run_id=run_id,
+                asset_selection=[asset_key(series)],
+                raise_on_error=False,
+                tags=tags,
+                run_config={
+                    "ops": {op_name(series): {"config": config.model_dump()}},
+                    # People see progress and the report; Dagster's own log is in the UI.
+                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                },
+                **where,  # type: ignore[arg-type]
+            )
+    except DBAPIError as error:
+        raise explain_database(error, settings.dagster_home) from error
     if not result.success and any(_was_interrupted(e) for e in result.all_events):
         raise KeyboardInterrupt
     if not door.reports or (not result.success and not door.reports[-1].failures):

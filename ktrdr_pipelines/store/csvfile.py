@@ -33,6 +33,7 @@ from ktrdr_pipelines.bars import (
     opens_of,
 )
 from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.series import Window
 
 HEADER = (",".join(COLUMNS) + "\n").encode()
 STAMP_BYTES = 20
@@ -347,3 +348,19 @@ def first_and_last_open(fd: int, size: int) -> tuple[int, int] | None:
         at = len(HEADER) if not good[0] else base + start
         raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", at)
     return int(opens_s[0]), int(opens_s[1])
+
+
+def find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
+    """Offsets of the first row of ``window`` and of the first after it, in a sorted file; all rows without a window."""
+    if window is None:
+        return len(HEADER), size
+    return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)
+
+
+def looks_normal(fd: int, size: int) -> bool:
+    """True if header, first and last line are as we write them."""
+    try:
+        first_and_last_open(fd, size)
+    except MalformedFile:
+        return False
+    return True

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ktrdr_pipelines.bars import latest_complete_open_s, rules_for
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.series import Series, require_utc
+from ktrdr_pipelines.series import Series, Timeframe, Window, require_utc
 from ktrdr_pipelines.store.adopt import read_foreign
 from ktrdr_pipelines.store.csvfile import (
     HEADER,
@@ -27,7 +27,14 @@ from ktrdr_pipelines.store.csvfile import (
 )
 from ktrdr_pipelines.store.disk import FileState, SourceChanged, keep_copy, replace_file, state_of
 from ktrdr_pipelines.store.files import SeriesFiles, is_as_written, mark_of, opened
-from ktrdr_pipelines.store.sidecar import FileMark, PartitionMark, Sidecar, UnreadableSidecar, withdraw_partitions
+from ktrdr_pipelines.store.sidecar import (
+    FileMark,
+    PartitionMark,
+    Sidecar,
+    UnreadableSidecar,
+    partition_windows,
+    withdraw_partitions,
+)
 from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 logger = logging.getLogger(__name__)
@@ -59,6 +66,12 @@ class Prepared:
     """Partitions whose rows are not those we wrote: what is missing there counts as never asked."""
     csv_gone: bool = False
     """The sidecar knew of bars, but there is no CSV any more: everything counts as never asked."""
+
+    def changed_windows(self, timeframe: Timeframe) -> tuple[Window, ...]:
+        """Where bars may be gone that were there before: the changed partitions, everything with the CSV."""
+        if self.csv_gone or self.adopted is not None or self.corrupt_sidecar is not None:
+            return (Window(datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)),)
+        return partition_windows(timeframe, self.changed_partitions)
 
     def describe(self) -> list[str]:
         """What was put right in the files before the load, as sentences."""

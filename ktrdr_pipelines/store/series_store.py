@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,19 @@ from ktrdr_pipelines.store.csvfile import (
     MalformedFile,
     RowFault,
     count_lines,
-    find_row,
+    find_window,
     first_and_last_open,
+    looks_normal,
     parse_rows,
     read_range,
     render_rows,
     scan_opens,
 )
 from ktrdr_pipelines.store.disk import Disk, FileState, SourceChanged, state_of
-from ktrdr_pipelines.store.files import SeriesFiles, bad_rows, explained, fault_at, is_as_written, mark_of, opened
+from ktrdr_pipelines.store.files import bad_rows, explained, fault_at, is_as_written, mark_of, opened
 from ktrdr_pipelines.store.intake import Adopted, Prepared, changing_all_the_time, settle
+from ktrdr_pipelines.store.parsed import ParsedFiles
+from ktrdr_pipelines.store.results import Extent, Written
 from ktrdr_pipelines.store.sidecar import (
     HistoryStart,
     ProvenEmpty,
@@ -47,36 +50,13 @@ from ktrdr_pipelines.store.sidecar import (
     add_proven_empty,
     drop_disproved,
     pin,
+    subtract_windows,
     withdraw_partitions,
 )
 from ktrdr_pipelines.store.splice import Spliced, mark_partitions, splice_bars, splice_nothing
 from ktrdr_pipelines.store.verify import Problem, verify_files
 
 _TRIES_AGAINST_EDITORS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """First and last bar open of a CSV, epoch seconds UTC; both are held."""
-
-    first_open_s: int
-    last_open_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What one write did. Counts are rows; ``rows_held_in_window`` is about the answered window, afterwards."""
-
-    rows_added: int
-    rows_revised: int
-    rows_held_in_window: int
-    path: Path
-    revised_from: pd.DataFrame
-    """Held bars that came again with other values, as they were; ``revised_to`` as they are now."""
-    revised_to: pd.DataFrame
-    partitions: tuple[str, ...]
-    """Keys of the partitions the bars fall into."""
-    prepared: Prepared
 
 
 def utc_now() -> datetime:
@@ -101,7 +81,7 @@ class Store:
     ) -> None:
         self.data_dir = Path(data_dir)
         self._clock = clock
-        self._files = SeriesFiles(self.data_dir, lock_timeout_s, disk or Disk())
+        self._files = ParsedFiles(self.data_dir, lock_timeout_s, disk or Disk())
         self._trusted: dict[Path, FileState] = {}
         """CSVs seen to be sorted from end to end, in the state in which they were."""
         self._views: dict[Path, tuple[FileState | None, FileState | None, Sidecar]] = {}
@@ -131,7 +111,7 @@ class Store:
             if file is None:
                 return empty_bars()
             fd, state = file
-            start, end = _find_window(fd, state.size, window)
+            start, end = find_window(fd, state.size, window)
             bars, faults = parse_rows(read_range(fd, start, end), rules_for(series))
             if not faults:
                 return bars
@@ -150,7 +130,7 @@ class Store:
             if file is None:
                 return np.empty(0, np.int64)
             fd, state = file
-            chunks = [opens_s for opens_s, _ in scan_opens(fd, *_find_window(fd, state.size, window))]
+            chunks = [opens_s for opens_s, _ in scan_opens(fd, *find_window(fd, state.size, window))]
             return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
     def extent(self, series: Series) -> Extent | None:
@@ -259,7 +239,8 @@ class Store:
         Same stamp: the new values count, the old ones are in the result. Held bars that ``bars`` lacks stay. ``answered`` is
         the window in which the answer was verified to be all there is (None claims nothing); ``proven_empty`` the ranges
         with expected opens and no bars. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
-        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``.
+        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. A claim without ``bars``
+        says something of what the file held when it was verified: it does not hold where the file turns out to be edited.
 
         When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
         replaced, the bars are kept and only the claims are lost.
@@ -269,7 +250,8 @@ class Store:
             StoreError: the disk or the lock refuses, or the file holds something else (`sidecar.pin`).
         """
         now = require_utc(now, "now")
-        validate_bars(bars, series, answered)
+        if len(bars):
+            validate_bars(bars, series, answered)
         doing = f"writing bars of {series}" + (f" {answered}" if answered else "")
         last_complete_s = latest_complete_open_s(series.timeframe, now.timestamp())
         until = require_utc(complete_until or datetime.fromtimestamp(last_complete_s + 1, UTC), "complete_until")
@@ -277,9 +259,13 @@ class Store:
             sidecar, spliced, prepared = self._splice(series, bars, answered, source, now, doing, volume_unit)
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
+            spans = add_answered(sidecar.answered, answered, until) if answered else sidecar.answered
+            if not len(bars):
+                # Verified on a file that is no more: bars may have gone with an edit that nobody had seen.
+                spans = subtract_windows(spans, prepared.changed_windows(series.timeframe))
             update = {
                 "updated_at": now,
-                "answered": add_answered(sidecar.answered, answered, until) if answered else sidecar.answered,
+                "answered": spans,
                 "proven_empty": ranges,
                 "partitions": {**sidecar.partitions, **spliced.marks},
                 "file": mark_of(spliced.state),
@@ -381,8 +367,9 @@ class Store:
             if source is not None:
                 sidecar = pin(sidecar, series, source, volume_unit)
             try:
+                is_settled = partial(is_as_written, sidecar)
                 if not len(bars):
-                    return sidecar, splice_nothing(path, bars, window), prepared
+                    return sidecar, splice_nothing(path, bars, window, is_settled=is_settled), prepared
                 spliced = splice_bars(
                     self._files.disk,
                     path,
@@ -390,6 +377,7 @@ class Store:
                     series.timeframe,
                     rules_for(series),
                     window=window,
+                    is_settled=is_settled,
                     held_wins=held_wins,
                 )
             except SourceChanged:
@@ -432,7 +420,7 @@ class Store:
             if whole:
                 self._ensure_sorted(series, fd, state, doing)
         except MalformedFile:
-            return not _looks_normal(fd, state) or not self._was_written_by_us(series, doing)
+            return not looks_normal(fd, state.size) or not self._was_written_by_us(series, doing)
         return False
 
     def _ensure_sorted(self, series: Series, fd: int, state: FileState, doing: str) -> None:
@@ -467,18 +455,3 @@ class Store:
             except MalformedFile:
                 found = {}
             return withdraw_partitions(sidecar, series.timeframe, found)[0]
-
-
-def _looks_normal(fd: int, state: FileState) -> bool:
-    try:
-        first_and_last_open(fd, state.size)
-    except MalformedFile:
-        return False
-    return True
-
-
-def _find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
-    """Offsets of the first row of ``window`` and of the first after it."""
-    if window is None:
-        return len(HEADER), size
-    return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)

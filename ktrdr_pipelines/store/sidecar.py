@@ -187,8 +187,10 @@ def parse_sidecar(text: str, name: str) -> Sidecar:
 
 def render_sidecar(sidecar: Sidecar) -> bytes:
     """JSON for people: sorted keys, one line for each window, range and partition."""
-    data = sidecar.model_dump(mode="json")
-    lines = [f"  {json.dumps(key)}: {_render_value(data[key])}" for key in sorted(data)]
+    data = sidecar.model_dump(mode="json", exclude={"partitions"})
+    values = {key: _render_value(value) for key, value in data.items()}
+    values["partitions"] = _render_marks(sidecar.partitions)
+    lines = [f"  {json.dumps(key)}: {values[key]}" for key in sorted(values)]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
@@ -211,6 +213,15 @@ def peek_unfinished_from(tail: bytes) -> datetime | None:
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
+
+
+def _render_marks(marks: Mapping[str, PartitionMark]) -> str:
+    """By hand: twenty years of minutes have five thousand of them, written twice a request."""
+    lines = [
+        f'    {json.dumps(key)}: {{"crc32": {json.dumps(mark.crc32)}, "rows": {mark.rows}}}'
+        for key, mark in sorted(marks.items())
+    ]
+    return "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
 
 
 def _render_value(value: Any) -> str:
@@ -346,6 +357,17 @@ def drop_disproved(ranges: Sequence[ProvenEmpty], opens_s: Sequence[int]) -> tup
     return tuple(kept)
 
 
+def partition_windows(timeframe: Timeframe, keys: Iterable[str]) -> tuple[Window, ...]:
+    """The windows of the partitions called ``keys``; a key that somebody typed has none."""
+    windows = []
+    for key in keys:
+        try:
+            windows.append(partition_from_key(timeframe, key).window)
+        except InputError:
+            continue
+    return tuple(windows)
+
+
 def withdraw_partitions(
     sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark]
 ) -> tuple[Sidecar, tuple[str, ...]]:
@@ -355,11 +377,5 @@ def withdraw_partitions(
     that its missing opens are asked for again. Partitions that were not recorded take nothing away.
     """
     changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
-    windows = []
-    for key in changed:
-        try:
-            windows.append(partition_from_key(timeframe, key).window)
-        except InputError:  # a key that somebody typed claims nothing
-            continue
-    answered = subtract_windows(sidecar.answered, windows)
+    answered = subtract_windows(sidecar.answered, partition_windows(timeframe, changed))
     return sidecar.model_copy(update={"answered": answered, "partitions": dict(found)}), changed

@@ -8,7 +8,7 @@ file of two million rows takes them 1 to 12 s and 0.6 to 1 GB (``dependency_fact
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from ktrdr_pipelines.store.csvfile import (
     render_rows,
     scan_opens,
 )
-from ktrdr_pipelines.store.disk import Disk, FileRange, FileState, replace_file, state_of
+from ktrdr_pipelines.store.disk import Disk, FileRange, FileState, SourceChanged, replace_file, state_of
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
 
@@ -92,11 +92,14 @@ def splice_bars(
     rules: Sequence[Rule],
     *,
     window: Window | None,
+    is_settled: Callable[[FileState | None], bool],
     held_wins: bool = False,
 ) -> Spliced:
     """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
 
     The file is replaced only when a byte of it changes. ``held_in_window`` counts the rows of ``window`` afterwards.
+    ``is_settled`` tells whether a state of the file is the one that was looked at: on any other nothing is built, else an
+    edit of that moment would pass for our own work.
 
     Raises:
         MalformedFile: a row that was looked at is none of ours.
@@ -111,6 +114,8 @@ def splice_bars(
         source = None
     try:
         before = None if source is None else FileState.of(os.fstat(source))
+        if not is_settled(before):
+            raise SourceChanged
         size = before.size if before else 0
         low, high, held = 0, 0, bars.iloc[:0]
         if source is not None and size:
@@ -145,15 +150,25 @@ def splice_bars(
             os.close(source)
 
 
-def splice_nothing(path: Path, bars: pd.DataFrame, window: Window | None) -> Spliced:
-    """What a splice of the empty table ``bars`` amounts to: nothing changes, the rows of ``window`` are counted."""
+def splice_nothing(
+    path: Path, bars: pd.DataFrame, window: Window | None, *, is_settled: Callable[[FileState | None], bool]
+) -> Spliced:
+    """What a splice of the empty table ``bars`` amounts to: nothing changes, the rows of ``window`` are counted.
+
+    Raises:
+        SourceChanged: the file is not the one that was looked at.
+    """
     merged = merge_bars(bars, bars)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
+        if not is_settled(None):
+            raise SourceChanged from None
         return Spliced(merged, None, {}, 0)
     try:
         state = FileState.of(os.fstat(fd))
+        if not is_settled(state):
+            raise SourceChanged
         return Spliced(merged, state, {}, count_rows(fd, state.size, window) if window and state.size else 0)
     finally:
         os.close(fd)

@@ -1,0 +1,34 @@
+"""What the store answers: where a file begins and ends, and what a write did. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ktrdr_pipelines.store.intake import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """First and last bar open of a CSV, epoch seconds UTC; both are held."""
+
+    first_open_s: int
+    last_open_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one write did. Counts are rows; ``rows_held_in_window`` is about the answered window, afterwards."""
+
+    rows_added: int
+    rows_revised: int
+    rows_held_in_window: int
+    path: Path
+    revised_from: pd.DataFrame
+    """Held bars that came again with other values, as they were; ``revised_to`` as they are now."""
+    revised_to: pd.DataFrame
+    partitions: tuple[str, ...]
+    """Keys of the partitions the bars fall into."""
+    prepared: Prepared
