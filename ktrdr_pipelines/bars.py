@@ -9,9 +9,10 @@ need care: ``ib_facts``, sections 3 and 10.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ import pandas as pd
 import pandera.pandas as pa
 from pandera.errors import SchemaErrors
 
-from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.calendars import session_starts_off
+from ktrdr_pipelines.errors import DataError, InputError
 from ktrdr_pipelines.series import Series, Timeframe, Window
 
 Int64Array = npt.NDArray[np.int64]
@@ -135,12 +137,26 @@ def _stamps_increase(b: BarArrays) -> BoolArray:
     return np.concatenate([np.ones(min(1, len(b.stamps_us)), np.bool_), np.diff(b.stamps_us) > 0])
 
 
-@cache
-def row_rules(timeframe: Timeframe, *, allow_nonpositive: bool = False, any_open: bool = False) -> tuple[Rule, ...]:
-    """The rules that each bar keeps by itself. NaN fails them (a comparison written as "not below" would let it pass)."""
+@lru_cache(maxsize=1024)
+def row_rules(
+    timeframe: Timeframe,
+    *,
+    allow_nonpositive: bool = False,
+    any_open: bool = False,
+    odd_opens: tuple[int, ...] = (),
+) -> tuple[Rule, ...]:
+    """The rules that each bar keeps by itself. NaN fails them (a comparison written as "not below" would let it pass).
+    ``odd_opens``: epoch seconds off the grid that are opens all the same."""
     step_us = grid_seconds(timeframe, any_open=any_open) * 1_000_000
+    odd_us = np.array(odd_opens, dtype=np.int64) * 1_000_000
+
+    def is_on_grid(b: BarArrays) -> BoolArray:
+        passes = b.stamps_us % step_us == 0
+        known: BoolArray = passes if passes.all() else passes | np.isin(b.stamps_us, odd_us)
+        return known
+
     rules: list[Rule] = [
-        (f"timestamp is off the {timeframe.name} grid", lambda b: b.stamps_us % step_us == 0),
+        (f"timestamp is off the {timeframe.name} grid", is_on_grid),
         ("a price is not a finite number", _prices_are_finite),
         ("high is below open, close or low", lambda b: b.high >= np.maximum(np.maximum(b.open, b.close), b.low)),
         ("low is above open, close or high", lambda b: b.low <= np.minimum(np.minimum(b.open, b.close), b.high)),
@@ -155,9 +171,25 @@ def row_rules(timeframe: Timeframe, *, allow_nonpositive: bool = False, any_open
 
 
 def rules_for(series: Series) -> tuple[Rule, ...]:
-    """`row_rules` with the allowances of the series' kind: futures and indices may be negative and open off the quarter."""
+    """`row_rules` with the allowances of the series' kind (`_allowances`)."""
+    return row_rules(series.timeframe, **_allowances(series))
+
+
+class _Allowances(TypedDict):
+    allow_nonpositive: bool
+    any_open: bool
+    odd_opens: tuple[int, ...]
+
+
+def _allowances(series: Series) -> _Allowances:
+    """Futures and indices may be negative and open off the quarter hour; others open off the grid only where their calendar
+    says so (New York at 09:32 on a day that began with a minute of silence)."""
     signed = series.instrument.sec_type in _SIGNED_KINDS
-    return row_rules(series.timeframe, allow_nonpositive=signed, any_open=signed)
+    odd: tuple[int, ...] = ()
+    if not signed and series.timeframe.is_intraday and series.timeframe.seconds > 60:
+        with suppress(InputError):  # no calendar is known: then no open is either
+            odd = session_starts_off(series.instrument, grid_seconds(series.timeframe))
+    return {"allow_nonpositive": signed, "any_open": signed, "odd_opens": odd}
 
 
 def find_faults(arrays: BarArrays, rules: Sequence[Rule]) -> dict[int, str]:
@@ -170,11 +202,17 @@ def find_faults(arrays: BarArrays, rules: Sequence[Rule]) -> dict[int, str]:
     return {row: "; ".join(texts) for row, texts in sorted(faults.items())}
 
 
-@cache
-def bar_schema(timeframe: Timeframe, *, allow_nonpositive: bool = False, any_open: bool = False) -> pa.DataFrameSchema:
-    """The pandera schema of a bars table (built once per timeframe): exact columns and types, `row_rules`, and stamps that
-    strictly increase, hence are unique. Nothing is coerced. ``allow_nonpositive`` is for instruments that may trade below
-    zero, ``any_open`` for those whose sessions open off the quarter hour (`grid_seconds`)."""
+@lru_cache(maxsize=1024)
+def bar_schema(
+    timeframe: Timeframe,
+    *,
+    allow_nonpositive: bool = False,
+    any_open: bool = False,
+    odd_opens: tuple[int, ...] = (),
+) -> pa.DataFrameSchema:
+    """The pandera schema of a bars table (built once per timeframe and calendar): exact columns and types, `row_rules`, and
+    stamps that strictly increase, hence are unique. Nothing is coerced. ``allow_nonpositive`` is for instruments that may
+    trade below zero, ``any_open`` for those whose sessions open off the quarter hour (`grid_seconds`)."""
 
     def as_check(rule: Rule) -> pa.Check:
         text, passes = rule
@@ -185,7 +223,7 @@ def bar_schema(timeframe: Timeframe, *, allow_nonpositive: bool = False, any_ope
 
         return pa.Check(check, error=text, ignore_na=False)
 
-    rules = row_rules(timeframe, allow_nonpositive=allow_nonpositive, any_open=any_open)
+    rules = row_rules(timeframe, allow_nonpositive=allow_nonpositive, any_open=any_open, odd_opens=odd_opens)
     increasing: Rule = ("timestamps do not strictly increase", _stamps_increase)
     return pa.DataFrameSchema(
         {
@@ -213,9 +251,8 @@ def validate_bars(bars: pd.DataFrame, series: Series, window: Window | None = No
             f"columns are {', '.join(map(str, bars.columns))}; expected are, in this order, {', '.join(COLUMNS)}",
             doing=describe_check(series, window),
         )
-    signed = series.instrument.sec_type in _SIGNED_KINDS
     try:
-        bar_schema(series.timeframe, allow_nonpositive=signed, any_open=signed).validate(bars, lazy=True)
+        bar_schema(series.timeframe, **_allowances(series)).validate(bars, lazy=True)
     except SchemaErrors as failure:
         cases = failure.failure_cases
         counts: dict[str, set[Any]] = {}

@@ -16,14 +16,34 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ktrdr_pipelines.ib.clock import Reading
+
 ROOT = Path(__file__).parents[1]
 SPEED = 100
 """The ledger's clock runs so much faster: ten requests a second."""
+
+
+class FastClock:
+    """The machine's boot clock, ``speed`` times as fast; the same in every process. For the ledger."""
+
+    def __init__(self, speed: float) -> None:
+        self._speed = speed
+
+    def now_s(self) -> float:
+        return self.read().wall_s
+
+    def read(self) -> Reading:
+        boot_s = time.clock_gettime(time.CLOCK_MONOTONIC) * self._speed
+        return Reading(1_700_000_000 + boot_s, boot_s, "fast")
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds / self._speed)
 
 
 class ForkServer:
@@ -84,7 +104,6 @@ def run_load(job: Mapping[str, Any]) -> int:
     from ktrdr_pipelines.series import Series, parse_timeframe, stock
     from ktrdr_pipelines.settings import load_settings
     from ktrdr_pipelines_tests.fakes import window
-    from ktrdr_pipelines_tests.ledger_worker import FastClock
 
     folder, clock = Path(job["folder"]), FastClock(SPEED)
     settings = load_settings(

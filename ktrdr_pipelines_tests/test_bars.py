@@ -316,3 +316,17 @@ def test_what_goes_in_is_kept_or_counted(minutes: list[int], start: int, length:
     expected = sorted({o for o in opens_s if window.start_s <= o < window.end_s and o + 60 <= T0 + now})
     assert opens_of(answer.bars).tolist() == expected
     assert answer.received == len(answer.bars) + answer.outside + answer.forming + answer.duplicates
+
+
+def test_a_session_may_open_off_the_grid_where_the_calendar_says_so() -> None:
+    """New York opened at 09:32 on 27 December 2006; on any other day that stamp is no hourly bar's."""
+    hourly = Series(stock("AAPL"), parse_timeframe("1h"))
+    for day, fits in (("2006-12-27", True), ("2006-12-28", False)):
+        bars = bars_from_columns(
+            np.array([np.datetime64(f"{day}T14:32:00", "s").astype(np.int64)]), *(np.ones(1) for _ in range(5))
+        )
+        if fits:
+            validate_bars(bars, hourly)
+        else:
+            with pytest.raises(DataError, match="grid"):
+                validate_bars(bars, hourly)

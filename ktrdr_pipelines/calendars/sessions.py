@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 
 import numpy as np
 
@@ -75,6 +76,17 @@ def _find_installed(key: CalendarKey) -> SessionTable:
     if key not in _installed:
         _installed[key] = build_table(key.name, extended=key.hours is Hours.EXTENDED)
     return _installed[key]
+
+
+def session_starts_off(instrument: Instrument, step_s: int) -> tuple[int, ...]:
+    """When trading of ``instrument`` starts at no whole multiple of ``step_s`` seconds since 1970: epoch seconds, oldest first.
+    Raises InputError for an unknown calendar."""
+    return _starts_off(table_of(instrument), step_s)
+
+
+@lru_cache(maxsize=256)
+def _starts_off(table: SessionTable, step_s: int) -> tuple[int, ...]:
+    return tuple(table.starts[table.starts % step_s != 0].tolist())
 
 
 def check_years(window: Window) -> None:
