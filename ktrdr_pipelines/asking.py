@@ -143,7 +143,7 @@ class Asker:
             before, holes = holes, self.find_holes(holes)
             poor += len(before) - len(holes) < len(before) / 10  # a gateway may send little at a time, and get there
             if len(holes) == len(before):
-                if self._was_wordless:
+                if self._was_wordless and not self._lie_before_head(holes, request, evidence):
                     raise TransientError(
                         f"{len(asked)} answers without a bar, and without a word that there are none",
                         advice="This is no proof of an empty window; run the load again.",
@@ -304,19 +304,22 @@ class Asker:
         """True if ``holes`` are all older than anything held, and IB's head timestamp says too that they do not exist.
 
         The head timestamp alone proves nothing (it can be too late), an answer alone neither; together they are two
-        sources. It is asked for once, and only when an answer is empty at its old end.
+        sources. It is asked for once, and only when an answer is empty at its old end. Of answers without a bar and without
+        a word (some gateways say "no data" so) two are needed besides.
         """
         extent = self._store.extent(self._series)
         if extent is not None and extent.first_open_s <= int(holes.opens[-1]):
             return False
         head_s = self._find_head_s()
-        if self._was_wordless or head_s is None or head_s <= int(holes.opens[-1]):
+        if head_s is None or head_s <= int(holes.opens[-1]) or (self._was_wordless and len(evidence) < 2):
             return False
         if (
             extent is not None
             and ((self._expected.opens >= head_s) & (self._expected.opens < extent.first_open_s)).any()
         ):
-            return False  # it promises bars that are not held: then it may be wrong about older ones too
+            # It promises bars that are not held: then it may be wrong about older ones too. Later they may be.
+            self._is_put_off = self._was_wordless and self._may_put_off
+            return self._is_put_off
         if extent is None and self._may_put_off:
             self._is_put_off = True  # until bars are held, which may disprove the head timestamp
             return True

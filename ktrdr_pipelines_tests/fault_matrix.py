@@ -160,6 +160,9 @@ HABITS: tuple[Fault, ...] = (
 )
 """Ways gateways differ that are no faults."""
 
+OLD_ENDS = ("head timestamp", "empty without a word", "no data, a lie", "nothing, without a word", "restart")
+"""Faults and habits, by how their names begin, that mean something where history starts."""
+
 PERIODS: tuple[Fault, ...] = (
     Fault("dated with the last session"),
     Fault("dated with the first day", habits=Habits(periods="first")),
@@ -197,6 +200,9 @@ class Place:
         return pieces[mode]
 
 
+LISTED_LATE = {"1d": utc("2019-06-01"), "1h": utc("2020-11-01")}
+"""Spans of Roblox that begin before its listing of March 2021."""
+
 _STARTS = {"1m": "2024-06-11", "1h": "2024-03-24", "1d": "2021-03-14", "1w": "2020-06-01", "1mo": "2020-06-01"}
 
 
@@ -204,6 +210,11 @@ _STARTS = {"1m": "2024-06-11", "1h": "2024-03-24", "1d": "2021-03-14", "1w": "20
 def place(symbol: str, timeframe: str) -> Place:
     instrument = forex(symbol) if len(symbol) == 6 else stock(symbol)
     return Place(Series(instrument, TIMEFRAMES[timeframe]), utc(_STARTS[timeframe]))
+
+
+def before_its_listing(timeframe: str) -> Place:
+    """A place whose old end is empty: there the head timestamp and answers without bars are met."""
+    return Place(Series(stock("RBLX"), TIMEFRAMES[timeframe]), LISTED_LATE[timeframe])
 
 
 # -- the truth --------------------------------------------------------------------------------------------------------
@@ -459,12 +470,19 @@ def pick_cells() -> list[Cell]:
         mine = [Cell(fault, mode, where) for mode, where in zip(modes, places, strict=True) if mode in fault.modes]
         cells += mine[-1:] if fault.may_fail_again else mine  # many requests
     cells += [cell for cell in list_cells() if cell.fault in PERIODS and cell.mode is Mode.FULL]
-    return cells
+    return cells + [cell for cell in list_cells() if cell.place == before_its_listing("1d") and cell.mode is Mode.FULL]
 
 
 def list_cells() -> list[Cell]:
     """The whole matrix."""
     cells = [Cell(f, mode, where) for f in (*FAULTS, *HABITS) for (mode, _), where in PLACES.items() if mode in f.modes]
+    cells += [
+        Cell(fault, mode, before_its_listing(timeframe))
+        for fault in (*FAULTS, *HABITS)
+        if fault.name.startswith(OLD_ENDS)
+        for mode in (Mode.BACKFILL, Mode.FULL)
+        for timeframe in LISTED_LATE
+    ]
     cells += [
         Cell(habit, mode, place(symbol, timeframe))
         for habit in PERIODS

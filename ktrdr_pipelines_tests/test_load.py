@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -715,3 +716,19 @@ def test_bars_that_another_program_takes_away_are_not_proven_empty(tmp_path: Pat
     assert store.read_sidecar(AAPL_1H).proven_empty == ()
     load(store, history, AAPL_1H, months)
     assert held(store, AAPL_1H) == history.truth.tolist()
+
+
+def test_years_before_the_listing_are_settled_by_a_gateway_that_has_no_words_for_nothing(store: Store) -> None:
+    """It sends no bars and no sentence: two such answers and a head timestamp that agrees are the start of history; the load
+    succeeds and the next one asks nothing."""
+    listed = window("2021-03-10", "2024-01-01")
+    span = window("2018-01-01", "2024-01-01")
+    history = FakeHistory.of(AAPL_1D, listed, head=utc("2021-03-10T14:30:00"))
+    load(store, history, AAPL_1D, window("2023-01-01", "2024-01-01"))
+    history.script = dict.fromkeys(range(1, 40), lambda raw: replace(raw, no_data_text=""))
+    job, _ = load(store, history, AAPL_1D, span)
+    assert (job.report.status, job.report.missing_bars) == ("success", 0)
+    assert held(store, AAPL_1D) == history.truth.tolist()
+    asked = len(history.requests)
+    load(store, history, AAPL_1D, span)
+    assert len(history.requests) == asked
