@@ -1,8 +1,8 @@
 """Dagster's instance for doors of our own: found without environment variables, initialised once, rid of dead runs.
 
 A fresh home must be initialised by one process alone: four at once leave two alembic heads in it, for ever
-(dagster_facts.md, 1). Runs of this machine whose process was killed stay STARTED and keep their pool slot; nobody else
-would ever notice (dagster_facts.md, 5).
+(dagster_facts.md, 1). Runs whose process was killed stay STARTED and keep their pool slot; nobody else would ever notice
+(dagster_facts.md, 5). Which ones is told by the process number on this machine, and by `life.py` across containers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.ib.owners import Owner, current_owner
+from ktrdr_pipelines.orchestration.life import is_gone, sweep
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
 ORIGIN_TAG = "ktrdr/origin"
@@ -63,9 +64,16 @@ def _provide_config(home: Path) -> None:
 def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Mark runs whose process is gone as failed and free their pool slots; returns their ids."""
     reaped = []
+    home = Path(instance.root_directory)
     for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING])):
-        if OWNER_TAG in run.tags and Owner(*json.loads(run.tags[OWNER_TAG])).is_alive() is False:
-            instance.report_run_failed(run, "The process that executed this run is gone.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            reaped.append(run.run_id)
+        owner = Owner(*json.loads(run.tags[OWNER_TAG])) if OWNER_TAG in run.tags else None
+        if not (owner is not None and owner.is_alive() is False) and not is_gone(home, run.run_id):
+            continue
+        now = instance.get_run_by_id(run.run_id)
+        if now is None or now.is_finished:  # in between, as runs do
+            continue
+        instance.report_run_failed(now, "The process that executed this run is gone.")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        reaped.append(run.run_id)
+    sweep(home)
     return reaped
