@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,7 @@ class Stack:
 
     def __init__(self, here: Here, variables: Mapping[str, str]) -> None:
         self.here = here
+        self.variables = variables
         self.services: dict[str, dict[str, Any]] = interpolate(read_compose()["services"], variables)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         here.lay_out()
@@ -119,7 +121,9 @@ class Stack:
     def environment(self, service: str) -> dict[str, str]:
         """What the image and the compose file set, and of this machine only where its programs and this project are."""
         said = image_environment() | self.services[service].get("environment", {})
-        return {name: self.here.text(str(value)) for name, value in said.items()} | {
+        # A name without a value is passed through where it is set.
+        said = {name: self.variables.get(name) if value is None else value for name, value in said.items()}
+        return {name: self.here.text(str(value)) for name, value in said.items() if value is not None} | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
             "PWD": str(self.here.base),
@@ -139,6 +143,11 @@ class Stack:
         """Run a service that does its work and ends."""
         assert self._popen(service, self.services[service]["command"]).wait(60) == 0, self.logs()
 
+    def listens(self, port: str) -> bool:
+        """Whether anything does at a port of the compose file: cheap to ask, before a health check that is not."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.here.ports[port])) == 0
+
     def is_healthy(self, service: str) -> bool:
         """By the service's own health check."""
         kind, *words = self.services[service]["healthcheck"]["test"]
@@ -151,6 +160,7 @@ class Stack:
             assert not gone, f"ended while waiting for {what}: {gone}\n{self.logs()}"
             if condition():
                 return
+            threading.Event().wait(0.2)  # the processes waited for need the processor
         raise AssertionError(f"waited in vain for {what}\n{self.logs()}")
 
     def logs(self) -> str:

@@ -13,7 +13,15 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from ktrdr_pipelines_tests.deploy.compose import DEPLOY, ROOT, MissingVariable, interpolate, read_compose
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines_tests.deploy.compose import (
+    DEPLOY,
+    ROOT,
+    MissingVariable,
+    image_environment,
+    interpolate,
+    read_compose,
+)
 
 SECRETS = {"POSTGRES_PASSWORD": "p", "KTRDR_API_TOKEN": "t", "TWS_USERID": "u", "TWS_PASSWORD": "w"}
 NEEDED = SECRETS | {"IB_GATEWAY_BIND": "172.17.0.1"}
@@ -84,6 +92,16 @@ def test_the_gateway_is_where_the_specification_says(services: dict[str, Any]) -
     given = {"IB_HOST": "ib-gateway", "IB_PORT": "4004", "IB_CLIENT_ID": "7"}
     said = interpolate(read_compose(), NEEDED | given)["services"]["api"]["environment"]
     assert {name: said[name] for name in given} == given
+
+
+def test_every_setting_can_be_given(services: dict[str, Any]) -> None:
+    """A setting of the project is set by the files or passed through to the services that load; none is out of reach."""
+    names = {str(field.validation_alias.choices[0]) for field in Settings.model_fields.values()}  # type: ignore[union-attr]
+    beside = {"KTRDR_UNIVERSE"}  # in the data volume
+    api_only = {name for name in names if name.startswith("KTRDR_API_")}
+    for service in ("code-server", "api"):
+        known = set(services[service]["environment"]) | set(image_environment())
+        assert names - known - beside - api_only == set()
 
 
 def test_nothing_is_open_to_other_machines_unless_asked_for(services: dict[str, Any]) -> None:
