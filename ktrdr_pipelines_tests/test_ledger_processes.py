@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,13 +18,13 @@ from ktrdr_pipelines_tests.ledger_tools import (
     FULL_S,
     HandClock,
     fill,
-    poll,
     send,
     wait_of,
     wish,
 )
 from ktrdr_pipelines_tests.ledger_trial import Trial
 from ktrdr_pipelines_tests.ledger_worker import LOGIN
+from ktrdr_pipelines_tests.postgres_server import throw_away_cluster
 
 
 @pytest.fixture
@@ -46,40 +43,10 @@ def test_many_processes_break_no_rule_and_use_the_budget(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A throw-away cluster that listens on a socket file only."""
-    import pwd
-    import shutil
-    import tempfile
-
-    # Debian keeps a server's programs out of PATH.
-    places = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    initdb = shutil.which("initdb") or (str(places[-1]) if places else None)
-    assert initdb, "this test needs PostgreSQL's programs (initdb, postgres): install postgresql 15 or newer"
-    programs = Path(initdb).resolve().parent
-    # Not below tmp_path: a socket's path has to be short, and readable for the user the server runs as.
-    base = Path(tempfile.mkdtemp(prefix="pg"))
-    user = {}
-    if os.geteuid() == 0:  # the server refuses to run as root
-        account = pwd.getpwnam("nobody")
-        os.chown(base, account.pw_uid, account.pw_gid)
-        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    subprocess.run(
-        [programs / "initdb", "-D", base / "data", "-U", "ktrdr", "-A", "trust", "--no-sync", "-E", "UTF8"],
-        check=True, stdout=subprocess.DEVNULL, cwd=base, **user,
-    )  # fmt: skip
-    server = subprocess.Popen(
-        [programs / "postgres", "-D", base / "data", "-k", base, "-c", "listen_addresses=", "-F"],
-        cwd=base, stderr=subprocess.DEVNULL, **user,
-    )  # fmt: skip
-    try:
-        ready = [programs / "pg_isready", "-q", "-h", base, "-U", "ktrdr", "-d", "postgres"]
-        poll(lambda: subprocess.run(ready, check=False).returncode == 0)
-        yield f"postgresql+psycopg://ktrdr@/postgres?host={base}"
-    finally:
-        server.send_signal(signal.SIGINT)  # end now, not when the last client has gone
-        server.wait(20)
-        shutil.rmtree(base, ignore_errors=True)
+    with throw_away_cluster() as socket_folder:
+        yield f"postgresql+psycopg://ktrdr@/postgres?host={socket_folder}"
 
 
 @pytest.mark.slow

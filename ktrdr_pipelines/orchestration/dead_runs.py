@@ -2,8 +2,8 @@
 
 Dagster notices the death of workers that its daemon launched, and of no others: a killed `ktrdr ib-load` or `dagster asset
 materialize` would stay STARTED and keep its pool slot for ever (dagster_facts.md, 5). So each run carries a tag that says
-which process executes it. Who looks: every process that executes a run, at its start and while it runs (it may be waiting
-for the very slot), the sensors, and `ktrdr ui`.
+which process executes it, and shows a sign of life that other containers see too (`life.py`). Who looks: every process that
+executes a run, at its start and while it runs (it may be waiting for the very slot), the sensors, and `ktrdr ui`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import dagster as dg
 from sqlalchemy.exc import SQLAlchemyError
 
 from ktrdr_pipelines.ib.owners import Owner, current_owner
+from ktrdr_pipelines.orchestration.life import is_gone, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ def owner_tag(run_id: str) -> dict[str, str]:
 
 def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Mark runs whose process is gone as failed, free the pool slots of all that have ended; the ids of those marked."""
-    reaped = []
+    reaped, home = [], Path(instance.root_directory)
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
-        if not _is_dead(instance, run):
+        if not _is_dead(instance, run) and not is_gone(home, run.run_id):
             continue
         now = instance.get_run_by_id(run.run_id)  # another process may have been faster
         if now is None or now.is_finished:
@@ -64,6 +65,7 @@ def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
             instance.report_run_failed(now, "The process that executed this run is gone.")
         reaped.append(run.run_id)
     _free_slots_of_ended_runs(instance)
+    sweep(home)
     return reaped
 
 

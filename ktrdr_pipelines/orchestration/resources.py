@@ -15,6 +15,7 @@ from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.ib.leases import ClientIds
 from ktrdr_pipelines.orchestration.door import current_door
+from ktrdr_pipelines.orchestration.life import may_end, show_life
 from ktrdr_pipelines.series import HistoryLimits
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.corrections import open_store
@@ -71,13 +72,17 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Remember who started the run: people and daemons take client ids of different ranges."""
+        """Remember who started the run: people and daemons take client ids of different ranges. Show that it goes."""
         tags = context.run.tags if context.run else {}
         is_daemon = any(tag in tags for tag in _DAEMON_TAGS)
         self._client_ids = ClientIds.DAEMON if is_daemon else ClientIds.PERSON
+        if context.run:
+            show_life(Path(self.state_dir), context.run.run_id)
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002 - Dagster's signature
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         """Close what this resource opened; a lent connection is its lender's."""
+        if context.run:
+            may_end(context.run.run_id)
         if self._history is not None:
             self._history.close()
             self._history = None
