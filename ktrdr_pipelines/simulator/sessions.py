@@ -15,7 +15,6 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from dateutil.easter import easter
 
 Int = npt.NDArray[np.int64]
 
@@ -155,7 +154,7 @@ def xetra_sessions() -> Sessions:
     dates = pd.DatetimeIndex(pd.to_datetime(sessions.day * 86400, unit="s"))
     fixed = {(1, 1), (5, 1), (12, 24), (12, 25), (12, 26), (12, 31)}
     closed = np.array([(d.month, d.day) in fixed for d in dates])
-    easters = pd.DatetimeIndex([pd.Timestamp(easter(year)) for year in range(FIRST_DAY.year, LAST_DAY.year + 1)])
+    easters = pd.date_range(FIRST_DAY, LAST_DAY, freq=pd.offsets.Easter())
     for shift in (-2, 1):
         closed |= np.asarray(dates.isin(easters + pd.Timedelta(days=shift)))
     return sessions.take(~closed)
