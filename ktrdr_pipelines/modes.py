@@ -77,7 +77,9 @@ def resolve_window(
     elif mode is Mode.TAIL:
         begin = held.last
     else:
-        begin = longest_back(series, int(held.first.timestamp()), limits).start
+        # What IB tells only up to now reaches as far back as one request from now.
+        reach = now if series.instrument.ends_now else held.first
+        begin = longest_back(series, int(reach.timestamp()), limits).start
     if held is not None and mode is Mode.BACKFILL:
         until = min(until, held.first)
     return Window(min(begin, until), until)
