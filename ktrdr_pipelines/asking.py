@@ -173,7 +173,8 @@ class Asker:
         held = self._store.read_bars(
             self._series, Window.from_epoch(int(raw.opens_s.min()), int(raw.opens_s.max()) + 1)
         )
-        ratio = find_ratio(held, raw) if len(held) else None
+        may_roll = self._series.instrument.sec_type == "CONTFUT"
+        ratio = find_ratio(held, raw, may_roll=may_roll) if len(held) else None
         if ratio is not None:
             raise report_split(self._series, held, raw, ratio).while_doing(f"loading {self._series} {request.window}")
 

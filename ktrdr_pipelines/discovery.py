@@ -23,7 +23,7 @@ from ktrdr_pipelines.ib.contracts import (
 )
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.ib.known_symbols import KnownSymbols
-from ktrdr_pipelines.plan import Request, longest_back
+from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.series import (
     TIMEFRAMES,
     HistoryLimits,
@@ -34,6 +34,7 @@ from ktrdr_pipelines.series import (
     file_symbol,
     format_instant,
 )
+from ktrdr_pipelines.to_now import reach_from_now
 from ktrdr_pipelines.universe import Universe
 
 log = logging.getLogger(__name__)
@@ -158,14 +159,14 @@ def identify_series(
         named = universe.find_instrument(instrument.symbol)
         if named is not None:
             instrument = named if named == instrument and named.con_id in (0, instrument.con_id) else instrument
-            _refuse_other(named, choice, instrument)
-    else:
-        _refuse_other(instrument, choice, None)
+            _refuse_other(named, choice, instrument, history)
+    elif choice != NO_CHOICE:
+        _refuse_other(instrument, choice, None, history)
     return universe.find(instrument.symbol, timeframe) or Series(instrument, timeframe)
 
 
-def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None) -> None:
-    """A symbol is one instrument, for its files carry its name.
+def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None, history: IBHistory) -> None:
+    """A symbol is one instrument, for its files carry its name. What the universe leaves open is asked of IB.
 
     Raises:
         InputError: the universe means another instrument by that symbol.
@@ -173,8 +174,8 @@ def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None) -
     is_same = (
         choice.sec_type in ("", named.sec_type)
         and choice.currency in ("", named.currency)
-        and (not choice.con_id or named.con_id in (0, choice.con_id))
-        and choice.exchange in ("", named.exchange, *filter(None, [named.primary_exchange]))
+        and (not choice.con_id or choice.con_id == (named.con_id or history.pin(named).con_id))
+        and _trades_at(named, choice.exchange, history)
         and (found is None or (found.sec_type, found.currency) == (named.sec_type, named.currency))
     )
     if not is_same:
@@ -185,6 +186,18 @@ def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None) -
             advice="Give the other one a symbol of its own in the universe file (`symbol:` with `ib_symbol:`), or correct the "
             "entry.",
         )
+
+
+def _trades_at(named: Instrument, exchange: str, history: IBHistory) -> bool:
+    if exchange in ("", named.exchange, named.primary_exchange):
+        return True
+    if named.sec_type != "STK" or named.primary_exchange:
+        return False
+    try:
+        at_home = history.pin(replace(named, primary_exchange=exchange, con_id=0))
+    except (PermanentError, InputError):
+        return False
+    return at_home.con_id == history.pin(named).con_id
 
 
 # --- where history starts ---------------------------------------------------------------------------------------------
@@ -213,7 +226,7 @@ def estimate_history_start(
     if series.timeframe.seconds <= 30:
         earliest = max(earliest, now - SHORT_BAR_HISTORY)
     if series.instrument.ends_now:
-        return max(earliest, longest_back(series, int(now.timestamp()), limits).start)
+        return max(earliest, reach_from_now(series, limits, int(now.timestamp())).start)
     pinned = history.pin(series.instrument)
     head = _find_head(pinned, history)
     if head is None:

@@ -20,6 +20,9 @@ from ktrdr_pipelines.source import Answer
 LEAST_CHANGE = 0.02
 """Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
 
+LEAST_ROLL = 0.0005
+"""The same of continuous futures, which may be restated at a roll by the distance of two contracts; then three bars have to agree."""
+
 _PRICES = ("open", "high", "low", "close")
 
 
@@ -27,7 +30,7 @@ class ScaleChanged(DataError):
     """The held bars are on another scale than IB's answers: a split since. Nothing may be added to the file."""
 
 
-def find_ratio(held: pd.DataFrame, answer: Answer) -> float | None:
+def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) -> float | None:
     """The answer's prices as a multiple of the ``held`` ones, where at least half of the bars that both have say so; None
     if they are on one scale, or share no bar."""
     at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))
@@ -35,13 +38,14 @@ def find_ratio(held: pd.DataFrame, answer: Answer) -> float | None:
         return None
     old = held[list(_PRICES)].to_numpy(np.float64)[at]
     new = np.column_stack([np.asarray(getattr(answer, name), dtype=np.float64)[of_answer] for name in _PRICES])
+    least = LEAST_ROLL if may_roll and len(at) >= 3 else LEAST_CHANGE
     with np.errstate(all="ignore"):
         ratios = new / old
         ratio = np.median(ratios, axis=1)
         # Prices are rounded to ticks on both sides.
         is_uniform = (np.abs(new - old * ratio[:, None]) <= 0.005 * np.abs(new) + 0.011).all(axis=1)
-        has_moved = (np.abs(ratio - 1) > LEAST_CHANGE) & (ratio > 0) & np.isfinite(ratio)
-        all_moved = (np.abs(ratios - 1) > LEAST_CHANGE / 2).all(axis=1)
+        has_moved = (np.abs(ratio - 1) > least) & (ratio > 0) & np.isfinite(ratio)
+        all_moved = (np.abs(ratios - 1) > least / 2).all(axis=1)
     changed = is_uniform & has_moved & all_moved
     return float(np.median(ratio[changed])) if 2 * int(changed.sum()) >= len(at) else None
 
@@ -51,9 +55,11 @@ def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: floa
     at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))
     i, j = int(at[-1]), int(of_answer[-1])
     stamp = format_instant(held["timestamp"].iloc[i].to_pydatetime())
+    is_rolled = series.instrument.sec_type == "CONTFUT"
+    why = "probably at the roll to another contract" if is_rolled else "probably for a split"
     words = f"1:{1 / ratio:.4g}" if ratio < 1 else f"{ratio:.4g}:1"
     return ScaleChanged(
-        f"IB restated the history of {series.instrument.symbol}, probably for a split: the bar {stamp} is held with close "
+        f"IB restated the history of {series.instrument.symbol}, {why}: the bar {stamp} is held with close "
         f"{held['close'].iloc[i]:g} and is {answer.close[j]:g} now (all four prices by {words})",
         advice=f"Nothing was written: new bars do not go with the held ones. Move {series.name}.csv and {series.name}.meta.json "
         f"away and run `ktrdr ib-load {series.instrument.symbol!r} {series.timeframe} --mode full`.",

@@ -39,6 +39,19 @@ def plan_to_now(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now
     return PlannedToNow(Request(window, datetime.fromtimestamp(now_s, UTC), durations[0]), unreachable)
 
 
+def reach_from_now(series: Series, limits: HistoryLimits, now_s: int) -> Window:
+    """What the longest request up to ``now_s`` can bring under ``limits``; ends at ``now_s``."""
+    bars = expected_bars(series, longest_back(series, now_s, limits))
+    lo, hi = 0, len(bars)
+    while lo < hi:  # a request that reaches one bar reaches all younger ones
+        middle = (lo + hi) // 2
+        if duration_for(series.timeframe, _span_to_now(series, bars.take(slice(middle, None)), now_s), limits) is None:
+            lo = middle + 1
+        else:
+            hi = middle
+    return Window.from_epoch(min(now_s, int(bars.opens[lo])) if lo < len(bars) else now_s, now_s)
+
+
 def reshape_to_now(
     series: Series, wanted: ExpectedBars, limits: HistoryLimits, now_s: int, *, previous: Sequence[Request]
 ) -> Request:
@@ -58,10 +71,14 @@ def _start_s(bars: ExpectedBars) -> int:
 
 def _find_durations(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now_s: int) -> list[Duration]:
     """The ways to reach from now back to the first of ``wanted``, under the limits in force or else IBKR's present ones."""
-    until = expected_bars(series, Window.from_epoch(int(wanted.opens[0]), max(now_s, int(wanted.opens[0]) + 1)))
-    sessions = int(until.sessions[-1] - until.sessions[0]) + 1 if len(until) else 1
-    span = Span(_start_s(wanted), max(now_s, int(wanted.closes[-1])), sessions, wanted.sessions_per_week)
+    span = _span_to_now(series, wanted, now_s)
     for each in (limits, HistoryLimits.CURRENT):
         if duration_for(series.timeframe, span, each) is not None:
             return list(list_durations(series.timeframe, span, each, LOOSEST))
     return []
+
+
+def _span_to_now(series: Series, wanted: ExpectedBars, now_s: int) -> Span:
+    until = expected_bars(series, Window.from_epoch(int(wanted.opens[0]), max(now_s, int(wanted.opens[0]) + 1)))
+    sessions = int(until.sessions[-1] - until.sessions[0]) + 1 if len(until) else 1
+    return Span(_start_s(wanted), max(now_s, int(wanted.closes[-1])), sessions, wanted.sessions_per_week)

@@ -179,11 +179,15 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
     return next(iter(fitting.values()))
 
 
+_KINDS = {"CONTFUT": ("CONTFUT", "FUT")}
+"""A continuous future may be described as the contract in front."""
+
+
 def _fits(instrument: Instrument, info: ContractInfo) -> bool:
     if instrument.con_id:
         return info.con_id == instrument.con_id
     return (
-        (not info.sec_type or info.sec_type == instrument.sec_type)
+        (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,)))
         and (not info.currency or not instrument.currency or info.currency == instrument.currency)
         and (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
         and (not instrument.expiry or _expires(info, instrument.expiry))
@@ -218,10 +222,11 @@ def _words(instrument: Instrument) -> str:
 
 
 def pin_contract(instrument: Instrument, info: ContractInfo) -> Instrument:
-    """``instrument`` with what IB said of it: conId and time zone, which are no part of its identity."""
+    """``instrument`` with what IB said of it: conId and time zone, which are no part of its identity. A continuous future has no
+    conId of its own: it may be that of the contract in front, which changes with each roll."""
     return replace(
         instrument,
-        con_id=info.con_id,
+        con_id=0 if instrument.sec_type == "CONTFUT" else info.con_id,
         time_zone=info.time_zone,
     )
 
@@ -230,6 +235,8 @@ def complete_instrument(candidate: Instrument, info: ContractInfo) -> Instrument
     """What a person only named, described as IB describes it: kind, venue, currency, expiry, conId. A future that was asked for
     by its product gets the name of its code (``ES`` -> ``ESZ4``), a pair that was asked for by its conId the pair's."""
     symbol, sec_type = candidate.symbol, info.sec_type or candidate.sec_type
+    if candidate.sec_type == "CONTFUT":
+        sec_type = "CONTFUT"
     if sec_type == "CASH":
         pair = forex(f"{info.symbol}{info.currency}")
         return replace(pair, exchange=info.exchange or pair.exchange, con_id=info.con_id, time_zone=info.time_zone)
@@ -248,6 +255,6 @@ def complete_instrument(candidate: Instrument, info: ContractInfo) -> Instrument
         expiry=(info.contract_month or info.expiry) if sec_type == "FUT" else "",
         what_to_show=DEFAULT_WHAT_TO_SHOW.get(sec_type, "TRADES"),
         hours=Hours.REGULAR if sec_type == "STK" else Hours.EXTENDED,
-        con_id=info.con_id,
+        con_id=0 if sec_type == "CONTFUT" else info.con_id,
         time_zone=info.time_zone,
     )
