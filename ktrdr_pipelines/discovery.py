@@ -101,7 +101,7 @@ def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Di
     except KtrdrError as error:
         raise error.while_doing(doing) from None
     instrument = complete_instrument(candidate, contract)
-    if candidate.con_id and not _is_named(candidate.symbol, instrument, contract):
+    if candidate.con_id and not _is_named(candidate.symbol, contract):
         raise InputError(
             f"conId {contract.con_id} is {contract.describe()}, not {candidate.symbol}",
             doing=doing,
@@ -110,8 +110,8 @@ def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Di
     return Discovered(_settle_calendar(instrument), contract)
 
 
-def _is_named(symbol: str, instrument: Instrument, contract: ContractInfo) -> bool:
-    names = {contract.symbol, contract.local_symbol, instrument.symbol}
+def _is_named(symbol: str, contract: ContractInfo) -> bool:
+    names = {contract.symbol, contract.local_symbol, contract.symbol + contract.currency}
     plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
     return "".join(c for c in symbol.upper() if c.isalnum()) in plain
 

@@ -21,7 +21,7 @@ LEAST_CHANGE = 0.02
 """Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
 
 LEAST_ROLL = 0.0005
-"""The same of continuous futures, which may be restated at a roll by the distance of two contracts; then three bars have to agree."""
+"""The same of continuous futures, which may be restated at a roll by the distance of two contracts; three bars have to agree."""
 
 _PRICES = ("open", "high", "low", "close")
 

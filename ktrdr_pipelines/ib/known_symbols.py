@@ -1,7 +1,7 @@
 """What IB said of symbols and of the start of their history, remembered for a while in one small file.
 
 Only a saving: a file that is missing, damaged or cannot be written costs questions, never an answer. Found contracts are
-kept for weeks, "there is none" for minutes, and not at all during the nightly reset, when valid contracts are unknown
+kept for a day (their trading hours are those of the next days), "there is none" for minutes, and not at all during the nightly reset, when valid contracts are unknown
 (`codes.in_nightly_reset`). What is asked, and when an answer counts as none, is in `discovery.py`.
 """
 
@@ -25,7 +25,7 @@ from ktrdr_pipelines.series import Instrument
 
 log = logging.getLogger(__name__)
 
-FOUND_KEPT = timedelta(days=14)
+FOUND_KEPT = timedelta(days=1)
 NONE_KEPT = timedelta(minutes=10)
 HEAD_KEPT = timedelta(days=7)
 _MOST_ENTRIES = 2000
