@@ -1,8 +1,9 @@
 """What IB said of symbols and of the start of their history, remembered for a while in one small file.
 
 Only a saving: a file that is missing, damaged or cannot be written costs questions, never an answer. Found contracts are
-kept for a day (their trading hours are those of the next days), "there is none" for minutes, and not at all during the nightly reset, when valid contracts are unknown
-(`codes.in_nightly_reset`). What is asked, and when an answer counts as none, is in `discovery.py`.
+kept for a day (their trading hours are those of the next days), "there is none" for minutes, and not at all during the
+nightly reset, when valid contracts are unknown (`codes.in_nightly_reset`). What is asked, and when an answer counts as none,
+is in `discovery.py`.
 """
 
 from __future__ import annotations
