@@ -19,10 +19,12 @@ from ktrdr_pipelines.coverage import bars_inside, widen
 from ktrdr_pipelines.errors import DataError, TransientError
 from ktrdr_pipelines.plan import Request, find_gaps, refetch_requests
 from ktrdr_pipelines.report import LoadReport
+from ktrdr_pipelines.scale import find_ratio, report_split
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.source import Answer, History, IntArray
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, ProvenEmpty
+from ktrdr_pipelines.to_now import reshape_to_now
 
 MAX_CONFIRMATIONS = 5
 """How often one window is asked again while each answer brings a few bars that the ones before lacked."""
@@ -134,9 +136,7 @@ class Asker:
                     doing=f"loading {self._series} {request.window}",
                     advice="What arrived is in the file; run the load again.",
                 )
-            again = refetch_requests(
-                self._series.timeframe, holes, self._limits, previous=asked, attempt=len(asked), until_s=self._now_s
-            )
+            again = self._reshape(holes, asked)
             for other in again:
                 rows += self._fetch_and_write(other, evidence)
             asked += again
@@ -173,6 +173,30 @@ class Asker:
                 advice="Close the file there (an editor, a copy under way) and run the load again.",
             )
 
+    def _reshape(self, holes: ExpectedBars, asked: Sequence[Request]) -> list[Request]:
+        """Requests for ``holes`` of another shape than those ``asked``."""
+        if self._series.instrument.ends_now:
+            return [reshape_to_now(self._series, holes, self._limits, self._own_now_s, previous=asked)]
+        return refetch_requests(
+            self._series.timeframe, holes, self._limits, previous=asked, attempt=len(asked), until_s=self._now_s
+        )
+
+    def _check_scale(self, raw: Answer, request: Request) -> None:
+        """Compare every complete bar of an answer, inside the window or not, with what is held.
+
+        Raises:
+            ScaleChanged: they differ by a ratio.
+        """
+        if not len(raw.opens_s):
+            return
+        held = self._store.read_bars(
+            self._series, Window.from_epoch(int(raw.opens_s.min()), int(raw.opens_s.max()) + 1)
+        )
+        may_roll = self._series.instrument.sec_type == "CONTFUT"
+        ratio = find_ratio(held, raw, may_roll=may_roll) if len(held) else None
+        if ratio is not None:
+            raise report_split(self._series, held, raw, ratio).while_doing(f"loading {self._series} {request.window}")
+
     def _learn_sparseness(self, *, agreed: bool) -> None:
         """After a window with bars was asked for twice: a series whose second answers keep agreeing that some do not exist is
         sparse (illiquid minutes without trades). What it lacks is then kept as answered windows, not as a range for each minute.
@@ -187,6 +211,7 @@ class Asker:
     def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
         raw = self._history.fetch(self._series, request)
         self._doubt_clock(raw.opens_s)
+        self._check_scale(raw, request)
         answer = self._normalise(raw, request)
         self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
@@ -201,7 +226,7 @@ class Asker:
             source=self._history.source,
             now=self._now(),
         )
-        expected = bars_inside(self._expected, request.window)
+        expected = bars_inside(self._all_expected, request.window)  # a bar to compare with may lie outside the run
         self._report.fetched_bars += written.rows_added
         self._report.revised_bars += written.rows_revised
         self._report.unexpected_bars += int(

@@ -49,6 +49,12 @@ def cli() -> None:
 )
 @click.option("--start", metavar="TIME", help="Included. ISO 8601; a bare date is its midnight UTC.")
 @click.option("--end", metavar="TIME", help="Not included. Without it: now.")
+@click.option(
+    "--sec-type", default="", metavar="KIND", help="STK, CASH, FUT, CONTFUT, IND, CRYPTO or CFD; for a new symbol."
+)
+@click.option("--exchange", default="", metavar="CODE", help="IB's code of its (primary) exchange; for a new symbol.")
+@click.option("--currency", default="", metavar="CODE", help="Its currency; for a new symbol.")
+@click.option("--con-id", type=click.IntRange(0, (1 << 63) - 1), default=0, help="IB's contract id; for a new symbol.")
 @click.option("--dry-run", is_flag=True, help="Show gaps, requests and when they could be done; ask and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -58,6 +64,10 @@ def ib_load(
     mode: str,
     start: str | None,
     end: str | None,
+    sec_type: str,
+    exchange: str,
+    currency: str,
+    con_id: int,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -81,12 +91,14 @@ def ib_load(
     parse_timeframe(timeframe)
     parse_range(start, end, now=datetime.now(UTC))
 
+    from ktrdr_pipelines.ib.contracts import Choice
     from ktrdr_pipelines.tables import describe_dry_run, describe_load
 
+    choice = Choice(sec_type, exchange, currency, con_id)
     if dry_run:
         from ktrdr_pipelines.dry_run import plan_series
 
-        dry = plan_series(symbol, timeframe, mode, start=start, end=end)
+        dry = plan_series(symbol, timeframe, mode, start=start, end=end, choice=choice)
         _show(dry.as_dict(), describe_dry_run(dry), as_json=as_json)
         return
 
@@ -95,7 +107,7 @@ def ib_load(
 
     progress: Progress = Progress(enabled=not quiet and not as_json)
     with progress:
-        result = load_series(symbol, timeframe, mode, start=start, end=end, progress=progress)
+        result = load_series(symbol, timeframe, mode, start=start, end=end, choice=choice, progress=progress)
     if as_json or result.report.segments_fetched or not result.report.failures:
         _show(
             result.as_dict() | {"run_ids": result.run_ids, "dry_run": False},

@@ -1,32 +1,206 @@
 """Which series a person means, and where its history starts: questions that come before a load.
 
-The universe answers the first where it can; otherwise IB is asked, and what it said is added to the universe. The start
-of history comes from the sidecar where it is known, else from IB's head timestamp, which is a hint only: the window
-begins earlier by a margin, and a load asks further back when bars begin right at its start.
+The universe answers the first where it can; otherwise IB is asked (or what it said a while ago is remembered), and the
+result is added to the universe. Several contracts are never decided here: a person chooses. The start of history comes from the
+sidecar where it is known, else from IB's head timestamp, which is a hint only: it is checked against one long daily request,
+the window begins earlier by a margin, and a load believes in a start only when the bars themselves show it.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.calendars import calendar_of
+from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
+from ktrdr_pipelines.ib.contracts import (
+    Choice,
+    ContractInfo,
+    choose_contract,
+    complete_instrument,
+    list_candidates,
+)
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.series import Series, Timeframe, file_symbol
+from ktrdr_pipelines.ib.known_symbols import KnownSymbols
+from ktrdr_pipelines.plan import Request
+from ktrdr_pipelines.series import (
+    TIMEFRAMES,
+    HistoryLimits,
+    Instrument,
+    Series,
+    Timeframe,
+    Window,
+    file_symbol,
+    format_instant,
+)
+from ktrdr_pipelines.to_now import reach_from_now
 from ktrdr_pipelines.universe import Universe
+
+log = logging.getLogger(__name__)
 
 SHORT_BAR_HISTORY = timedelta(days=183)
 """IB keeps bars of 30 seconds and less for six months (ib_facts.md, 5)."""
 
+NO_CHOICE = Choice()
 
-def identify_series(symbol: str, timeframe: Timeframe, universe: Universe, history: IBHistory) -> Series:
-    """The series called ``symbol`` at ``timeframe``. An instrument that no universe names is looked up at IB; nothing is kept.
+
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """The one contract that a symbol means: ``instrument`` as it goes into the universe, pinned, and IB's details of it."""
+
+    instrument: Instrument
+    contract: ContractInfo
+
+
+def symbols_file(history: IBHistory) -> KnownSymbols:
+    """What this gateway's login was told of symbols: one file for each, beside the pacing ledger."""
+    key = "".join(c if c.isalnum() else "_" for c in history.address.login)
+    return KnownSymbols(history.address.state_dir / "ib" / f"symbols_{key}.json", history.now)
+
+
+def discover(
+    symbol: str, *, history: IBHistory, choice: Choice = NO_CHOICE, known: KnownSymbols | None = None
+) -> Discovered:
+    """What ``symbol`` means to IB: tried as CASH, STK and FUT in that order, or as ``choice`` says.
 
     Raises:
-        InputError: not a symbol, or several contracts fit. PermanentError: IB knows none.
+        AmbiguousSymbol: several contracts fit; all are in it, a person has to choose.
+        PermanentError: IB knows none; the message offers symbols that are like it.
+        InputError: no symbol at all, or its conId is another instrument's. KtrdrError: IB could not be asked.
+    """
+    candidates = list_candidates(symbol, choice)
+    known = known or symbols_file(history)
+    key = " ".join((candidates[0].symbol if candidates else symbol, choice.sec_type, choice.exchange, choice.currency,
+                    str(choice.con_id or "")))  # fmt: skip
+    before = known.find(key)
+    if before is not None and before.instrument is not None and before.contract is not None:
+        return Discovered(before.instrument, before.contract)
+    if before is not None:
+        raise _unknown(symbol, candidates, [], f"asked {format_instant(before.asked_at)}, asked again after "
+                       f"{format_instant(before.until)}")  # fmt: skip
+    for candidate in candidates:
+        found = _try_candidate(symbol, candidate, history)
+        if found is not None:
+            known.remember(key, found.instrument, found.contract)
+            return found
+    known.remember(key, None, None)
+    raise _unknown(symbol, candidates, history.find_matching(symbol.strip()), "")
+
+
+def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Discovered | None:
+    """The contract of ``candidate``; None when IB knows none."""
+    doing = f"looking up {symbol} as {candidate.sec_type}"
+    details = history.describe(candidate, doing)
+    if not details:
+        return None
+    try:
+        contract = choose_contract(candidate, details)
+    except PermanentError:
+        return None
+    except KtrdrError as error:
+        raise error.while_doing(doing) from None
+    instrument = complete_instrument(candidate, contract)
+    if candidate.con_id and not _is_named(candidate.symbol, contract):
+        raise InputError(
+            f"conId {contract.con_id} is {contract.describe()}, not {candidate.symbol}",
+            doing=doing,
+            advice="Write the symbol that belongs to the conId.",
+        )
+    return Discovered(_settle_calendar(instrument), contract)
+
+
+def _is_named(symbol: str, contract: ContractInfo) -> bool:
+    names = {contract.symbol, contract.local_symbol, contract.symbol + contract.currency}
+    plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
+    return "".join(c for c in symbol.upper() if c.isalnum()) in plain
+
+
+def _settle_calendar(instrument: Instrument) -> Instrument:
+    """``instrument`` with its primary exchange only where that says more about its calendar than exchange and currency do."""
+
+    def calendar(of: Instrument) -> str:
+        try:
+            return calendar_of(of)
+        except InputError:
+            return ""
+
+    plain = replace(instrument, primary_exchange="")
+    by_home = calendar(instrument)
+    return instrument if by_home and by_home != calendar(plain) else plain
+
+
+def _unknown(symbol: str, candidates: list[Instrument], offered: list[ContractInfo], remembered: str) -> PermanentError:
+    tried = dict.fromkeys(" ".join(filter(None, (c.sec_type, c.ib_symbol, c.currency))) for c in candidates)
+    alike = "; ".join(each.describe() for each in offered[:8])
+    return PermanentError(
+        f"IB knows no {symbol} (tried as {', '.join(tried) or 'nothing'})"
+        + (f" ({remembered})" if remembered else "")
+        + (f"; similar: {alike}" if alike else ""),
+        doing="looking up a symbol",
+        advice="Check the spelling; indices, crypto and continuous futures need --sec-type, futures often --exchange.",
+        code=200,
+    )
+
+
+def identify_series(
+    symbol: str, timeframe: Timeframe, universe: Universe, history: IBHistory, choice: Choice = NO_CHOICE
+) -> Series:
+    """The series called ``symbol`` at ``timeframe``. An instrument that no universe names is looked up at IB.
+
+    Raises:
+        InputError: not a symbol, several contracts fit, or the universe means another one than ``choice``.
+        PermanentError: IB knows none.
     """
     file_symbol(symbol)
-    series = universe.find(symbol, timeframe)
-    return series or Series(universe.find_instrument(symbol) or history.discover(symbol), timeframe)
+    instrument = universe.find_instrument(symbol)
+    if instrument is None:
+        instrument = discover(symbol, choice=choice, history=history).instrument
+        named = universe.find_instrument(instrument.symbol)
+        if named is not None:
+            instrument = named if named == instrument and named.con_id in (0, instrument.con_id) else instrument
+            _refuse_other(named, choice, instrument, history)
+    elif choice != NO_CHOICE:
+        _refuse_other(instrument, choice, None, history)
+    return universe.find(instrument.symbol, timeframe) or Series(instrument, timeframe)
+
+
+def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None, history: IBHistory) -> None:
+    """A symbol is one instrument, for its files carry its name. What the universe leaves open is asked of IB.
+
+    Raises:
+        InputError: the universe means another instrument by that symbol.
+    """
+    is_same = (
+        choice.sec_type in ("", named.sec_type)
+        and choice.currency in ("", named.currency)
+        and (not choice.con_id or choice.con_id == (named.con_id or history.pin(named).con_id))
+        and _trades_at(named, choice.exchange, history)
+        and (found is None or (found.sec_type, found.currency) == (named.sec_type, named.currency))
+    )
+    if not is_same:
+        raise InputError(
+            f"the universe already means another instrument by {named.symbol}: {named.sec_type} on "
+            f"{named.primary_exchange or named.exchange} in {named.currency}"
+            + (f", conId {named.con_id}" if named.con_id else ""),
+            advice="Give the other one a symbol of its own in the universe file (`symbol:` with `ib_symbol:`), or correct the "
+            "entry.",
+        )
+
+
+def _trades_at(named: Instrument, exchange: str, history: IBHistory) -> bool:
+    if exchange in ("", named.exchange, named.primary_exchange):
+        return True
+    if named.sec_type != "STK" or named.primary_exchange:
+        return False
+    try:
+        at_home = history.pin(replace(named, primary_exchange=exchange, con_id=0))
+    except (PermanentError, InputError):
+        return False
+    return at_home.con_id == history.pin(named).con_id
+
+
+# --- where history starts ---------------------------------------------------------------------------------------------
 
 
 def margin_before_head(timeframe: Timeframe) -> timedelta:
@@ -36,14 +210,64 @@ def margin_before_head(timeframe: Timeframe) -> timedelta:
     return timedelta(days=7) if timeframe.is_intraday else timedelta(days=62)
 
 
-def estimate_history_start(series: Series, history: IBHistory, *, earliest: datetime, now: datetime) -> datetime:
+def estimate_history_start(
+    series: Series,
+    history: IBHistory,
+    *,
+    earliest: datetime,
+    now: datetime,
+    limits: HistoryLimits = HistoryLimits.CLASSIC,
+) -> datetime:
     """Where a full load begins: the head timestamp less a margin, but not before ``earliest`` (the first partition), and for
-    bars of 30 seconds and less not before what IB keeps. Asks IB once; without an answer it is ``earliest``."""
+    bars of 30 seconds and less not before what IB keeps. Asks IB once or twice; without an answer it is ``earliest``.
+
+    A series that IB tells only up to now begins as far back as its longest request reaches.
+    """
     if series.timeframe.seconds <= 30:
         earliest = max(earliest, now - SHORT_BAR_HISTORY)
-    head = history.find_head(history.pin(series.instrument))
+    if series.instrument.ends_now:
+        return max(earliest, reach_from_now(series, limits, int(now.timestamp())).start)
+    pinned = history.pin(series.instrument)
+    head = _find_head(pinned, history)
     if head is None:
         return earliest
     if head > now:
         raise InputError(f"IB says that {series} begins in the future ({head.isoformat()})", advice="Give --start.")
-    return max(earliest, head - margin_before_head(series.timeframe))
+    if head <= earliest:
+        return earliest
+    first = _find_older(pinned, head, history)
+    return max(earliest, min(head, first or head) - margin_before_head(series.timeframe))
+
+
+def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
+    known = symbols_file(history)
+    if (before := known.find_head(pinned)) is not None:
+        return before.head
+    head = history.find_head(pinned)
+    if head is not None:
+        known.remember_head(pinned, head)
+    return head
+
+
+def _find_older(pinned: Instrument, head: datetime, history: IBHistory) -> datetime | None:
+    """The first daily bar of the year before ``head``, or of all time when the whole year is full of them: then the head
+    timestamp is far too late. None when there is none, or IB does not answer: the check is only a hint too."""
+    daily = Series(pinned, TIMEFRAMES["1d"])
+    end = head.replace(hour=0, minute=0, second=0, microsecond=0)
+    duration = daily.timeframe.longest_request(HistoryLimits.CLASSIC)
+    start = end - timedelta(days=365)
+    try:
+        answer = history.fetch(daily, Request(Window(start, end), end, duration))
+    except (GatewayUnreachable, StoreError):
+        raise
+    except KtrdrError as error:
+        log.warning("going on without a check of the start of history of %s: %s", pinned.symbol, error)
+        return None
+    opens = answer.opens_s[answer.opens_s < end.timestamp()]
+    if not len(opens):
+        return None
+    first = datetime.fromtimestamp(int(opens.min()), end.tzinfo)
+    log.warning("%s: IB has bars from %s, before its head timestamp %s", pinned.symbol, first.date(), head.date())
+    return (
+        datetime(1970, 1, 1, tzinfo=end.tzinfo) + timedelta(days=365) if first - start < timedelta(days=14) else first
+    )

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from ktrdr_pipelines.discovery import identify_series
+from ktrdr_pipelines.discovery import NO_CHOICE, identify_series
 from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.forecast import Sending, forecast
 from ktrdr_pipelines.gaps import place
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.ledger_store import ledger_path
@@ -109,6 +110,7 @@ def plan_series(
     *,
     start: str | None = None,
     end: str | None = None,
+    choice: Choice = NO_CHOICE,
     settings: Settings | None = None,
 ) -> DryRun:
     """What `loading.load_series` with the same arguments would find missing, ask for, and when it could.
@@ -126,7 +128,7 @@ def plan_series(
     settings = settings or load_settings()
     universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
     with IBHistory(GatewayResource.of(settings).address()) as history:
-        series = identify_series(symbol, wanted_timeframe, universe, history)
+        series = identify_series(symbol, wanted_timeframe, universe, history, choice)
         with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
             notices = pending.describe()
             window = choose_window(

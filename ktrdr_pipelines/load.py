@@ -18,7 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,26 @@ import numpy.typing as npt
 from ktrdr_pipelines.asking import Asker, Loaded
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, find_unexpected, match_held
 from ktrdr_pipelines.coverage import bars_inside, mark_missing, owed_from, owed_until, widen
-from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, StoreError, TransientError
+from ktrdr_pipelines.errors import (
+    DataError,
+    GatewayUnreachable,
+    KtrdrError,
+    PermanentError,
+    StoreError,
+    TransientError,
+)
 from ktrdr_pipelines.partitions import Partition, partitions_in
 from ktrdr_pipelines.plan import Request, find_gaps, plan_requests
+from ktrdr_pipelines.refreshing import WholeAsker
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.series import HistoryLimits, Series, Window
+from ktrdr_pipelines.scale import ScaleChanged, list_anchors
+from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.source import History
 from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.to_now import plan_to_now
+
+SCALE_TRUSTED = timedelta(hours=18)
+"""So long after the last write of a file its bars count as being on the scale of IB's answers."""
 
 
 class Load:
@@ -75,29 +88,34 @@ class Load:
         span = Window(partitions[0].window.start, partitions[-1].window.end)
         self._span = span
         self._now_s = int(self._now().timestamp())
+        self._anchor_s: int | None = None
         self._settle_files()
+        if self.series.instrument.refreshes_whole:
+            self._span = span = self._widen_to_all(span)
         # Bars that are not complete yet tell which bars of an answer are still forming; only complete ones are asked for.
         self._all_expected = expected_bars(self.series, widen(span))
         self._expected = expected_bars(self.series, span, complete_at_s=self._now_s)
         self._is_missing = self._find_missing(span)
         asked = bars_inside(self._expected.take(np.flatnonzero(self._is_missing)), self.window)
         gaps = find_gaps(self._expected, asked)
-        requests = plan_requests(
-            self.series.timeframe,
-            self._with_last_held(asked),
-            self._limits,
-            expected=self._expected,
-            within=Window(self.window.start, max(self.window.start, min(self.window.end, self._now()))),
-        )
+        unreachable = None
+        if not self.series.instrument.ends_now:
+            requests = self._plan(asked)
+        else:
+            requests, unreachable = self._plan_to_now(asked)
         self.report.gaps_analyzed, self.report.requests_planned = len(gaps), len(requests)
         yield Planned(gaps, requests)
         for partition in partitions:
             yield from self._report_if_complete(partition)
+        if unreachable is not None:
+            yield unreachable
         if requests:
             try:
                 yield from self._fetch_all(requests, partitions)
             finally:
                 self._finish()
+        elif unreachable is not None:
+            self._finish()
         else:
             self._settle_unfinished()
 
@@ -129,6 +147,72 @@ class Load:
             return asked
         wanted = np.isin(self._expected.opens, asked.opens) | (self._expected.opens == extent.last_open_s)
         return self._expected.take(np.flatnonzero(wanted))
+
+    def _plan(self, asked: ExpectedBars) -> list[Request]:
+        """The fewest requests for ``asked``, with a held bar in the first of them that shows whether the file is still on the
+        scale of IB's answers (`scale.py`). It may cost a request only where the file was not written for most of a day:
+        splits come overnight."""
+        now = self._now()
+
+        def plan(bars: ExpectedBars, expected: ExpectedBars) -> list[Request]:
+            within = Window(self.window.start, max(self.window.start, min(self.window.end, now)))
+            return plan_requests(self.series.timeframe, bars, self._limits, expected=expected, within=within)
+
+        requests = plan(self._with_last_held(asked), self._expected)
+        extent = self._store.extent(self.series)
+        if self.series.instrument.sec_type != "STK" or extent is None or not len(asked):
+            return requests
+        known = self._all_expected.take(self._all_expected.closes <= self._now_s)
+        if any(r.window.start_s <= extent.last_open_s < r.window.end_s for r in requests[:1]):
+            return requests  # the last held bar is asked for again anyway
+        held = self._store.held_opens(self.series, widen(self._span))
+        written_at = self._store.read_sidecar(self.series).updated_at
+        is_old = written_at is not None and now - written_at > SCALE_TRUSTED
+        found = []
+        for anchor_s in known.opens[list_anchors(known, asked, held, self.series.timeframe)[:4]].tolist():
+            anchored = plan(known.take(np.isin(known.opens, [*asked.opens, anchor_s])), known)
+            found.append((len(anchored), anchor_s, anchored))
+        if not found or (min(found)[0] > len(requests) and not is_old):
+            return requests
+        _, self._anchor_s, anchored = min(found, key=lambda each: each[0])
+        at = datetime.fromtimestamp(self._anchor_s, UTC)
+        return sorted(anchored, key=lambda request: not request.window.contains(at))
+
+    def _widen_to_all(self, span: Window) -> Window:
+        """``span`` and everything held: a series that is refreshed whole has no smaller part."""
+        extent = self._store.extent(self.series)
+        first_s = span.start_s if extent is None else min(span.start_s, extent.first_open_s)
+        return Window.from_epoch(first_s, max(span.end_s, self._now_s))
+
+    def _plan_to_now(self, asked: ExpectedBars) -> tuple[list[Request], Failure | None]:
+        """One request for ``asked`` up to now, and what it cannot reach. Of a series that is refreshed whole it has to reach the
+        first held bar, or nothing is asked for."""
+        wanted, extent = self._with_last_held(asked), self._store.extent(self.series)
+        if len(asked) and self.series.instrument.refreshes_whole:
+            first_s = min(int(asked.opens[0]), extent.first_open_s) if extent else int(asked.opens[0])
+            wanted = self._expected.take(self._expected.opens >= first_s)
+        if not len(wanted):
+            return [], None
+        planned = plan_to_now(self.series, wanted, self._limits, self._now_s)
+        requests = [] if planned.request is None else [planned.request]
+        if not len(planned.unreachable):
+            return requests, None
+        lost = find_gaps(wanted, planned.unreachable)
+        window = Window(lost[0].window.start, lost[-1].window.end)
+        what = self.series.instrument
+        kind = "adjusted prices" if what.refreshes_whole else "a continuous future"
+        error = PermanentError(
+            f"IB tells {kind} only up to now, in one request, which reaches back to "
+            f"{format_instant(window.end)} at most: {len(planned.unreachable)} older bars cannot be had",
+            advice="Give a later --start.",
+        )
+        if extent is not None and what.refreshes_whole and extent.first_open_s < window.end_s:
+            requests = []
+            error.advice = (
+                "Held bars and new ones do not go together, so the file was left as it is. Move it away to begin anew with "
+                "what one request brings."
+            )
+        return requests, self._fail(window, error)
 
     def _report_touched(self, request: Request, rows: int, partitions: Sequence[Partition]) -> Iterator[Event]:
         """Report the partitions that ``request`` completed, and those complete before whose bars it changed; all that are
@@ -179,7 +263,7 @@ class Load:
         except KtrdrError as error:
             yield self._fail(everything, error)
             return
-        asker = Asker(
+        asker = (WholeAsker if self.series.instrument.refreshes_whole else Asker)(
             pinned,
             store=self._store,
             history=history,
@@ -228,6 +312,9 @@ class Load:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
         extent = self._store.extent(self.series)
         is_recheck = extent is not None and request.window.start_s <= extent.last_open_s < request.window.end_s
+        is_recheck |= self._anchor_s is not None and request.window.contains(
+            datetime.fromtimestamp(self._anchor_s, UTC)
+        )
         return is_recheck or bool(self._is_missing[self._indexes(request.window)].any())
 
     def _fail(self, window: Window, error: KtrdrError) -> Failure:
@@ -311,6 +398,6 @@ def _counts(history: History) -> tuple[int, int, float, float]:
 def _concerns_all(error: KtrdrError) -> bool:
     """True if the next window cannot fare better: bad bars or an unanswered request concern one window; a refusal, an
     unreachable gateway or a full disk concern all of them."""
-    if isinstance(error, GatewayUnreachable):
+    if isinstance(error, GatewayUnreachable | ScaleChanged):
         return True
     return not isinstance(error, DataError | TransientError)

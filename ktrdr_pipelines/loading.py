@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ktrdr_pipelines.coverage import valid_history_start_s
-from ktrdr_pipelines.discovery import estimate_history_start, identify_series
+from ktrdr_pipelines.discovery import NO_CHOICE, estimate_history_start, identify_series
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.modes import Held, Mode, needs_history_start, resolve_window
 from ktrdr_pipelines.orchestration.door import Door
@@ -46,11 +47,12 @@ def load_series(
     *,
     start: str | None = None,
     end: str | None = None,
+    choice: Choice = NO_CHOICE,
     progress: Progress | None = None,
     settings: Settings | None = None,
 ) -> LoadResult:
     """Load the missing bars of ``symbol`` at ``timeframe``; see `modes.Mode` for ``mode``. Times are ISO 8601, start included,
-    end not, a bare date is its midnight UTC.
+    end not, a bare date is its midnight UTC. ``choice`` tells which contract a new symbol means.
 
     Raises:
         KtrdrError: the input cannot be meant, or nothing could be begun. Windows that failed are in the report.
@@ -64,7 +66,7 @@ def load_series(
     universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
     address = GatewayResource.of(settings).address()
     with IBHistory(address, on_wait=progress.show_wait) as history:
-        series = identify_series(symbol, wanted_timeframe, universe, history)
+        series = identify_series(symbol, wanted_timeframe, universe, history, choice)
         store = open_store(settings.data_dir)
         put_right = store.prepare(series, now=now).describe()
         held = Held.of(store.extent(series), store.read_sidecar(series))
@@ -82,7 +84,7 @@ def load_series(
                 )
             )
         clipped = clip_to_partitions(series, window, settings)
-        if universe.find(symbol, wanted_timeframe) is None:
+        if universe.find(series.instrument.symbol, wanted_timeframe) is None:
             add_series(settings.universe_path, series)
         asked_before = history.requests_made
         instance = open_instance(settings)
@@ -139,10 +141,15 @@ def choose_window(
     window = resolve(earliest)
     if not needs_history_start(mode, held, start):
         return window
+    if series.instrument.ends_now:
+        start_s = valid_history_start_s(store.read_sidecar(series), None) or 0
+        reach = estimate_history_start(series, history, earliest=earliest, now=now, limits=settings.history_limits)
+        begin = max(reach, datetime.fromtimestamp(start_s, UTC))
+        return resolve(min(begin, held.first) if held is not None else begin)
     known_s = valid_history_start_s(store.read_sidecar(series), int(held.first.timestamp()) if held else None)
     if known_s is not None:
         return resolve(max(earliest, datetime.fromtimestamp(known_s, UTC)))
-    return resolve(estimate_history_start(series, history, earliest=earliest, now=now))
+    return resolve(estimate_history_start(series, history, earliest=earliest, now=now, limits=settings.history_limits))
 
 
 def say_clipped(series: Series, clipped: Window, window: Window) -> str:

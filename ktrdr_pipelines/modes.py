@@ -14,6 +14,7 @@ from ktrdr_pipelines.plan import longest_back
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.store.results import Extent
 from ktrdr_pipelines.store.sidecar import Sidecar
+from ktrdr_pipelines.to_now import reach_from_now
 
 
 class Mode(StrEnum):
@@ -77,7 +78,11 @@ def resolve_window(
     elif mode is Mode.TAIL:
         begin = held.last
     else:
-        begin = longest_back(series, int(held.first.timestamp()), limits).start
+        begin = (
+            reach_from_now(series, limits, int(now.timestamp())).start
+            if series.instrument.ends_now
+            else longest_back(series, int(held.first.timestamp()), limits).start
+        )
     if held is not None and mode is Mode.BACKFILL:
         until = min(until, held.first)
     return Window(min(begin, until), until)

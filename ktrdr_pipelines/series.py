@@ -240,6 +240,28 @@ class Hours(StrEnum):
 
 SECURITY_TYPES = ("STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD")
 
+DEFAULT_WHAT_TO_SHOW = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
+"""What to show of a kind where nothing is said; of all others TRADES."""
+
+DEFAULT_EXCHANGES = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
+"""Where a kind is asked for when nothing is said; futures and indices need an exchange."""
+
+_FUTURE_CODE = re.compile(r"([A-Z0-9]{1,5}?)([FGHJKMNQUVXZ])([0-9]{1,2})")
+
+
+def is_future_code(symbol: str) -> bool:
+    """True for a future's own name: product, month letter and year, ``ESZ4`` or ``CLF25``."""
+    return _FUTURE_CODE.fullmatch(symbol) is not None
+
+
+def future_product(symbol: str) -> str:
+    """``ES`` of ``ESZ4``. Raises InputError when ``symbol`` is no such code."""
+    found = _FUTURE_CODE.fullmatch(symbol)
+    if found is None:
+        raise InputError(f"{symbol!r} is not the code of a future", advice="Write it like ESZ4.")
+    return found.group(1)
+
+
 _SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .&/+'-]{0,31}")
 _PLAIN = re.compile(r"[A-Za-z0-9]")
 _ESCAPED = re.compile(r"_([0-9A-F]{2})_|_")
@@ -306,6 +328,16 @@ class Instrument:
     def use_rth(self) -> bool:
         """IB's ``useRTH``: regular trading hours only. Stocks have a choice; of everything else all hours are held."""
         return self.sec_type == "STK" and self.hours is Hours.REGULAR
+
+    @property
+    def ends_now(self) -> bool:
+        """True where IB takes no end date: continuous futures and adjusted prices are told up to now, in one request."""
+        return self.sec_type == "CONTFUT" or self.refreshes_whole
+
+    @property
+    def refreshes_whole(self) -> bool:
+        """True where a dividend or split restates every bar, so that held bars and new ones never go together."""
+        return self.what_to_show == "ADJUSTED_LAST"
 
     @property
     def has_volume(self) -> bool:

@@ -30,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ktrdr_pipelines.errors import InputError, StoreError
 from ktrdr_pipelines.series import (
+    DEFAULT_EXCHANGES,
+    DEFAULT_WHAT_TO_SHOW,
     TIMEFRAMES,
     Hours,
     Instrument,
@@ -37,13 +39,13 @@ from ktrdr_pipelines.series import (
     Timeframe,
     file_symbol,
     forex,
+    future_product,
+    is_future_code,
     parse_timeframe,
 )
 
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
-_DEFAULT_WHAT = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
-_DEFAULT_EXCHANGE = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
 
 
 class Entry(BaseModel):
@@ -70,13 +72,22 @@ class Entry(BaseModel):
             pair = forex(self.symbol)
             symbol, ib_symbol, currency = pair.symbol, pair.ib_symbol, pair.currency
         else:
-            symbol, ib_symbol, currency = self.symbol, self.ib_symbol or self.symbol, self.currency or "USD"
-        exchange = self.exchange or _DEFAULT_EXCHANGE.get(self.sec_type)
+            symbol, ib_symbol, currency = self.symbol, self.ib_symbol, self.currency or "USD"
+        if self.sec_type == "FUT" and not ib_symbol and is_future_code(symbol):
+            ib_symbol = future_product(symbol)
+        exchange = self.exchange or DEFAULT_EXCHANGES.get(self.sec_type)
         if exchange is None:
             raise InputError(f"{self.symbol}: a {self.sec_type} needs an exchange")
         default_hours = Hours.REGULAR if self.sec_type == "STK" else Hours.EXTENDED
         if self.hours is Hours.REGULAR and self.sec_type != "STK":
             raise InputError(f"{self.symbol}: only stocks have regular hours", advice="Leave `hours` out.")
+        if self.sec_type == "FUT" and not (self.expiry or self.con_id or is_future_code(symbol)):
+            raise InputError(
+                f"{self.symbol}: which expiry?",
+                advice="Name it by its code (ESZ4), or write `expiry:`; a continuous future is sec_type CONTFUT.",
+            )
+        if self.what_to_show == "ADJUSTED_LAST" and self.sec_type != "STK":
+            raise InputError(f"{self.symbol}: only stocks and ETFs have ADJUSTED_LAST", advice="Use TRADES.")
         if self.what_to_show is not None and self.what_to_show not in WHAT_TO_SHOW:
             raise InputError(
                 f"{self.symbol}: unknown what_to_show {self.what_to_show!r}",
@@ -90,7 +101,7 @@ class Entry(BaseModel):
             ib_symbol=ib_symbol,
             primary_exchange=self.primary_exchange,
             expiry=self.expiry,
-            what_to_show=self.what_to_show or _DEFAULT_WHAT.get(self.sec_type, "TRADES"),
+            what_to_show=self.what_to_show or DEFAULT_WHAT_TO_SHOW.get(self.sec_type, "TRADES"),
             hours=self.hours or default_hours,
             con_id=self.con_id,
             calendar=self.calendar,
@@ -110,12 +121,14 @@ def entry_for(instrument: Instrument, timeframes: Iterable[str]) -> Entry:
         "ib_symbol": instrument.ib_symbol, "expiry": instrument.expiry, "what_to_show": instrument.what_to_show,
         "hours": instrument.hours, "con_id": instrument.con_id, "calendar": instrument.calendar,
     }  # fmt: skip
-    kind = {"symbol": instrument.symbol, "sec_type": instrument.sec_type, "timeframes": ["1d"]}
+    kind: dict[str, object] = {"symbol": instrument.symbol, "sec_type": instrument.sec_type, "timeframes": ["1d"]}
+    if instrument.sec_type == "FUT":
+        kind |= {"expiry": instrument.expiry, "con_id": instrument.con_id}
     plain = Entry.model_validate(kind | {"exchange": instrument.exchange}).instrument()
-    said = {k: v for k, v in full.items() if k == "con_id" or v != getattr(plain, k)}
+    said = {k: v for k, v in full.items() if k in ("con_id", "expiry") or v != getattr(plain, k)}
     if instrument.sec_type != "STK":
         said["sec_type"] = instrument.sec_type
-    if instrument.exchange != _DEFAULT_EXCHANGE.get(instrument.sec_type):
+    if instrument.exchange != DEFAULT_EXCHANGES.get(instrument.sec_type):
         said["exchange"] = instrument.exchange
     said = {k: v for k, v in said.items() if v}
     return Entry.model_validate(said | {"symbol": instrument.symbol, "timeframes": list(timeframes)})

@@ -54,6 +54,8 @@ class FakeHistory:
     pacing_wait_s: float = 0.0
     retry_wait_s: float = 0.0
     clock_lag_s: float = 0.0
+    reaches_back_s: int = 86400
+    """How much further back an answer reaches than it was asked."""
 
     @classmethod
     def of(cls, series: Series, span: Window, **more: object) -> FakeHistory:
@@ -73,8 +75,8 @@ class FakeHistory:
 
     def fetch(self, series: Series, request: Request) -> RawBars:
         self.requests.append(request)
-        # Over-answers by a day at the old end, as IB does; the forming bar is up to the truth.
-        start_s, end_s = request.window.start_s - 86400, int(request.end.timestamp())
+        # Over-answers at the old end, as IB does; the forming bar is up to the truth.
+        start_s, end_s = request.window.start_s - self.reaches_back_s, int(request.end.timestamp())
         opens = self.truth[(self.truth >= start_s) & (self.truth < end_s)]
         answer = raw_bars(opens, no_data_text="" if len(opens) else "HMDS query returned no data")
         fault = self.script.get(len(self.requests))

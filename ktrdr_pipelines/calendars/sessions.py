@@ -30,8 +30,10 @@ class CalendarKey:
 
     @classmethod
     def of(cls, instrument: Instrument) -> CalendarKey:
-        """Only stocks have a choice of hours; everything else holds all there are. Raises InputError, see `calendar_of`."""
-        return cls(calendar_of(instrument), Hours.REGULAR if instrument.use_rth else Hours.EXTENDED)
+        """Only stocks have a choice of hours; everything else holds all there are. An index is calculated while its stocks trade
+        regularly. Raises InputError, see `calendar_of`."""
+        is_regular = instrument.use_rth or instrument.sec_type == "IND"
+        return cls(calendar_of(instrument), Hours.REGULAR if is_regular else Hours.EXTENDED)
 
 
 _installed: dict[CalendarKey, SessionTable] = {}

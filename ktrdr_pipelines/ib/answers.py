@@ -130,6 +130,31 @@ def check_schedule_message(fields: Sequence[str]) -> None:
         raise ValueError(f"{count} sessions announced, {len(rows) / SESSION_FIELDS:g} sent")
 
 
+def check_samples_message(fields: Sequence[str], version: int) -> None:
+    """See that an answer with matching symbols holds as many as it says, and nothing behind them.
+
+    Raises:
+        ValueError: symbols are missing or too many, or one has no number for a conId.
+    """
+    _, _, announced, *rest = fields
+    if not (announced.isascii() and announced.isdigit() and len(announced) < 5):
+        raise ValueError(f"{announced!r} symbols announced")
+    for _ in range(int(announced)):
+        if len(rest) < 6 or not _is_count(rest[0]) or not _is_count(rest[5]):
+            raise ValueError(f"{announced} symbols announced, fewer sent")
+        # Kinds of derivatives; from 176 on a description and an issuer.
+        length = 6 + int(rest[5]) + (2 if version >= 176 else 0)
+        if len(rest) < length:
+            raise ValueError(f"{announced} symbols announced, fewer sent")
+        rest = rest[length:]
+    if any(rest):
+        raise ValueError(f"{announced} symbols announced, more sent")
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
 def check_contract_message(fields: Sequence[str], before: int) -> None:
     """See that a contract is of a sane size and not one too many, when ``before`` came in the same answer.
 
@@ -167,6 +192,23 @@ def read_contract(details: Any, doing: str) -> ContractInfo:
         long_name=clean_text(details.longName),
         time_zone=clean_text(details.timeZoneId),
         valid_exchanges=clean_text(details.validExchanges),
+        trading_hours=clean_text(details.tradingHours),
+        liquid_hours=clean_text(details.liquidHours),
+    )
+
+
+def read_sample(found: Any) -> ContractInfo:
+    """One matching symbol from the library's object; it says less than contract details do."""
+    contract = found.contract
+    return ContractInfo(
+        con_id=int(contract.conId),
+        symbol=clean_text(contract.symbol),
+        sec_type=clean_text(contract.secType),
+        exchange="",
+        currency=clean_text(contract.currency),
+        # Indices and others come with the venue in front: "IND.CBOE".
+        primary_exchange=clean_text(contract.primaryExchange),
+        long_name=clean_text(getattr(contract, "description", "") or ""),
     )
 
 

@@ -15,12 +15,21 @@ from typing import Any
 
 from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.errors import KtrdrError, PermanentError, TransientError
-from ktrdr_pipelines.ib.answers import RawBars, columns_from_bars, read_contract, read_head
+from ktrdr_pipelines.ib.answers import RawBars, columns_from_bars, read_contract, read_head, read_sample
 from ktrdr_pipelines.ib.codes import Hold
 from ktrdr_pipelines.ib.contracts import ContractInfo
-from ktrdr_pipelines.ib.conversation import BARS, CONTRACT, CONTRACT_END, HEAD, SCHEDULE, Conversation, NoData
+from ktrdr_pipelines.ib.conversation import (
+    BARS,
+    CONTRACT,
+    CONTRACT_END,
+    HEAD,
+    SAMPLES,
+    SCHEDULE,
+    Conversation,
+    NoData,
+)
 from ktrdr_pipelines.ib.schedules import read_schedule
-from ktrdr_pipelines.series import Instrument, require_utc
+from ktrdr_pipelines.series import Instrument, is_future_code, require_utc
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +63,20 @@ class GatewayClient(Conversation):
                 return []
             raise
         return [read_contract(each, doing) for each in details]
+
+    def matching_symbols(self, pattern: str, timeout_s: float = 10.0) -> list[ContractInfo]:
+        """What IB offers for a symbol or name that may be misspelt: its best guesses, at most sixteen or so.
+
+        Raises:
+            RequestTimeout, TransientError, PermanentError: see `codes.py`.
+        """
+        doing = f"asking for symbols like {pattern}"
+
+        def send(req_id: int) -> None:
+            self._ib.client.reqMatchingSymbols(req_id, pattern)
+
+        found = self._request(doing, send, lambda _: None, timeout_s, self._lib.Contract(), (SAMPLES,))
+        return [read_sample(each) for each in found]
 
     def historical_bars(
         self,
@@ -183,6 +206,8 @@ class GatewayClient(Conversation):
         if instrument.sec_type == "FUT":
             contract.lastTradeDateOrContractMonth = instrument.expiry
             contract.includeExpired = True
+            if not instrument.con_id and not instrument.expiry and is_future_code(instrument.symbol):
+                contract.localSymbol = instrument.symbol
         return contract
 
 

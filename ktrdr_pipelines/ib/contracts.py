@@ -1,7 +1,7 @@
 """From a person's instrument to IB's contract: which candidates there are, which one is meant, what gets pinned.
 
 Pure: the library's details come in and become `ContractInfo`. Never ``details[0]``: several candidates are an error
-that shows them all. Discovery in the specification's order (CASH, STK) lives here as a list of candidates to try.
+that shows them all. Discovery in the specification's order (CASH, STK, FUT) lives here as a list of candidates to try.
 """
 
 from __future__ import annotations
@@ -11,7 +11,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ktrdr_pipelines.errors import InputError, PermanentError
-from ktrdr_pipelines.series import Instrument, forex, stock
+from ktrdr_pipelines.series import (
+    DEFAULT_EXCHANGES,
+    DEFAULT_WHAT_TO_SHOW,
+    SECURITY_TYPES,
+    Hours,
+    Instrument,
+    file_symbol,
+    forex,
+    future_product,
+    is_future_code,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a person says of a symbol beyond its name, to choose among several contracts. Empty, or 0: not said.
+
+    Raises:
+        InputError: an unknown security type, or a conId that is none.
+    """
+
+    sec_type: str = ""
+    exchange: str = ""
+    """The venue it is asked at (``IBIS``), or a stock's primary exchange."""
+    currency: str = ""
+    con_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sec_type", "exchange", "currency"):
+            object.__setattr__(self, name, getattr(self, name).strip().upper())
+        if self.sec_type and self.sec_type not in SECURITY_TYPES:
+            raise InputError(
+                f"unknown security type {self.sec_type!r}", advice=f"Use one of {', '.join(SECURITY_TYPES)}."
+            )
+        if self.currency and not re.fullmatch(r"[A-Z]{3}", self.currency):
+            raise InputError(f"{self.currency[:40]!r} is not a currency", advice="Write it like USD.")
+        if self.exchange and not re.fullmatch(r"[A-Z0-9][A-Z0-9.]{0,15}", self.exchange):
+            raise InputError(f"{self.exchange[:40]!r} is not an exchange", advice="Write IB's code, like SMART or CME.")
+        if not 0 <= self.con_id < 1 << 63:
+            raise InputError(f"{self.con_id} is not a conId", advice="It is a positive number.")
+
+    @property
+    def is_empty(self) -> bool:
+        return self == Choice()
+
+
+class AmbiguousSymbol(InputError):
+    """Several contracts fit; ``candidates`` are all of them. A person has to choose."""
+
+    def __init__(self, observed: str, candidates: Sequence[ContractInfo], *, advice: str) -> None:
+        super().__init__(observed, advice=advice)
+        self.candidates = tuple(candidates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +85,73 @@ class ContractInfo:
     long_name: str = ""
     time_zone: str = ""
     valid_exchanges: str = ""
+    trading_hours: str = ""
+    """The next days' sessions in ``time_zone``: ``20240102:0400-20240102:2000;20240106:CLOSED``."""
+    liquid_hours: str = ""
+    """The regular ones of them."""
 
     def describe(self) -> str:
         """One line for a person who has to choose."""
         where = self.primary_exchange or self.exchange
-        parts = [self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name, f"conId {self.con_id}"]
+        code = self.local_symbol if self.sec_type == "FUT" else ""
+        parts = [code or self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name]
+        parts.append(f"conId {self.con_id}")
         return " ".join(part for part in parts if part)
 
 
-def list_candidates(symbol: str) -> list[Instrument]:
-    """What a bare ``symbol`` may mean, in the order to ask IB: a currency pair (CASH) first, then a US stock (STK).
+def list_candidates(symbol: str, choice: Choice = Choice()) -> list[Instrument]:
+    """What a bare ``symbol`` may mean, in the order to ask IB: a currency pair (CASH), a stock (STK), a future (FUT).
+
+    A stock is asked for in US dollars first and then in any currency, a future by its code (``ESZ4``) or by its product. Where
+    ``choice`` names a security type, only that one; other kinds (indices, crypto, continuous futures) have to be named. A conId
+    is asked for alone.
 
     Raises:
-        InputError: ``symbol`` is not a symbol at all.
+        InputError: ``symbol`` is not a symbol at all, or no pair of currencies where a pair is wanted.
     """
     wanted = symbol.strip().upper()
+    file_symbol(wanted)
+    if choice.con_id:
+        kinds = [choice.sec_type] if choice.sec_type else ["STK", "CASH", "FUT", "IND", "CRYPTO", "CONTFUT", "CFD"]
+        return [Instrument(wanted, kind, choice.exchange, choice.currency, con_id=choice.con_id) for kind in kinds]
     candidates: list[Instrument] = []
-    if re.fullmatch(r"[A-Z]{3}[./]?[A-Z]{3}", wanted):
-        candidates.append(forex(wanted))
-    candidates.append(stock(wanted))
+    for sec_type in [choice.sec_type] if choice.sec_type else ["CASH", "STK", "FUT"]:
+        if sec_type == "CASH":
+            if choice.sec_type or re.fullmatch(r"[A-Z]{3}[./]?[A-Z]{3}", wanted):
+                pair = forex(wanted)
+                if choice.currency in ("", pair.currency):
+                    candidates.append(replace(pair, exchange=choice.exchange or pair.exchange))
+        elif sec_type == "STK":
+            for currency in [choice.currency] if choice.currency else ["USD", ""]:
+                candidates += _stocks(wanted, choice.exchange, currency)
+        else:
+            candidates.append(_other_kind(wanted, sec_type, choice))
     return candidates
+
+
+def _stocks(symbol: str, exchange: str, currency: str) -> list[Instrument]:
+    # A venue is tried as the primary exchange first, with the best of all prices, as `primary_exchange` in the universe file.
+    places = [("SMART", exchange), (exchange, "")] if exchange not in ("", "SMART") else [("SMART", "")]
+    # IB writes a class of shares behind a space: BRK B.
+    names = [symbol, symbol.replace(".", " ")] if re.fullmatch(r"[A-Z]+\.[A-Z]", symbol) else [symbol]
+    return [
+        Instrument(name, "STK", place, currency, primary_exchange=primary)
+        for name in names
+        for place, primary in places
+    ]
+
+
+def _other_kind(symbol: str, sec_type: str, choice: Choice) -> Instrument:
+    is_code = sec_type == "FUT" and is_future_code(symbol)
+    return Instrument(
+        symbol,
+        sec_type,
+        choice.exchange or ("" if sec_type == "FUT" else DEFAULT_EXCHANGES.get(sec_type, "")),
+        choice.currency,
+        ib_symbol="" if not is_code else future_product(symbol),
+        what_to_show=DEFAULT_WHAT_TO_SHOW.get(sec_type, "TRADES"),
+        hours=Hours.EXTENDED,
+    )
 
 
 def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> ContractInfo:
@@ -67,27 +165,38 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
     if not fitting:
         offered = "; ".join(d.describe() for d in list(details)[:5]) or "nothing"
         raise PermanentError(
-            f"IB knows no {instrument.sec_type} {instrument.ib_symbol} in {instrument.currency} (it offered: {offered})",
+            f"IB knows no {_words(instrument)} (it offered: {offered})",
             advice="Check symbol, security type, exchange and currency.",
         )
     if len(fitting) > 1:
-        listed = "; ".join(d.describe() for d in list(fitting.values())[:8])
-        raise InputError(
-            f"{instrument.symbol} is ambiguous: {listed}",
-            advice="Choose one: put its con_id (or primary_exchange) in the universe file.",
+        candidates = sorted(fitting.values(), key=lambda d: (d.expiry, d.con_id))
+        raise AmbiguousSymbol(
+            f"{instrument.symbol} is ambiguous: {'; '.join(d.describe() for d in candidates)}",
+            candidates,
+            advice="Choose one: --con-id (or --sec-type, --exchange, --currency), or put its con_id (or primary_exchange) in "
+            "the universe file.",
         )
     return next(iter(fitting.values()))
+
+
+_KINDS = {"CONTFUT": ("CONTFUT", "FUT")}
+"""A continuous future may be described as the contract in front."""
 
 
 def _fits(instrument: Instrument, info: ContractInfo) -> bool:
     if instrument.con_id:
         return info.con_id == instrument.con_id
     return (
-        (not info.sec_type or info.sec_type == instrument.sec_type)
-        and (not info.currency or info.currency == instrument.currency)
+        (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,)))
+        and (not info.currency or not instrument.currency or info.currency == instrument.currency)
         and (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
         and (not instrument.expiry or _expires(info, instrument.expiry))
+        and (not _is_meant_by_code(instrument) or info.local_symbol in ("", instrument.symbol))
     )
+
+
+def _is_meant_by_code(instrument: Instrument) -> bool:
+    return instrument.sec_type == "FUT" and not instrument.expiry and is_future_code(instrument.symbol)
 
 
 def _expires(info: ContractInfo, expiry: str) -> bool:
@@ -104,10 +213,48 @@ def _homes(info: ContractInfo) -> Sequence[str]:
     return (info.exchange, *info.valid_exchanges.split(","))
 
 
+def _words(instrument: Instrument) -> str:
+    if instrument.con_id:
+        return f"{instrument.sec_type} with conId {instrument.con_id}"
+    return f"{instrument.sec_type} {instrument.ib_symbol}" + (
+        f" in {instrument.currency}" if instrument.currency else ""
+    )
+
+
 def pin_contract(instrument: Instrument, info: ContractInfo) -> Instrument:
-    """``instrument`` with what IB said of it: conId and time zone, which are no part of its identity."""
+    """``instrument`` with what IB said of it: conId and time zone, which are no part of its identity. A continuous future has no
+    conId of its own: it may be that of the contract in front, which changes with each roll."""
     return replace(
         instrument,
-        con_id=info.con_id,
+        con_id=0 if instrument.sec_type == "CONTFUT" else info.con_id,
+        time_zone=info.time_zone,
+    )
+
+
+def complete_instrument(candidate: Instrument, info: ContractInfo) -> Instrument:
+    """What a person only named, described as IB describes it: kind, venue, currency, expiry, conId. A future that was asked for
+    by its product gets the name of its code (``ES`` -> ``ESZ4``), a pair that was asked for by its conId the pair's."""
+    symbol, sec_type = candidate.symbol, info.sec_type or candidate.sec_type
+    if candidate.sec_type == "CONTFUT":
+        sec_type = "CONTFUT"
+    if sec_type == "CASH":
+        pair = forex(f"{info.symbol}{info.currency}")
+        return replace(pair, exchange=info.exchange or pair.exchange, con_id=info.con_id, time_zone=info.time_zone)
+    if sec_type == "FUT" and info.local_symbol and not is_future_code(symbol):
+        symbol = " ".join(info.local_symbol.split())
+    exchange = candidate.exchange or info.exchange
+    if sec_type == "STK" and "SMART" in info.valid_exchanges.split(",") and not candidate.exchange:
+        exchange = "SMART"
+    return Instrument(
+        symbol,
+        sec_type,
+        exchange,
+        info.currency or candidate.currency,
+        ib_symbol=info.symbol or candidate.ib_symbol,
+        primary_exchange=info.primary_exchange if sec_type == "STK" else "",
+        expiry=(info.contract_month or info.expiry) if sec_type == "FUT" else "",
+        what_to_show=DEFAULT_WHAT_TO_SHOW.get(sec_type, "TRADES"),
+        hours=Hours.REGULAR if sec_type == "STK" else Hours.EXTENDED,
+        con_id=0 if sec_type == "CONTFUT" else info.con_id,
         time_zone=info.time_zone,
     )

@@ -23,6 +23,7 @@ from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, RequestTimeou
 from ktrdr_pipelines.ib.answers import (
     check_bars_message,
     check_contract_message,
+    check_samples_message,
     check_schedule_message,
     read_error,
     report_unreadable,
@@ -38,9 +39,9 @@ log = logging.getLogger(__name__)
 
 CLIENT_ID_IN_USE = 326
 _ERROR, _VALID_ID, _ACCOUNTS, _TIME = 4, 9, 15, 49
-CONTRACT, BARS, CONTRACT_END, HEAD, SCHEDULE = 10, 17, 52, 88, 106
+CONTRACT, BARS, CONTRACT_END, SAMPLES, HEAD, SCHEDULE = 10, 17, 52, 79, 88, 106
 """Messages that answer requests, by IBKR's number."""
-_HEARD = (_ERROR, _VALID_ID, CONTRACT, _ACCOUNTS, BARS, _TIME, CONTRACT_END, HEAD, SCHEDULE)
+_HEARD = (_ERROR, _VALID_ID, CONTRACT, _ACCOUNTS, BARS, _TIME, CONTRACT_END, SAMPLES, HEAD, SCHEDULE)
 """Messages that are listened to. The library keeps what others say (orders, positions, news), and lets many of them end any
 request whose id they carry."""
 _PROBE = "currentTime"
@@ -205,7 +206,7 @@ class Conversation:
         self._ib = ib_insync.IB()  # type: ignore[no-untyped-call]
         known = self._ib.client.decoder.handlers
         readers = {message: known[message] for message in _HEARD} | {_ERROR: self._read_error}
-        for message in (CONTRACT, BARS, CONTRACT_END, HEAD, SCHEDULE):
+        for message in (CONTRACT, BARS, CONTRACT_END, SAMPLES, HEAD, SCHEDULE):
             readers[message] = self._guard(message, known[message])
         self._ib.client.decoder.handlers = readers
         self._frames = BoundedReader(self._ib.client)
@@ -311,6 +312,8 @@ class Conversation:
                     check_bars_message(fields)
                 elif message == SCHEDULE:
                     check_schedule_message(fields)
+                elif message == SAMPLES:
+                    check_samples_message(fields, self._ib.client.serverVersion())
                 elif message == CONTRACT:
                     check_contract_message(fields, len(self._ib.wrapper._results.get(req_id, ())))
                 read(fields)

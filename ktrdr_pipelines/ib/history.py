@@ -26,7 +26,7 @@ from ktrdr_pipelines.ib.client import GatewayClient, Sending
 from ktrdr_pipelines.ib.clock import Clock, SystemClock
 from ktrdr_pipelines.ib.codes import Hold, RequestLost
 from ktrdr_pipelines.ib.connection import Connection
-from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
+from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, pin_contract
 from ktrdr_pipelines.ib.ledger import GrantExpired, Ledger, open_ledger
 from ktrdr_pipelines.ib.pacing import Ask, Rule, bars_ask, contract_text, head_ask, schedule_ask
 from ktrdr_pipelines.plan import Request
@@ -112,31 +112,26 @@ class IBHistory:
         key = (instrument, instrument.con_id)  # a conId is no part of the instrument's equality, but it decides
         if key not in self._pinned:
             doing = f"looking up {instrument.symbol} ({instrument.sec_type} {instrument.currency})"
-            details = self._details(instrument, doing)
+            details = self.describe(instrument, doing)
             try:
                 self._pinned[key] = pin_contract(instrument, choose_contract(instrument, details))
             except KtrdrError as error:
                 raise error.while_doing(doing) from None
         return self._pinned[key]
 
-    def discover(self, symbol: str) -> Instrument:
-        """What a symbol that no universe names means to IB: tried as CASH, then as STK.
+    def find_matching(self, pattern: str) -> list[ContractInfo]:
+        """IB's guesses at a symbol that may be misspelt. Only an offer: asked once, and none when IB does not answer.
 
         Raises:
-            PermanentError: nothing of that name. InputError: several contracts, or no symbol at all.
+            GatewayUnreachable: no gateway.
         """
-        tried = []
-        for candidate in list_candidates(symbol):
-            details = self._details(candidate, f"looking up {symbol} as {candidate.sec_type}")
-            if details:
-                return pin_contract(candidate, choose_contract(candidate, details))
-            tried.append(f"{candidate.sec_type} {candidate.ib_symbol} {candidate.currency}")
-        raise PermanentError(
-            f"IB knows no {symbol} (tried as {', '.join(tried)})",
-            doing="looking up a symbol",
-            advice="Check the spelling, or describe the instrument in the universe file.",
-            code=200,
-        )
+        try:
+            return self.connect().matching_symbols(pattern)
+        except GatewayUnreachable:
+            raise
+        except KtrdrError as error:
+            log.info("no symbols like %s: %s", pattern, error)
+            return []
 
     def fetch(self, series: Series, request: Request) -> RawBars:
         """The bars of one request, uncut. No bars only if IB said so; every failure is raised."""
@@ -147,7 +142,7 @@ class IBHistory:
         def send(client: GatewayClient, sending: Sending) -> RawBars:
             return client.historical_bars(
                 instrument,
-                end=request.end,
+                end=None if instrument.ends_now else request.end,
                 duration=str(request.duration),
                 bar_size=timeframe.ib_bar_size,
                 intraday=timeframe.is_intraday,
@@ -222,7 +217,13 @@ class IBHistory:
             self._ledger_opened = open_ledger(where, self.address.login, self.clock)
         return self._ledger_opened
 
-    def _details(self, instrument: Instrument, doing: str) -> list[ContractInfo]:
+    def describe(self, instrument: Instrument, doing: str) -> list[ContractInfo]:
+        """Every contract that IB knows of that description; an empty list when it knows none. Not a history request.
+
+        Raises:
+            KtrdrError: no answer; in the nightly reset "none" is no answer either.
+        """
+
         def ask() -> list[ContractInfo]:
             client = self.connect()
             self._ride_out(client, frozenset((Hold.LINK, Hold.DEFINITIONS)))
@@ -362,7 +363,7 @@ def describe_bars(series: Series, request: Request) -> Ask:
         what_to_show=instrument.what_to_show,
         bar_size=series.timeframe.ib_bar_size,
         duration=str(request.duration),
-        end=format_instant(request.end),
+        end="" if instrument.ends_now else format_instant(request.end),
         use_rth=instrument.use_rth,
     )
 

@@ -35,7 +35,7 @@ from ktrdr_pipelines.simulator.messages import HeadRequest, HistoryRequest
 from ktrdr_pipelines.simulator.refusals import Refusal, RequestRefusedError
 from ktrdr_pipelines.simulator.sessions import Sessions
 
-WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "SCHEDULE")
+WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES", "SCHEDULE")
 _WITHOUT_TRADES = ("CASH", "CFD", "CRYPTO")
 _SMALL_BARS_S = 30
 _SMALL_BARS_KEPT_S = 183 * DAY_S
@@ -132,12 +132,14 @@ def check_request(market: Market, request: HistoryRequest, now_s: int, rules: Hi
 
 
 def check_what(listing: Listing, exchange: str, what: str, size: BarSize | None = None) -> None:
-    """Refuse trades of what has none.
+    """Refuse trades of what has none, quotes of indices, and aggregated trades of anything but crypto.
 
     Raises:
         RequestRefusedError: 162.
     """
-    if what in ("TRADES", "ADJUSTED_LAST") and listing.sec_type in _WITHOUT_TRADES:
+    is_crypto = listing.sec_type == "CRYPTO"
+    without = what in ("TRADES", "ADJUSTED_LAST") and listing.sec_type in _WITHOUT_TRADES
+    if without or (what == "AGGTRADES" and not is_crypto) or (listing.sec_type == "IND" and what != "TRADES"):
         step = "1d" if size is None or size.is_dated else str(size.seconds)
         raise RequestRefusedError(refusals.refuse_trades(listing.symbol, listing.sec_type, exchange, step))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import date
 
 from ktrdr_pipelines.simulator.market import Listing
-from ktrdr_pipelines.simulator.sessions import CHICAGO, NEW_YORK
+from ktrdr_pipelines.simulator.sessions import BERLIN, CHICAGO, NEW_YORK
 
 _EPOCH = date(1970, 1, 1).toordinal()
 
@@ -75,8 +75,9 @@ def make_stock(
     last_day: int = 10**6,
     activity: float = 1.0,
     exchanges: tuple[str, ...] = _US_VENUES,
+    zone: str = NEW_YORK,
 ) -> Listing:
-    """A stock or ETF in New York hours."""
+    """A stock or ETF, in New York hours unless ``zone`` is Frankfurt's."""
     return Listing(
         con_id=con_id,
         symbol=symbol,
@@ -85,7 +86,7 @@ def make_stock(
         primary_exchange=primary,
         long_name=name,
         exchanges=tuple(dict.fromkeys([*exchanges, primary])),
-        zone=NEW_YORK,
+        zone=zone,
         first_day=first_day,
         last_day=last_day,
         local_symbol=symbol,
@@ -149,6 +150,60 @@ def _make_futures() -> list[Listing]:
     return futures
 
 
+def _make_others() -> list[Listing]:
+    """Kinds with one or two examples each: a continuous future, indices, crypto."""
+    continuous = Listing(
+        con_id=495512551,
+        symbol="ES",
+        sec_type="CONTFUT",
+        currency="USD",
+        primary_exchange="CME",
+        long_name="E-mini S&P 500",
+        exchanges=("CME",),
+        zone=CHICAGO,
+        first_day=_day("2010-01-04"),
+        local_symbol="ES",
+        trading_class="ES",
+        multiplier="50",
+        min_tick=0.25,
+        base_price=4500.0,
+    )
+    index = Listing(
+        con_id=416904,
+        symbol="SPX",
+        sec_type="IND",
+        currency="USD",
+        primary_exchange="CBOE",
+        long_name="S&P 500 Stock Index",
+        exchanges=("CBOE",),
+        zone=NEW_YORK,
+        first_day=_day("1999-01-04"),
+        local_symbol="SPX",
+        base_price=4500.0,
+    )
+    coins = [
+        Listing(
+            con_id=con_id,
+            symbol=symbol,
+            sec_type="CRYPTO",
+            currency="USD",
+            primary_exchange="PAXOS",
+            long_name=name,
+            exchanges=("PAXOS",),
+            zone="UTC",
+            first_day=_day("2021-09-01"),
+            local_symbol=f"{symbol}.USD",
+            trading_class=symbol,
+            base_price=price,
+        )
+        for con_id, symbol, name, price in (
+            (479624278, "BTC", "Bitcoin cryptocurrency", 60000.0),
+            (495759171, "ETH", "Ethereum cryptocurrency", 3000.0),
+        )
+    ]
+    return [continuous, index, *coins]
+
+
 def list_instruments() -> tuple[Listing, ...]:
     """The whole synthetic universe."""
     stocks = [
@@ -174,7 +229,13 @@ def list_instruments() -> tuple[Listing, ...]:
         ),
         make_stock(900006, "NEWC", "NEWCOMER INC", "NASDAQ", _day("2025-09-08"), price=30.0),
     ]
+    abroad = [
+        make_stock(
+            14204, "SAP", "SAP SE", "IBIS", _day("1999-01-04"), price=130.0, currency="EUR", zone=BERLIN,
+            exchanges=("SMART", "IBIS", "FWB"),
+        ),
+    ]  # fmt: skip
     pairs = [
         make_pair(12087792 + i, base, quote, _day("2005-03-09"), price) for i, (base, quote, price) in enumerate(_PAIRS)
     ]
-    return (*stocks, *odd, *pairs, *_make_futures())
+    return (*stocks, *odd, *abroad, *pairs, *_make_futures(), *_make_others())

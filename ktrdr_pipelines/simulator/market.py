@@ -80,6 +80,10 @@ class Listing:
     base_price: float = 100.0
     activity: float = 1.0
     """Share of minutes in which something trades; the others have no TRADES bar at all."""
+    split: int = 1
+    """A split that has happened since: every price is divided by it and volumes are multiplied, as IB restates its history."""
+    adjustment: float = 1.0
+    """A further factor of ADJUSTED_LAST: a dividend that was paid since restates all of it."""
 
     @property
     def default_exchange(self) -> str:
@@ -235,17 +239,20 @@ class Market(Protocol):
         ...
 
 
-_EXPIRY_FREE = ("STK", "CASH", "IND")
+_EXPIRY_FREE = ("STK", "CASH", "IND", "CRYPTO", "CONTFUT")
+_EXPIRED_KEPT_DAYS = 731
+"""Futures are known for two years after their expiry (`ib_facts.md`, section 5)."""
 
 
 def find_listings(market: Market, query: ContractQuery, now_s: float) -> list[Listing]:
     """Every listing that fits ``query``. A known conId decides alone, apart from an exchange that does not list it.
 
-    Futures that have expired by ``now_s`` (epoch seconds) only where the query includes expired ones.
+    Futures that have expired by ``now_s`` (epoch seconds) only where the query includes expired ones, and for two years.
     """
     today = int(now_s // DAY_S)
     found = [listing for listing in market.listings if _fits(listing, query)]
-    return [x for x in found if x.sec_type != "FUT" or query.include_expired or x.last_day >= today]
+    oldest = today - _EXPIRED_KEPT_DAYS if query.include_expired else today
+    return [x for x in found if x.sec_type != "FUT" or x.last_day >= oldest]
 
 
 def _fits(listing: Listing, query: ContractQuery) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from ktrdr_pipelines.simulator.market import Atoms, Bars, Float, Listing, label_dates
 from ktrdr_pipelines.simulator.sessions import Int, Sessions
 
-WITH_VOLUME = ("TRADES", "ADJUSTED_LAST")
+WITH_VOLUME = ("TRADES", "ADJUSTED_LAST", "AGGTRADES")
 
 _DIVIDEND = 0.9975
 _DIVIDENDS_UNTIL = 2026
@@ -41,7 +41,7 @@ def _level(decimals: int, units: int, shift: int) -> Quote:
 
 def find_point(listing: Listing) -> float:
     """The size of one point of the path in the instrument's currency."""
-    return listing.min_tick if listing.sec_type == "FUT" else 10.0**-listing.decimals
+    return listing.min_tick if listing.sec_type in ("FUT", "CONTFUT") else 10.0**-listing.decimals
 
 
 def find_quote(listing: Listing, what: str) -> Quote:
@@ -52,6 +52,7 @@ def find_quote(listing: Listing, what: str) -> Quote:
     quotes = {
         "TRADES": _level(digits, tick, 0),
         "ADJUSTED_LAST": _level(digits, tick, 0),
+        "AGGTRADES": _level(digits, tick, 0),
         "MIDPOINT": _level(digits, tick, 0) if listing.sec_type == "CASH" else _level(digits + 1, tick * 10, tick * 5),
         "BID": _level(digits, tick, below),
         "ASK": _level(digits, tick, above),
@@ -70,7 +71,8 @@ def make_bars(listing: Listing, sessions: Sessions, atoms: Atoms, what: str, *, 
     """The bars of one kind. Volume, average and count are -1 for all kinds but trades."""
     quote = find_quote(listing, what)
     scale = 10**quote.decimals
-    factor: Float | float = _adjust(sessions, atoms) if what == "ADJUSTED_LAST" else 1.0
+    factor: Float | float = _adjust(sessions, atoms) * listing.adjustment if what == "ADJUSTED_LAST" else 1.0
+    factor = factor / listing.split
 
     def write(points: Int, shift: int) -> Float:
         prices: Float = np.rint((points * quote.units + shift) * factor) / scale
@@ -80,10 +82,12 @@ def make_bars(listing: Listing, sessions: Sessions, atoms: Atoms, what: str, *, 
     volume, count, average = (np.full(len(atoms), -1, dtype=np.int64) for _ in range(3))
     mean = average.astype(np.float64)
     if what in WITH_VOLUME:
-        volume, count = atoms.volume, atoms.count
+        volume, count = atoms.volume * listing.split, atoms.count
         # Turnover holds the sum of four prices times volume.
         mean = atoms.turnover / np.maximum(volume, 1) / 4 * quote.units * factor / scale
         mean = np.round(np.clip(mean, columns["low"], columns["high"]), 3)
+    if listing.sec_type == "IND":  # nobody trades an index
+        volume, mean = np.zeros_like(volume), np.zeros_like(mean)
     return Bars(
         stamp=atoms.stamp,
         **columns,

@@ -20,6 +20,7 @@ Int = npt.NDArray[np.int64]
 
 NEW_YORK = "America/New_York"
 CHICAGO = "America/Chicago"
+BERLIN = "Europe/Berlin"
 FIRST_DAY = date(1999, 1, 4)
 LAST_DAY = date(2031, 12, 31)
 
@@ -133,6 +134,38 @@ def forex_sessions() -> Sessions:
     dates = pd.DatetimeIndex(pd.to_datetime(sessions.day * 86400, unit="s"))
     closed = ((dates.month == 12) & (dates.day == 25)) | ((dates.month == 1) & (dates.day == 1))
     return sessions.take(~np.asarray(closed))
+
+
+@lru_cache(maxsize=1)
+def index_sessions() -> Sessions:
+    """An index of US stocks: calculated in their regular hours only."""
+    stocks = us_stock_sessions()
+    local = pd.DatetimeIndex(pd.to_datetime(stocks.regular_open, unit="s", utc=True))
+    naive = local.tz_convert(ZoneInfo(NEW_YORK)).tz_localize(None)
+    opens, closes = stocks.regular_open, stocks.regular_close
+    return Sessions(NEW_YORK, stocks.day, opens, closes, opens, closes, _offsets(naive, opens))
+
+
+@lru_cache(maxsize=1)
+def xetra_sessions() -> Sessions:
+    """Xetra: 09:00 to 17:30 Frankfurt, closed on Good Friday, Easter Monday, 1 May, 24 to 26 and 31 December, 1 January."""
+    opens, closes = timedelta(hours=9), timedelta(hours=17, minutes=30)
+    sessions = _weekday_sessions(BERLIN, opens, closes, (opens, closes))
+    dates = pd.DatetimeIndex(pd.to_datetime(sessions.day * 86400, unit="s"))
+    fixed = {(1, 1), (5, 1), (12, 24), (12, 25), (12, 26), (12, 31)}
+    closed = np.array([(d.month, d.day) in fixed for d in dates])
+    easters = pd.date_range(FIRST_DAY, LAST_DAY, freq=pd.offsets.Easter())
+    for shift in (-2, 1):
+        closed |= np.asarray(dates.isin(easters + pd.Timedelta(days=shift)))
+    return sessions.take(~closed)
+
+
+@lru_cache(maxsize=1)
+def crypto_sessions() -> Sessions:
+    """Every day from midnight to midnight UTC."""
+    day = np.arange(FIRST_DAY.toordinal(), LAST_DAY.toordinal() + 1, dtype=np.int64) - date(1970, 1, 1).toordinal()
+    opens, closes = day * 86400, (day + 1) * 86400
+    return Sessions("UTC", day, opens, closes, opens, closes, np.zeros_like(day))
 
 
 @lru_cache(maxsize=1)

@@ -25,15 +25,28 @@ from ktrdr_pipelines.simulator.market import (
 )
 from ktrdr_pipelines.simulator.path import PricePath
 from ktrdr_pipelines.simulator.pricing import WITH_VOLUME, find_point, make_bars
-from ktrdr_pipelines.simulator.sessions import Int, Sessions, forex_sessions, globex_sessions, us_stock_sessions
+from ktrdr_pipelines.simulator.sessions import (
+    BERLIN,
+    Int,
+    Sessions,
+    crypto_sessions,
+    forex_sessions,
+    globex_sessions,
+    index_sessions,
+    us_stock_sessions,
+    xetra_sessions,
+)
 
 _SESSIONS: dict[str, Callable[[], Sessions]] = {
     "STK": us_stock_sessions,
     "CASH": forex_sessions,
     "FUT": globex_sessions,
+    "CONTFUT": globex_sessions,
+    "IND": index_sessions,
+    "CRYPTO": crypto_sessions,
 }
-_PER_SESSION = {"STK": 960, "CASH": 1425, "FUT": 1380}
-_VOLATILITY = {"STK": 0.0006, "CASH": 0.00012, "FUT": 0.0003}
+_PER_SESSION = {"STK": 960, "CASH": 1425, "FUT": 1380, "CONTFUT": 1380, "IND": 390, "CRYPTO": 1440}
+_VOLATILITY = {"STK": 0.0006, "CASH": 0.00012, "FUT": 0.0003, "CONTFUT": 0.0003, "IND": 0.0003, "CRYPTO": 0.0009}
 _CHUNK = 16
 """Sessions computed and kept together: about 1.5 MB a chunk."""
 _KEPT_CHUNKS = 48
@@ -52,7 +65,7 @@ class SyntheticMarket:
         self._days: dict[tuple[int, int, bool], Atoms] = {}
 
     def sessions(self, listing: Listing) -> Sessions:
-        return _SESSIONS[listing.sec_type]()
+        return xetra_sessions() if listing.zone == BERLIN else _SESSIONS[listing.sec_type]()
 
     def head(self, listing: Listing, what: str, *, regular: bool) -> int | None:
         sessions = self.sessions(listing)

@@ -53,7 +53,7 @@ from ktrdr_pipelines.store.sidecar import (
     subtract_windows,
     withdraw_partitions,
 )
-from ktrdr_pipelines.store.splice import Spliced, mark_partitions, splice_bars, splice_nothing
+from ktrdr_pipelines.store.splice import LeavesOldBars, Spliced, mark_partitions, splice_bars, splice_nothing
 from ktrdr_pipelines.store.verify import Problem, verify_files
 
 _TRIES_AGAINST_EDITORS = 3
@@ -233,6 +233,7 @@ class Store:
         proven_empty: Sequence[ProvenEmpty] = (),
         volume_unit: VolumeUnit | None = None,
         complete_until: datetime | None = None,
+        whole: bool = False,
     ) -> Written:
         """Add ``bars`` to the CSV, and what is known since to the sidecar.
 
@@ -241,6 +242,8 @@ class Store:
         with expected opens and no bars. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
         that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. A claim without ``bars``
         says something of what the file held when it was verified: it does not hold where the file turns out to be edited.
+
+        ``whole``: ``bars`` replace everything that is held, in one step; a held bar that they lack is refused.
 
         When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
         replaced, the bars are kept and only the claims are lost.
@@ -256,7 +259,9 @@ class Store:
         last_complete_s = latest_complete_open_s(series.timeframe, now.timestamp())
         until = require_utc(complete_until or datetime.fromtimestamp(last_complete_s + 1, UTC), "complete_until")
         with self._files.locked(series, doing):
-            sidecar, spliced, prepared = self._splice(series, bars, answered, source, now, doing, volume_unit)
+            sidecar, spliced, prepared = self._splice(
+                series, bars, answered, source, now, doing, volume_unit, whole=whole
+            )
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
             spans = add_answered(sidecar.answered, answered, until) if answered else sidecar.answered
@@ -357,6 +362,7 @@ class Store:
         volume_unit: VolumeUnit | None = None,
         *,
         held_wins: bool = False,
+        whole: bool = False,
     ) -> tuple[Sidecar, Spliced, Prepared]:
         """Settle, check identity and splice, again when another program changes the CSV in between."""
         path = self.csv_path(series)
@@ -379,9 +385,16 @@ class Store:
                     window=window,
                     is_settled=is_settled,
                     held_wins=held_wins,
+                    whole=whole,
                 )
             except SourceChanged:
                 continue
+            except LeavesOldBars:
+                raise DataError(
+                    "bars were added to the file meanwhile that the new ones lack",
+                    doing=doing,
+                    advice="The file was left as it is; run the load again.",
+                ) from None
             except MalformedFile:  # an edit that kept the size and the time of change
                 recheck = True
                 continue

@@ -34,6 +34,10 @@ from ktrdr_pipelines.store.disk import Disk, FileRange, FileState, SourceChanged
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
 
+class LeavesOldBars(Exception):
+    """The new bars were to replace all that is held, and lack some of it; nothing was written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Merged:
     """The union of held and new bars."""
@@ -94,16 +98,19 @@ def splice_bars(
     window: Window | None,
     is_settled: Callable[[FileState | None], bool],
     held_wins: bool = False,
+    whole: bool = False,
 ) -> Spliced:
     """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
 
     The file is replaced only when a byte of it changes. ``held_in_window`` counts the rows of ``window`` afterwards.
     ``is_settled`` tells whether a state of the file is the one that was looked at: on any other nothing is built, else an
     edit of that moment would pass for our own work.
+    ``whole``: not one held bar may stay as it was told before.
 
     Raises:
         MalformedFile: a row that was looked at is none of ours.
         SourceChanged: another program changed the file meanwhile; nothing was written.
+        LeavesOldBars: ``whole``, and ``bars`` lack a held one; nothing was written.
         OSError: the disk refuses; nothing was written.
     """
     opens_s = opens_of(bars)
@@ -124,6 +131,8 @@ def splice_bars(
             if faults:
                 raise MalformedFile(faults[0][2], low + faults[0][1])
         merged = merge_bars(held, bars, held_wins=held_wins)
+        if whole and size and (low > len(HEADER) or high < size or len(merged.bars) > len(bars)):
+            raise LeavesOldBars
         counted: list[int] = []
         marks: dict[str, PartitionMark] = {}
 

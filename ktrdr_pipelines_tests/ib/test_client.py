@@ -26,7 +26,7 @@ from ktrdr_pipelines.errors import (
     RequestTimeout,
     TransientError,
 )
-from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, columns_from_bars, read_error
+from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, check_samples_message, columns_from_bars, read_error
 from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.codes import Hold, RequestLost
 from ktrdr_pipelines.ib.conversation import ClientIdInUse, HungUp
@@ -759,3 +759,30 @@ def test_a_port_that_swallows_packets_is_given_up() -> None:
         finally:
             for filler in fillers:
                 filler.close()
+
+
+def sample(*fields: str) -> tuple[str, ...]:
+    return ("79", "7", *fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "version", "words"),
+    [
+        (("1", "265598", "AAPL", "STK", "NASDAQ", "USD", "2", "CFD", "OPT", "APPLE INC", ""), 176, ""),
+        (("1", "265598", "AAPL", "STK", "NASDAQ", "USD", "0"), 165, ""),
+        (("0",), 176, ""),
+        (("2", "265598", "AAPL", "STK", "NASDAQ", "USD", "0", "APPLE INC", ""), 176, "fewer sent"),
+        (("1", "265598", "AAPL", "STK", "NASDAQ", "USD", "9", "CFD", "APPLE INC", ""), 176, "fewer sent"),
+        (("1", "x", "AAPL", "STK", "NASDAQ", "USD", "0", "APPLE INC", ""), 176, "fewer sent"),
+        (("1", "265598", "AAPL", "STK", "NASDAQ", "USD", "0", "APPLE INC", "", "more"), 176, "more sent"),
+        (("99999",), 176, "announced"),
+        (("-1",), 176, "announced"),
+    ],
+)
+def test_an_answer_with_symbols_holds_as_many_as_it_says(fields: tuple[str, ...], version: int, words: str) -> None:
+    """Missing ones, surplus ones and counts that are none are an error at once, in the layouts before and after 176."""
+    if not words:
+        check_samples_message(sample(*fields), version)
+        return
+    with pytest.raises(ValueError, match=words):
+        check_samples_message(sample(*fields), version)

@@ -80,12 +80,19 @@ def test_pinning_keeps_who_the_instrument_is() -> None:
 
 @pytest.mark.parametrize(
     ("symbol", "kinds"),
-    [("EURUSD", ["CASH", "STK"]), ("eur.usd", ["CASH", "STK"]), ("AAPL", ["STK"]), ("BRK B", ["STK"]), ("GOOGLE", 2)],
+    [
+        ("EURUSD", ["CASH", "STK", "FUT"]),
+        ("eur.usd", ["CASH", "STK", "FUT"]),
+        ("AAPL", ["STK", "FUT"]),
+        ("BRK B", ["STK", "FUT"]),
+        ("GOOGLE", ["CASH", "STK", "FUT"]),
+    ],
 )
-def test_a_bare_symbol_is_tried_as_a_pair_and_then_as_a_stock(symbol: str, kinds: list[str] | int) -> None:
-    """The specification's order of discovery."""
-    found = [candidate.sec_type for candidate in list_candidates(symbol)]
-    assert found == kinds or len(found) == kinds
+def test_a_bare_symbol_is_tried_as_a_pair_a_stock_and_a_future(symbol: str, kinds: list[str]) -> None:
+    """The specification's order of discovery; a stock in US dollars first, then in any currency."""
+    found = list_candidates(symbol)
+    assert list(dict.fromkeys(candidate.sec_type for candidate in found)) == kinds
+    assert [candidate.currency for candidate in found if candidate.sec_type == "STK"][:2] == ["USD", ""]
 
 
 def test_a_pair_is_described_as_ib_wants_it() -> None:

@@ -16,7 +16,6 @@ from ktrdr_pipelines.errors import (
     BugError,
     DataError,
     GatewayUnreachable,
-    InputError,
     KtrdrError,
     PacingError,
     PermanentError,
@@ -614,19 +613,6 @@ def test_contract_look_ups_are_kept_and_not_counted(bench: Bench, start_gateway:
     other = Instrument("AAPL", "STK", "SMART", "USD", con_id=pinned.con_id + 987654)
     with pytest.raises(PermanentError, match="looking up AAPL"):
         history.pin(other)
-
-
-def test_discovery_tries_a_pair_and_then_a_stock(bench: Bench, start_gateway: Any) -> None:
-    """CASH first, STK second, in IB's own words what was tried, and no guess for what is no symbol."""
-    gateway = start_gateway()
-    history = bench.connect_to(gateway.port)
-    euro, apple = history.discover("eur.usd"), history.discover("aapl")
-    assert (euro.sec_type, euro.symbol, apple.sec_type) == ("CASH", "EURUSD", "STK")
-    assert min(euro.con_id, apple.con_id) > 0
-    with pytest.raises(PermanentError, match="tried as CASH XXX ZZZ, STK XXXZZZ USD"):
-        history.discover("XXXZZZ")
-    with pytest.raises(InputError):
-        history.discover("../etc")
 
 
 def test_no_request_goes_out_unpaced(bench: Bench, start_gateway: Any) -> None:

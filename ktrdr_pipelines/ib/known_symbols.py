@@ -1,0 +1,153 @@
+"""What IB said of symbols and of the start of their history, remembered for a while in one small file.
+
+Only a saving: a file that is missing, damaged or cannot be written costs questions, never an answer. Found contracts are
+kept for a day (their trading hours are those of the next days), "there is none" for minutes, and not at all during the
+nightly reset, when valid contracts are unknown (`codes.in_nightly_reset`). What is asked, and when an answer counts as none,
+is in `discovery.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+
+from ktrdr_pipelines.ib.codes import in_nightly_reset
+from ktrdr_pipelines.ib.contracts import ContractInfo
+from ktrdr_pipelines.series import Instrument
+
+log = logging.getLogger(__name__)
+
+FOUND_KEPT = timedelta(days=1)
+NONE_KEPT = timedelta(minutes=10)
+HEAD_KEPT = timedelta(days=7)
+_MOST_ENTRIES = 2000
+_LARGEST_FILE = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One answer. ``instrument`` and ``contract`` are None where IB knew nothing."""
+
+    asked_at: datetime
+    until: datetime
+    instrument: Instrument | None = None
+    contract: ContractInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHead:
+    """IB's head timestamp; None where it told none."""
+
+    until: datetime
+    head: datetime | None = None
+
+
+_KNOWN, _HEAD = TypeAdapter(Known), TypeAdapter(KnownHead)
+
+
+@dataclass
+class KnownSymbols:
+    """The file at ``path``. Read anew at each question: other processes write it too."""
+
+    path: Path
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+    def find(self, key: str) -> Known | None:
+        """What is known of ``key``, None when nothing is or it has expired."""
+        return self._entries("symbols", _KNOWN).get(key)
+
+    def list_found(self, sec_type: str = "") -> list[Known]:
+        """Every contract found and not expired, by symbol; only those of a kind when one is given."""
+        found = {}
+        for known in self._entries("symbols", _KNOWN).values():
+            if known.instrument is not None and sec_type in ("", known.instrument.sec_type):
+                found[known.instrument.con_id] = known
+        return sorted(found.values(), key=lambda k: k.instrument.symbol if k.instrument else "")
+
+    def remember(self, key: str, instrument: Instrument | None, contract: ContractInfo | None) -> None:
+        """Keep what IB just said of ``key``; that there is nothing only when it can be believed."""
+        now = self.now()
+        if instrument is None and in_nightly_reset(now):
+            return
+        known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract)
+        self._put("symbols", key, _KNOWN.dump_python(known, mode="json"))
+
+    def forget(self, key: str) -> None:
+        """Ask again next time."""
+        self._put("symbols", key, None)
+
+    def find_head(self, instrument: Instrument) -> KnownHead | None:
+        """The head timestamp of a pinned ``instrument``, None when it has to be asked."""
+        return self._entries("heads", _HEAD).get(_head_key(instrument))
+
+    def remember_head(self, instrument: Instrument, head: datetime) -> None:
+        """Keep a head timestamp that IB just told. That it told none is not kept: it may tell one the next time."""
+        known = KnownHead(self.now() + HEAD_KEPT, head)
+        self._put("heads", _head_key(instrument), _HEAD.dump_python(known, mode="json"))
+
+    # -- the file -------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            if self.path.stat().st_size > _LARGEST_FILE:
+                return {}
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return raw if isinstance(raw, dict) else {}
+
+    def _entries(self, table: str, kind: TypeAdapter[Any]) -> dict[str, Any]:
+        raw, now, found = self._read().get(table), self.now(), {}
+        for key, value in raw.items() if isinstance(raw, dict) else ():
+            try:
+                entry = kind.validate_python(value, strict=False)
+                is_fresh = now < entry.until and getattr(entry, "asked_at", now) <= now + timedelta(minutes=5)
+            except (ValidationError, TypeError, ValueError):
+                continue  # one bad entry spoils no other
+            except Exception as error:  # noqa: BLE001 - an instrument that its own checks refuse
+                log.debug("%s: %s is left out: %s", self.path, key, error)
+                continue
+            if is_fresh:
+                found[key] = entry
+        return found
+
+    def _put(self, table: str, key: str, value: object) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=5):
+                tables: dict[str, Any] = {}
+                for name, kind in (("symbols", _KNOWN), ("heads", _HEAD)):
+                    tables[name] = {k: kind.dump_python(v, mode="json") for k, v in self._entries(name, kind).items()}
+                tables[table].pop(key, None)
+                if value is not None:
+                    tables[table][key] = value
+                for entries in tables.values():
+                    for oldest in list(entries)[:-_MOST_ENTRIES]:
+                        del entries[oldest]
+                temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+                with temporary.open("w", encoding="utf-8") as file:
+                    json.dump(tables, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.path)
+        except (OSError, Timeout) as error:
+            log.info("%s cannot be written, symbols will be looked up again: %s", self.path, error)
+
+
+def _head_key(instrument: Instrument) -> str:
+    hours = "regular" if instrument.use_rth else "all"
+    return f"{instrument.con_id} {instrument.exchange} {instrument.what_to_show} {hours}"
+
+
+def describe_contract(contract: ContractInfo) -> dict[str, object]:
+    """Plain values for JSON."""
+    return asdict(contract)
