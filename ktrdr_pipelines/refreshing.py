@@ -36,14 +36,15 @@ class WholeAsker(Asker):
         wanted = bars_inside(self._expected, request.window)
         held = self._store.read_bars(self._series)
         held_s = opens_of(held)
-        bars, asked, before = empty_bars(), [request], -1
+        before: set[int] | None = None
+        bars, asked = empty_bars(), [request]
         while True:
             bars = self._join(bars, self._fetch_whole(asked[-1], request, evidence))
             expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
             opens_s = opens_of(bars)
             holes = expected.take(np.flatnonzero(~match_held(expected, opens_s, self._series.timeframe)))
             lost = held_s[~np.isin(held_s, opens_s)]
-            lacking = len(holes) + len(lost)
+            lacking = {*holes.opens.tolist(), *lost.tolist()}
             if not lacking or lacking == before or len(asked) >= MAX_ANSWERS:
                 break
             before = lacking
