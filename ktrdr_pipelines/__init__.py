@@ -11,7 +11,9 @@ For notebooks and scripts:
 the code, start at `series.py` (the nouns) and `load.py` (the use case).
 """
 
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ktrdr_pipelines.notebook import IncompleteBars, load, read_bars
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["IncompleteBars", "load", "read_bars"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -29,3 +31,18 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing the submodule `load.py` binds it here by its name; that name is the function's all the same."""
+
+    @property
+    def load(self) -> Any:
+        return __getattr__("load")
+
+    @load.setter
+    def load(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

@@ -143,7 +143,9 @@ def adopt_file(
     except OSError:  # a name that no file system takes
         is_file = False
     if not is_file:
-        raise InputError(f"there is no file {str(path)[:200]}", doing=f"adopting it as {series}", advice="Check the path.")
+        raise InputError(
+            f"there is no file {str(path)[:200]}", doing=f"adopting it as {series}", advice="Check the path."
+        )
     store = open_store(settings.data_dir)
     adopted = store.adopt(series, path, now=datetime.now(UTC), assume_utc=assume_utc)
     notices: tuple[str, ...] = ()
