@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -82,15 +83,12 @@ def load(
         raise InputError(f"unknown mode {str(mode)[:40]!r}", advice="Use one of tail, backfill, full.")
     is_shown = _is_watched() if progress is None else progress
     with Progress(enabled=is_shown) as shown:
-        result = load_series(
-            symbol,
-            timeframe,
-            mode,
-            start=_text(start, "start"),
-            end=_text(end, "end"),
-            progress=shown,
-            settings=settings,
-        )
+        begin, until = _text(start, "start"), _text(end, "end")
+        # In a thread of its own: Dagster cannot execute a run where an event loop is running, as in a notebook's cell.
+        with ThreadPoolExecutor(1, "ktrdr-load") as thread:
+            result = thread.submit(
+                load_series, symbol, timeframe, mode, start=begin, end=until, progress=shown, settings=settings
+            ).result()
     failures = result.report.failures
     if failures:
         error = failures[0].error

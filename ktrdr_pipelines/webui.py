@@ -73,6 +73,8 @@ def serve_ui(host: str, port: int) -> int:
 def _check_address(host: str, port: int) -> None:
     """Raises:
     InputError: the address cannot be listened on, or nobody said which one is meant."""
+    if not host.isprintable():
+        raise InputError(f"{host[:40]!r} is no --host", advice="Leave it out, or name one.")
     if not host.strip():
         raise InputError("an empty --host would be every address of this machine", advice="Leave it out, or name one.")
     with socket.socket() as probe:
