@@ -195,8 +195,8 @@ def test_no_parameter_can_be_given_something_that_ends_in_a_traceback(
     tmp_path: Path,
 ) -> None:
     """Every edge in every parameter, the others as they should be. Servers find their port taken, so that none starts."""
-    if path == ("serve",):
-        pytest.skip("its own tests try its parameters")
+    if path in (("serve",), ("simulator",)):
+        pytest.skip("a server that may start; what is refused of the simulator's is in WRONG")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
