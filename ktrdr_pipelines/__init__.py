@@ -1,5 +1,48 @@
 """ktrdr pipelines: Interactive Brokers historical bars as Dagster partitions, one clean CSV per series.
 
-This root imports nothing, so that `ktrdr --help` stays quick. Start reading at `series.py` (the nouns) and `load.py`
-(the use case).
+For notebooks and scripts:
+
+    import ktrdr_pipelines as ktrdr
+
+    ktrdr.load("AAPL", "1h")                                # fill from the last held bar to now
+    bars = ktrdr.read_bars("AAPL", "1h", "2024-01-01")      # a DataFrame
+
+`load` and `read_bars` are in `notebook.py` and imported when they are first used, so that `ktrdr --help` stays quick. To read
+the code, start at `series.py` (the nouns) and `load.py` (the use case).
 """
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ktrdr_pipelines.notebook import IncompleteBars, load, read_bars
+
+__all__ = ["IncompleteBars", "load", "read_bars"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.notebook"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing the submodule `load.py` binds it here by its name; that name is the function's all the same."""
+
+    @property
+    def load(self) -> Any:
+        return __getattr__("load")
+
+    @load.setter
+    def load(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

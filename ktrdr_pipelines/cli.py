@@ -6,14 +6,18 @@ A known failure is one line on stderr and an exit code (`errors.py`, README); a 
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from ktrdr_pipelines.commands.completion import completion
+from ktrdr_pipelines.commands.ib import ib_commands
+from ktrdr_pipelines.commands.output import as_one_line, complain, json_option, show
+from ktrdr_pipelines.commands.universe import universe_commands
 from ktrdr_pipelines.errors import KtrdrError
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ def cli() -> None:
     ktrdr ib-load AAPL 1h --mode tail      fill from the last held bar to now
     ktrdr gaps                             what is held and what is missing
     ktrdr adopt AAPL 1h old.csv            take over a file made by something else
+    ktrdr universe add TSLA 1h             one more series, in the UI too
+    ktrdr ib health                        can anything be loaded now?
     ktrdr simulator                        a pretend gateway to try it with
     ktrdr ui                               everything in the browser
     """
@@ -56,7 +62,7 @@ def cli() -> None:
 @click.option("--currency", default="", metavar="CODE", help="Its currency; for a new symbol.")
 @click.option("--con-id", type=click.IntRange(0, (1 << 63) - 1), default=0, help="IB's contract id; for a new symbol.")
 @click.option("--dry-run", is_flag=True, help="Show gaps, requests and when they could be done; ask and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+@json_option
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def ib_load(
     symbol: str,
@@ -99,7 +105,7 @@ def ib_load(
         from ktrdr_pipelines.dry_run import plan_series
 
         dry = plan_series(symbol, timeframe, mode, start=start, end=end, choice=choice)
-        _show(dry.as_dict(), describe_dry_run(dry), as_json=as_json)
+        show(dry.as_dict(), describe_dry_run(dry), as_json=as_json)
         return
 
     from ktrdr_pipelines.loading import load_series
@@ -109,7 +115,7 @@ def ib_load(
     with progress:
         result = load_series(symbol, timeframe, mode, start=start, end=end, choice=choice, progress=progress)
     if as_json or result.report.segments_fetched or not result.report.failures:
-        _show(
+        show(
             result.as_dict() | {"run_ids": result.run_ids, "dry_run": False},
             describe_load(result.report),
             as_json=as_json,
@@ -119,25 +125,14 @@ def ib_load(
             show_notice(f"Dagster run {run_id}")
     if result.report.failures:
         for failure in result.report.failures:
-            click.echo(f"ktrdr: {failure.error}", err=True)
+            complain(failure.error)
         raise SystemExit(result.report.failures[0].error.exit_code)
-
-
-def _show(values: object, lines: Iterable[str], *, as_json: bool) -> None:
-    """The answer on stdout, for programs or for people."""
-    if as_json:
-        import json
-
-        click.echo(json.dumps(values, indent=2))
-        return
-    for line in lines:
-        click.echo(line)
 
 
 @cli.command("gaps")
 @click.argument("symbol", required=False)
 @click.argument("timeframe", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object on stdout.")
+@json_option
 def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
     """Show what is held, what is missing and why, and what was proven not to exist.
 
@@ -168,13 +163,13 @@ def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
 
     if symbol is not None and timeframe is not None:
         held = inspect_one(symbol, timeframe)
-        _show(held.as_dict(), describe_holding(held), as_json=as_json)
+        show(held.as_dict(), describe_holding(held), as_json=as_json)
         return
     found = list(inspect_universe())
     unreadable = [item for item in found if isinstance(item, Unreadable)]
-    _show({"series": [item.as_dict() for item in found]}, describe_universe(found), as_json=as_json)
+    show({"series": [item.as_dict() for item in found]}, describe_universe(found), as_json=as_json)
     for item in unreadable:
-        click.echo(f"ktrdr: {item.series}: {item.error}", err=True)
+        complain(f"{item.series}: {item.error}")
     if unreadable:
         raise SystemExit(unreadable[0].error.exit_code)
 
@@ -184,7 +179,7 @@ def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
 @click.argument("timeframe")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--assume-utc", is_flag=True, help="Read timestamps without a time zone as UTC.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+@json_option
 def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bool) -> None:
     """Make FILE, a CSV of bars made by something else, part of the series SYMBOL TIMEFRAME.
 
@@ -206,7 +201,7 @@ def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bo
     from ktrdr_pipelines.tables import describe_adoption
 
     adoption = adopt_file(symbol, timeframe, file, assume_utc=assume_utc)
-    _show(adoption.as_dict(), describe_adoption(adoption), as_json=as_json)
+    show(adoption.as_dict(), describe_adoption(adoption), as_json=as_json)
 
 
 @cli.command("calendar")
@@ -214,7 +209,7 @@ def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bo
 @click.option("--start", help="First instant to compare, ISO 8601; without it a year back.")
 @click.option("--end", help="End of what is compared, not included; without it now.")
 @click.option("--apply", is_flag=True, help="Make IB's word count, for every series of the same calendar.")
-@click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object on stdout.")
+@json_option
 def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_json: bool) -> None:
     """Compare the trading calendar of SYMBOL with IB's own schedule of it.
 
@@ -236,7 +231,7 @@ def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_js
     from ktrdr_pipelines.tables import describe_calendar_check
 
     check = check_calendar(symbol, start=start, end=end, apply=apply)
-    _show(check.as_dict(), describe_calendar_check(check), as_json=as_json)
+    show(check.as_dict(), describe_calendar_check(check), as_json=as_json)
 
 
 @cli.command("ui")
@@ -254,13 +249,14 @@ def ui(host: str, port: int) -> None:
     raise SystemExit(serve_ui(host, port))
 
 
-def _add_simulator() -> None:
+def _add_commands() -> None:
     from ktrdr_pipelines.simulator.command import simulator_command
 
-    cli.add_command(simulator_command)
+    for command in (ib_commands, universe_commands, simulator_command, completion):
+        cli.add_command(command)
 
 
-_add_simulator()
+_add_commands()
 
 
 def main() -> NoReturn:
@@ -269,12 +265,9 @@ def main() -> NoReturn:
         code = cli.main(prog_name="ktrdr", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         code = 130
-        click.echo("ktrdr: interrupted; what was loaded is kept", err=True)
-    except KeyboardInterrupt:
-        code = 130
-        click.echo("ktrdr: interrupted; what was loaded is kept", err=True)
+        complain("interrupted; what was loaded is kept")
     except click.exceptions.NoArgsIsHelpError as wrong:
         code = 0
         click.echo(wrong.ctx.get_help() if wrong.ctx else "")
@@ -282,10 +275,13 @@ def main() -> NoReturn:
         code = 2
         where = getattr(wrong, "ctx", None)
         command = where.command_path if where is not None else "ktrdr"
-        click.echo(f"ktrdr: {wrong.format_message()} See `{command} --help`.", err=True)
+        complain(f"{as_one_line(wrong.format_message(), longest=500)} See `{command} --help`.")
     except KtrdrError as error:
         code = error.exit_code
-        click.echo(f"ktrdr: {error}", err=True)
+        complain(error)
+    except BrokenPipeError:  # `ktrdr gaps | head`: nobody wants the rest
+        code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)
 
 

@@ -122,3 +122,13 @@ class BugError(KtrdrError):
 
     exit_code = 70
     family = "bug"
+
+
+def exit_code_of(family: str) -> int:
+    """The exit code of a family by its name (``transient``): for answers that tell of a failure without raising it."""
+    found = [KtrdrError]
+    for kind in found:
+        if kind.family == family:
+            return kind.exit_code
+        found += kind.__subclasses__()
+    return KtrdrError.exit_code

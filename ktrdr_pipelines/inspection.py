@@ -13,12 +13,13 @@ from pathlib import Path
 
 from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.gaps import Holding, inspect_series
+from ktrdr_pipelines.membership import name_series
 from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.orchestration.reconcile import report_held
 from ktrdr_pipelines.orchestration.status import Record
 from ktrdr_pipelines.partitions import partitions_in
-from ktrdr_pipelines.series import Series, Window, parse_timeframe
+from ktrdr_pipelines.series import Series, Window
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.intake import Adopted
@@ -73,24 +74,6 @@ class Adoption:
             "partitions_unreported": self.unreported,
             "backup": str(self.adopted.backup) if self.adopted.backup else None,
         }
-
-
-def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
-    """The series called ``symbol`` at ``timeframe``, of an instrument that the universe names; IB is not asked.
-
-    Raises:
-        InputError: no such timeframe, or the universe names no such instrument.
-    """
-    wanted = parse_timeframe(timeframe)
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-    instrument = universe.find_instrument(symbol)
-    if instrument is None:
-        raise InputError(
-            f"{symbol} is not in the universe",
-            doing=f"reading {settings.universe_path}",
-            advice=f"`ktrdr ib-load {symbol} {timeframe}` looks it up at IB and adds it; or add it to that file.",
-        )
-    return Series(instrument, wanted)
 
 
 def inspect_one(symbol: str, timeframe: str, settings: Settings | None = None) -> Holding:
@@ -155,8 +138,14 @@ def adopt_file(
     """
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
-    if not path.is_file():
-        raise InputError(f"there is no file {path}", doing=f"adopting it as {series}", advice="Check the path.")
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that no file system takes
+        is_file = False
+    if not is_file:
+        raise InputError(
+            f"there is no file {str(path)[:200]}", doing=f"adopting it as {series}", advice="Check the path."
+        )
     store = open_store(settings.data_dir)
     adopted = store.adopt(series, path, now=datetime.now(UTC), assume_utc=assume_utc)
     notices: tuple[str, ...] = ()

@@ -47,11 +47,15 @@ def parse_instant(text: str, what: str) -> datetime:
     try:
         instant = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise InputError(f"{what} {text!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z.") from None
-    instant = instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
-    if not 1970 <= instant.year <= 2100:
-        raise InputError(f"{what} {text!r} is outside the years 1970 to 2100")
-    return instant
+        raise InputError(
+            f"{what} {text[:40]!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z."
+        ) from None
+    if instant.tzinfo is None:
+        instant = instant.replace(tzinfo=UTC)
+    # With a margin first: near the years 1 and 9999 the other zone has no such time.
+    if not 1969 <= instant.year <= 2101 or not 1970 <= instant.astimezone(UTC).year <= 2100:
+        raise InputError(f"{what} {text[:40]!r} is outside the years 1970 to 2100")
+    return instant.astimezone(UTC)
 
 
 def parse_range(
@@ -62,8 +66,8 @@ def parse_range(
     Raises:
         InputError: one is no date, start is not before end, or (with ``now``) start lies in the future.
     """
-    first = parse_instant(start, "start") if start else None
-    last = parse_instant(end, "end") if end else None
+    first = parse_instant(start, "start") if start is not None else None
+    last = parse_instant(end, "end") if end is not None else None
     if first is not None and last is not None and first >= last:
         raise InputError(
             f"start {format_instant(first)} is not before end {format_instant(last)}", advice="Swap or widen them."
@@ -227,7 +231,7 @@ def parse_timeframe(text: str) -> Timeframe:
         return TIMEFRAMES[name]
     except KeyError:
         raise InputError(
-            f"unknown timeframe {text!r}", advice=f"Use one of {', '.join(TIMEFRAMES)} (1M is read as 1mo)."
+            f"unknown timeframe {text[:40]!r}", advice=f"Use one of {', '.join(TIMEFRAMES)} (1M is read as 1mo)."
         ) from None
 
 

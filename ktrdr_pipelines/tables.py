@@ -1,12 +1,12 @@
 """Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
 
 Pure. Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
-rich was tried for the tables: it folds cells to the width of the terminal, and a time that is cut in two cannot be copied.
+How columns are laid out is in `layout.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from ktrdr_pipelines.calendar_check import CalendarCheck, describe_difference
@@ -14,44 +14,9 @@ from ktrdr_pipelines.dry_run import DryRun
 from ktrdr_pipelines.gaps import Holding
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS
 from ktrdr_pipelines.inspection import Adoption, Unreadable
+from ktrdr_pipelines.layout import count, lay_out, shorten
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import format_instant
-
-MOST_LINES = 20
-"""A longer list shows its beginning and its end, and says how much it leaves out."""
-
-
-def count(n: int, noun: str) -> str:
-    """``1 bar``, ``1,204 bars``, ``3 retries``."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{n:,} {noun if n == 1 else plural}"
-
-
-def lay_out(rows: Sequence[Sequence[str]], indent: int = 4) -> list[str]:
-    """Columns of equal width, two spaces apart; the first row is the header. Numbers end at the same place."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    is_number = [all(_is_number(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
-    return [
-        " " * indent
-        + "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _is_number(text: str) -> bool:
-    return not text or text.replace(",", "").isdigit()
-
-
-def shorten(lines: Sequence[str], what: str) -> list[str]:
-    """``lines`` without their middle when they are many."""
-    if len(lines) <= MOST_LINES:
-        return list(lines)
-    half = MOST_LINES // 2
-    left_out = len(lines) - 2 * half
-    return [*lines[:half], f"    … {left_out:,} more {what} (--json shows all) …", *lines[-half:]]
 
 
 def _time(instant: datetime | None) -> str:

@@ -1,4 +1,4 @@
-"""The universe file: which series exist, with what is particular to each; adding one.
+"""The universe file: which series exist, with what is particular to each; adding and removing some.
 
 `data/universe.yaml` lists instruments and their timeframes. Without a file there is a small default universe. Which
 contract IB means by a symbol is found by `ib/contracts.py`; here are only the people's own words about it.
@@ -17,9 +17,8 @@ series:
 from __future__ import annotations
 
 import os
-import re
-import textwrap
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +42,7 @@ from ktrdr_pipelines.series import (
     is_future_code,
     parse_timeframe,
 )
+from ktrdr_pipelines.universe_text import append_items, comments_of, cut_items, set_timeframes
 
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
@@ -226,29 +226,73 @@ def read_universe(path: Path, *, must_exist: bool = False) -> Universe:
     return parse_universe(text, str(path))
 
 
-def add_series(path: Path, series: Series) -> Universe:
-    """Add ``series`` to the universe file (created from the default universe when missing) and return the result.
+def add_series(path: Path, *wanted: Series) -> Universe:
+    """Add series to the universe file (created from the default universe when missing) and return the result.
 
     Atomic, under a lock beside the file. Adding what is there changes nothing.
 
     Raises:
+        InputError: the universe has another instrument of that name.
         StoreError: the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=30):
-            universe = read_universe(path)
-            if series in set(universe):
-                return universe
-            entries = list(universe.entries)
+    with _changing(path):
+        universe = read_universe(path)
+        entries = list(universe.entries)
+        for series in wanted:
+            if series in set(Universe(tuple(entries))):
+                continue
             at = next((i for i, entry in enumerate(entries) if entry.instrument() == series.instrument), None)
             if at is None:
                 entries.append(entry_for(series.instrument, [series.timeframe.name]))
             else:
-                names = sorted({*entries[at].timeframes, series.timeframe.name}, key=list(TIMEFRAMES).index)
+                names = sorted({*entries[at].timeframes, series.timeframe.name}, key=_length_of)
                 entries[at] = entries[at].model_copy(update={"timeframes": names})
-            _write(path, universe, Universe(tuple(entries)))
-            return Universe(tuple(entries))
+        return _write(path, universe, Universe(tuple(entries)))
+
+
+def remove_series(path: Path, instrument: Instrument, timeframes: Iterable[Timeframe] | None = None) -> list[Series]:
+    """Take ``instrument`` out of the universe file, at ``timeframes`` only if they are given; returns what was taken out.
+
+    Atomic, under a lock beside the file. Files of bars are none of its business.
+
+    Raises:
+        InputError: the universe has no such instrument, or not at one of the timeframes; then nothing is taken out.
+        StoreError: the folder cannot be written.
+    """
+    with _changing(path):
+        universe = read_universe(path)
+        mine = [series for series in universe if series.instrument == instrument]
+        wanted = list(dict.fromkeys(timeframes)) if timeframes is not None else [series.timeframe for series in mine]
+        held = {series.timeframe for series in mine}
+        unknown = [str(timeframe) for timeframe in wanted if timeframe not in held]
+        if unknown or not mine:
+            has = (
+                f"has {instrument.symbol} at {', '.join(str(series.timeframe) for series in mine)}"
+                if mine
+                else "lacks it"
+            )
+            raise InputError(
+                f"{instrument.symbol} {', '.join(unknown)}".strip() + f" is not in the universe, which {has}",
+                doing=f"changing {path}",
+            )
+        entries = []
+        for entry in universe.entries:
+            if entry.instrument() == instrument:
+                names = [name for name in entry.timeframes if parse_timeframe(name) not in wanted]
+                if not names:
+                    continue
+                entry = entry.model_copy(update={"timeframes": names})
+            entries.append(entry)
+        _write(path, universe, Universe(tuple(entries)))
+        return [series for series in mine if series.timeframe in wanted]
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=30):
+            yield
     except Timeout:
         raise StoreError(f"{path} is locked by another process", advice="Try again in a moment.") from None
     except OSError as error:
@@ -258,30 +302,54 @@ def add_series(path: Path, series: Series) -> Universe:
         ) from None
 
 
+def _length_of(name: str) -> int:
+    return list(TIMEFRAMES).index(parse_timeframe(name).name)
+
+
 def _render(entries: Iterable[Entry]) -> str:
     rows = [e.model_dump(mode="json", exclude_defaults=True, exclude_none=True) for e in entries]
     return yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def _write(path: Path, before: Universe, after: Universe) -> None:
-    """Write ``after``: appended to a person's file where that says the same, so that comments and layout stay; else the file
-    is written anew and the old one kept beside it."""
-    text = "# Which series exist. See README, The universe file.\nseries:\n" + _render(after.entries)
-    if path.exists():
-        old = path.read_text(encoding="utf-8-sig")
-        dash = re.search(r"^( *)- ", old, re.MULTILINE)
-        added = textwrap.indent(_render(after.entries[len(before.entries) :]), dash.group(1) if dash else "")
-        appended = old.rstrip("\n") + "\n" + added
-        if _means(appended, after):
-            text = appended
-        elif "#" in old:
-            path.with_name(f"{path.name}.bak").write_text(old, encoding="utf-8")
+def _write(path: Path, before: Universe, after: Universe) -> Universe:
+    """Write ``after`` and return it: a person's file is edited where that says the same, so that comments and layout stay; else
+    the file is written anew. The old one is kept beside it if a comment was lost."""
+    if before == after:
+        return after
+    rows = _render(after.entries)
+    text = "# Which series exist. See README, The universe file.\nseries:" + (
+        "\n" + rows if after.entries else f" {rows}"
+    )
+    old = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+    edited = _edit(old, before, after) if old else ""
+    if _means(edited, after):
+        text = edited
+    parse_universe(text, str(path))  # two names for one file, for example: nothing is written then
+    if set(comments_of(old)) - set(comments_of(text)):
+        path.with_name(f"{path.name}.bak").write_text(old, encoding="utf-8")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    return after
+
+
+def _edit(text: str, before: Universe, after: Universe) -> str:
+    """``text`` with the least changes that could turn ``before`` into ``after``."""
+    then = {entry.instrument(): entry for entry in after.entries}
+    known = [entry.instrument() for entry in before.entries]
+    changed = {
+        i: then[instrument].timeframes
+        for i, instrument in enumerate(known)
+        if instrument in then and then[instrument] != before.entries[i]
+    }
+    text = set_timeframes(text, changed)
+    new = [entry for entry in after.entries if entry.instrument() not in known]
+    if new:
+        text = append_items(text, _render(new))
+    return cut_items(text, [i for i, instrument in enumerate(known) if instrument not in then])
 
 
 def _means(text: str, universe: Universe) -> bool:

@@ -8,7 +8,14 @@ import pytest
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.series import TIMEFRAMES, Hours, Instrument, Series, forex, stock
-from ktrdr_pipelines.universe import DEFAULT_UNIVERSE, add_series, entry_for, parse_universe, read_universe
+from ktrdr_pipelines.universe import (
+    DEFAULT_UNIVERSE,
+    add_series,
+    entry_for,
+    parse_universe,
+    read_universe,
+    remove_series,
+)
 
 
 def test_without_a_file_there_is_a_small_default(tmp_path: Path) -> None:
@@ -100,17 +107,108 @@ def test_an_entry_says_only_what_is_particular() -> None:
     assert entry.model_dump(exclude_defaults=True, exclude_none=True) == {"symbol": "AAPL", "timeframes": ["1h"]}
 
 
+MINE = """# mine
+series:
+  # big ones
+  - symbol: AAPL   # the apple
+    timeframes: [1h]   # hourly
+
+  # the other
+  - symbol: MSFT
+    timeframes:
+      - 1h
+      - 1d
+  - symbol: EURUSD  # euro
+    sec_type: CASH
+    timeframes: [1m, 1h]
+# the end
+"""
+
+
 def test_adding_keeps_what_a_person_wrote(tmp_path: Path) -> None:
-    """Comments and layout stay; where an entry has to change, the file as it was is kept beside it."""
+    """A new instrument comes after the others, a new timeframe into its entry; everything else stays to the letter."""
     path = tmp_path / "universe.yaml"
-    mine = "# mine\nseries:\n  - symbol: AAPL   # the apple\n    timeframes: [1h]\n"
-    path.write_text(mine)
+    path.write_text(MINE)
     add_series(path, Series(forex("GBPUSD"), TIMEFRAMES["1h"]))
-    assert path.read_text().startswith(mine)
+    assert path.read_text().startswith(MINE)
     assert read_universe(path).find("GBPUSD", TIMEFRAMES["1h"]) is not None
+    path.write_text(MINE)
+    add_series(path, Series(stock("AAPL"), TIMEFRAMES["1d"]), Series(stock("MSFT"), TIMEFRAMES["5m"]))
+    changed = MINE.replace("[1h]   # hourly", "[1h, 1d]   # hourly").replace("      - 1h\n", "      - 5m\n      - 1h\n")
+    assert path.read_text() == changed
+    assert not (tmp_path / "universe.yaml.bak").exists()
+
+
+@pytest.mark.parametrize(
+    ("symbol", "timeframes", "gone"),
+    [
+        ("AAPL", None, "  - symbol: AAPL   # the apple\n    timeframes: [1h]   # hourly\n"),
+        ("MSFT", None, "  - symbol: MSFT\n    timeframes:\n      - 1h\n      - 1d\n"),
+        ("MSFT", ["1h"], "      - 1h\n"),
+        ("EURUSD", None, "  - symbol: EURUSD  # euro\n    sec_type: CASH\n    timeframes: [1m, 1h]\n"),
+        ("EURUSD", ["1m"], "1m, "),
+    ],
+)
+def test_removing_takes_out_its_own_lines_only(
+    tmp_path: Path, symbol: str, timeframes: list[str] | None, gone: str
+) -> None:
+    """Other entries and the comments between them stay to the letter; the universe lacks exactly these series."""
+    path = tmp_path / "universe.yaml"
+    path.write_text(MINE)
+    before = read_universe(path)
+    instrument = before.find_instrument(symbol)
+    assert instrument is not None
+    wanted = None if timeframes is None else [TIMEFRAMES[name] for name in timeframes]
+    removed = remove_series(path, instrument, wanted)
+    assert path.read_text() == MINE.replace(gone, "", 1)
+    assert set(read_universe(path)) == set(before) - set(removed)
+    assert removed == [s for s in before if s.instrument == instrument and (wanted is None or s.timeframe in wanted)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "series: [{symbol: AAPL, timeframes: [1h]}, {symbol: MSFT, timeframes: [1h]}]  # in one line\n",
+        "series:\n- &a {symbol: AAPL, timeframes: &t [1h]}  # in one line\n- {symbol: MSFT, timeframes: *t}\n",
+    ],
+)
+def test_a_layout_that_cannot_be_edited_is_kept_beside_the_new_file(tmp_path: Path, text: str) -> None:
+    """The universe is right all the same, and no comment is lost."""
+    path = tmp_path / "universe.yaml"
+    path.write_text(text)
+    remove_series(path, stock("AAPL"))
+    assert list(read_universe(path)) == [Series(stock("MSFT"), TIMEFRAMES["1h"])]
+    assert (tmp_path / "universe.yaml.bak").read_text() == text
+
+
+def test_the_last_series_can_be_removed_and_one_be_added_again(tmp_path: Path) -> None:
+    """An empty universe is a universe, and not the default one."""
+    path = tmp_path / "universe.yaml"
+    path.write_text("series:\n- {symbol: AAPL, timeframes: [1h]}\n")
+    remove_series(path, stock("AAPL"))
+    assert list(read_universe(path)) == []
     add_series(path, Series(stock("AAPL"), TIMEFRAMES["1d"]))
-    assert read_universe(path).find("AAPL", TIMEFRAMES["1d"]) is not None
-    assert "# the apple" in (tmp_path / "universe.yaml.bak").read_text()
+    assert list(read_universe(path)) == [Series(stock("AAPL"), TIMEFRAMES["1d"])]
+
+
+def test_removing_what_is_not_there_changes_nothing(tmp_path: Path) -> None:
+    """Neither an instrument nor a timeframe; the message says what there is."""
+    path = tmp_path / "universe.yaml"
+    path.write_text(MINE)
+    with pytest.raises(InputError, match="TSLA is not in the universe"):
+        remove_series(path, stock("TSLA"))
+    with pytest.raises(InputError, match="AAPL 1d is not in the universe, which has AAPL at 1h"):
+        remove_series(path, stock("AAPL"), [TIMEFRAMES["1h"], TIMEFRAMES["1d"]])
+    assert path.read_text() == MINE
+
+
+def test_two_instruments_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Their bars would share a file; the universe stays as it was."""
+    path = tmp_path / "universe.yaml"
+    path.write_text(MINE)
+    with pytest.raises(InputError, match="AAPL 1h is listed twice"):
+        add_series(path, Series(stock("AAPL", currency="EUR", exchange="IBIS"), TIMEFRAMES["1h"]))
+    assert path.read_text() == MINE
 
 
 def test_a_universe_that_was_named_has_to_exist(tmp_path: Path) -> None:

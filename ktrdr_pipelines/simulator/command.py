@@ -18,10 +18,7 @@ DEFAULT_PORT = 4001
 """The project's default for a gateway (`IB_PORT`), so that ``ktrdr`` finds the simulator without being told."""
 
 
-@click.command(
-    name="simulator",
-    epilog="Example: `ktrdr simulator --port 0 --replay recordings/` prints the port it got and serves until Ctrl-C.",
-)
+@click.command(name="simulator")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=DEFAULT_PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free port."
@@ -51,7 +48,9 @@ DEFAULT_PORT = 4001
     help="Start the gateway's clock at this instant (2024-03-05T15:00:00Z; a bare date is its midnight UTC) instead of now.",
 )
 @click.option("--freeze", is_flag=True, help="With --now: keep the clock there.")
-@click.option("--seed", default=0, show_default=True, help="Choose another synthetic market.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Choose another synthetic market."
+)
 @click.option(
     "--durations",
     type=click.Choice(["sessions", "strict", "calendar"]),
@@ -87,39 +86,58 @@ def simulator_command(
 
     It speaks the real protocol on a real socket, serves made-up or recorded bars, and answers bad, unknown or too
     frequent requests as IB does. Its account is SIM0000001.
+
+    \b
+    $ ktrdr simulator --port 4001
+    simulated gateway listening on 127.0.0.1:4001, synthetic bars of 12 instruments, account SIM0000001
     """
     import asyncio
     import time
 
-    from ktrdr_pipelines.errors import KtrdrError
     from ktrdr_pipelines.simulator.durations import DurationRule
     from ktrdr_pipelines.simulator.faults import read_faults
     from ktrdr_pipelines.simulator.habits import read_habits
 
-    try:
-        check_zone(zone)
-        rules = read_faults(faults) if faults else []
-        clock = make_clock(now, freeze=freeze)
-        market = open_market(replay, seed)
-        asyncio.run(
-            run_gateway(
-                market,
-                log_path,
-                host=host,
-                port=port,
-                faults=rules,
-                clock=clock,
-                pace_clock=time.monotonic,
-                judge=judge,
-                zone=zone,
-                durations=DurationRule(durations),
-                habits=read_habits(habit_texts),
-                latency_s=latency,
-            )
+    check_host(host)
+    check_zone(zone)
+    check_latency(latency)
+    rules = read_faults(faults) if faults else []
+    clock = make_clock(now, freeze=freeze)
+    market = open_market(replay, seed)
+    asyncio.run(
+        run_gateway(
+            market,
+            log_path,
+            host=host,
+            port=port,
+            faults=rules,
+            clock=clock,
+            pace_clock=time.monotonic,
+            judge=judge,
+            zone=zone,
+            durations=DurationRule(durations),
+            habits=read_habits(habit_texts),
+            latency_s=latency,
         )
-    except KtrdrError as error:
-        click.echo(f"Error: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
+    )
+
+
+def check_host(host: str) -> None:
+    """Raises:
+    InputError: nobody said which address is meant; empty would be every one of this machine."""
+    from ktrdr_pipelines.errors import InputError
+
+    if not host.strip() or not host.isprintable():
+        raise InputError(f"{host[:40]!r} is no --host", advice="Leave it out, or name one.")
+
+
+def check_latency(seconds: float) -> None:
+    """Raises:
+    InputError: no number of seconds that can be waited."""
+    from ktrdr_pipelines.errors import InputError
+
+    if not 0 <= seconds <= 3600:  # NaN is neither
+        raise InputError(f"--latency {seconds} is not from 0 to 3600 seconds")
 
 
 def check_zone(zone: str) -> None:
@@ -132,7 +150,7 @@ def check_zone(zone: str) -> None:
     try:
         ZoneInfo(zone)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise InputError(f"unknown time zone {zone!r}", advice="Write it like America/New_York.") from error
+        raise InputError(f"unknown time zone {zone[:40]!r}", advice="Write it like America/New_York.") from error
 
 
 def make_clock(now: str | None, *, freeze: bool) -> Callable[[], float]:
@@ -142,19 +160,15 @@ def make_clock(now: str | None, *, freeze: bool) -> Callable[[], float]:
         InputError: ``now`` is not an instant.
     """
     import time
-    from datetime import UTC, datetime
 
     from ktrdr_pipelines.errors import InputError
+    from ktrdr_pipelines.series import parse_instant
 
     if now is None:
         if freeze:
             raise InputError("--freeze needs --now")
         return time.time
-    try:
-        instant = datetime.fromisoformat(now)
-    except ValueError as error:
-        raise InputError(f"{now!r} is not an instant", advice="Write it like 2024-03-05T15:00:00Z.") from error
-    start = (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
+    start = parse_instant(now, "--now").timestamp()
     if freeze:
         return lambda: start
     started = time.monotonic()
