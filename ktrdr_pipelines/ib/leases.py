@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +33,12 @@ class ClientIds(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LeasedId:
-    """One id in use, for people. ``pid`` is 0 where the owner could not be read."""
+    """One id in use, for people. ``pid`` is 0 where the owner could not be read; ``is_here``: it is a process of this machine,
+    for certain, so that the pid means what it says."""
 
     client_id: int
     pid: int
+    is_here: bool = field(default=False, compare=False)
 
 
 class Lease:
@@ -107,7 +109,7 @@ def in_use(directory: Path) -> list[LeasedId]:
         # Asking the lock would take it for a moment, and make somebody who wants this id believe that it is taken: so only
         # where the owner cannot tell (another container, or a record half written).
         if alive or (alive is None and _is_locked(directory, int(path.stem))):
-            found.append(LeasedId(int(path.stem), owner.pid if owner else 0))
+            found.append(LeasedId(int(path.stem), owner.pid if owner else 0, is_here=alive is True))
     return sorted(found, key=lambda leased: leased.client_id)
 
 
