@@ -364,6 +364,19 @@ def data_ranges(
         return DataRanges(now, tuple(found), history.requests_made)
 
 
+def discover_symbol(settings: Settings, symbol: str) -> Instrument:
+    """What ``symbol`` means: the instrument that the universe calls so, else what IB finds; with its conId. Nothing is kept.
+
+    Raises:
+        InputError: no symbol, or several contracts fit. PermanentError: IB knows none. TransientError: IB did not answer.
+    """
+    file_symbol(symbol)
+    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    instrument = universe.find_instrument(symbol)
+    with IBHistory(_quick_address(settings)) as history:
+        return history.pin(instrument) if instrument else history.discover(symbol)
+
+
 def cleanup(settings: Settings) -> Cleanup:
     """Disconnect every process of this program from the gateway: each is interrupted as by Ctrl-C, keeps what it loaded, and
     gives its client id back. Runs whose process is dead are ended too. Other programs' connections are not ours to end.

@@ -45,12 +45,16 @@ def parse_instant(text: str, what: str) -> datetime:
         InputError: not a date, or a year before 1970 or after 2100.
     """
     try:
+        if not text.isprintable():
+            raise ValueError("fromisoformat stops reading at a NUL")
         instant = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise InputError(f"{what} {text!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z.") from None
-    instant = instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+        instant = instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"{what} {text[:60]!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z."
+        ) from None
     if not 1970 <= instant.year <= 2100:
-        raise InputError(f"{what} {text!r} is outside the years 1970 to 2100")
+        raise InputError(f"{what} {text[:60]!r} is outside the years 1970 to 2100")
     return instant
 
 
@@ -227,7 +231,7 @@ def parse_timeframe(text: str) -> Timeframe:
         return TIMEFRAMES[name]
     except KeyError:
         raise InputError(
-            f"unknown timeframe {text!r}", advice=f"Use one of {', '.join(TIMEFRAMES)} (1M is read as 1mo)."
+            f"unknown timeframe {text[:40]!r}", advice=f"Use one of {', '.join(TIMEFRAMES)} (1M is read as 1mo)."
         ) from None
 
 
