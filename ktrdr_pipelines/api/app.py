@@ -48,7 +48,11 @@ def create_app(settings: Settings, *, queue_limit: int = QUEUE_LIMIT) -> FastAPI
         description=_DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
-        responses={422: {"model": models.Refusal, "description": "Input that cannot be meant."}},
+        responses={
+            422: {"model": models.Refusal, "description": "Input that cannot be meant."},
+            "4XX": {"model": models.Refusal, "description": "Refused: what was asked, or who asks."},
+            "5XX": {"model": models.Refusal, "description": "Failed: the gateway, its bars, the disk, or a bug."},
+        },
     )
     app.state.settings = settings
     refusals.install(app)

@@ -14,15 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from ktrdr_pipelines.series import TIMEFRAMES
 
 SYMBOL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .&/+'\-]{0,31}$"
+_LISTED = "^({0})(,({0}))*$"
+TIME_PATTERN = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+\-]\d\d:?\d\d)?)?$"
 Timeframe = StrEnum("Timeframe", {f"t{name}": name for name in (*TIMEFRAMES, "1M")})  # type: ignore[misc]
 """Every timeframe; ``1M`` is read as ``1mo``."""
 
 Symbol = Annotated[str, StringConstraints(pattern=SYMBOL_PATTERN, max_length=32)]
 Time = Annotated[
     str,
-    StringConstraints(min_length=8, max_length=40),
+    StringConstraints(pattern=TIME_PATTERN),
     Field(description="ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC."),
 ]
+Symbols = Annotated[str, StringConstraints(pattern=_LISTED.format(SYMBOL_PATTERN[1:-1]), max_length=800)]
+"""One symbol, or several separated by commas."""
+Timeframes = Annotated[str, StringConstraints(pattern=_LISTED.format("|".join((*TIMEFRAMES, "1M"))), max_length=400)]
 SymbolPath = Annotated[
     str,
     Path(
@@ -73,11 +78,12 @@ class Mode(StrEnum):
 
 
 class LoadRequest(BaseModel):
-    """What to load. ``start`` may be called ``start_date`` and ``end`` ``end_date``; the same twice must agree."""
+    """What to load. ``start`` may be called ``start_date`` and ``end`` ``end_date``, but not both."""
 
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={
+            "allOf": [{"not": {"required": ["start", "start_date"]}}, {"not": {"required": ["end", "end_date"]}}],
             "examples": [
                 {
                     "symbol": "MSFT",
@@ -99,13 +105,13 @@ class LoadRequest(BaseModel):
     end_date: Time | None = Field(None, description="Another name of end.")
     wait: bool | None = Field(None, description="Another place for the query parameter of this name.", strict=True)
 
-    @model_validator(mode="after")
-    def _agree(self) -> LoadRequest:
+    @model_validator(mode="before")
+    @classmethod
+    def _say_it_once(cls, given: Any) -> Any:
         for one, other in (("start", "start_date"), ("end", "end_date")):
-            first, second = getattr(self, one), getattr(self, other)
-            if first is not None and second is not None and first != second:
-                raise ValueError(f"{one} and {other} are two names of one thing and differ")
-        return self
+            if isinstance(given, dict) and one in given and other in given:
+                raise ValueError(f"{one} and {other} are two names of one thing; say it once")
+        return given
 
 
 class LoadResult(Answer):

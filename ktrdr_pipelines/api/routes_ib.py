@@ -65,13 +65,13 @@ def config(request: Request) -> Any:
 async def ranges(
     request: Request,
     symbols: Annotated[
-        list[str] | None,
+        list[models.Symbols] | None,
         Query(
             description="Repeated, or separated by commas; without it those of the universe.", max_length=_MOST_NAMES
         ),
     ] = None,
     timeframes: Annotated[
-        list[str] | None, Query(description="Repeated, or separated by commas.", max_length=_MOST_NAMES)
+        list[models.Timeframes] | None, Query(description="Repeated, or separated by commas.", max_length=_MOST_NAMES)
     ] = None,
 ) -> Any:
     """Each symbol takes one request of the pacing budget. What IB did not answer is told as the ``problem`` of its series."""
