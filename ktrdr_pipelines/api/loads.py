@@ -212,11 +212,11 @@ class Loads:
             try:
                 self._execute(record)
             except (OSError, ValueError) as error:  # the worker is gone, or talks nonsense
-                log.error("the process that executes loads failed: %s", error)
                 self._discard_worker()
                 with self._lock:
                     if self._must_stop():
                         return  # it stays on disk as running: the next server takes it up
+                    log.error("the process that executes loads failed: %s", error)
                     record.status = "failed"
                     record.problem = {
                         "kind": "transient",

@@ -92,7 +92,7 @@ class LoadRequest(BaseModel):
                     "start": "2023-01-01T00:00:00Z",
                     "end": "2023-02-01",
                 }
-            ]
+            ],
         },
     )
 

@@ -73,7 +73,7 @@ class Guard:
                 {"WWW-Authenticate": "Bearer"},
             )
         elif len(scope.get("query_string", b"")) > MAX_QUERY_BYTES:
-            refusal = refuse(414, "input", f"the query is longer than {MAX_QUERY_BYTES} bytes")
+            refusal = refuse(422, "input", f"the query is longer than {MAX_QUERY_BYTES} bytes")
         else:
             body = await _read_body(headers, receive)
             if body is not None:

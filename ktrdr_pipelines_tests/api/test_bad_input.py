@@ -157,7 +157,9 @@ def test_a_page_of_bars_is_bounded(client: TestClient, query: str) -> None:
     assert_refused(client.get(f"/api/v1/data/AAPL/1h?{query}"))
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "offset=-1", "offset=x", "limit=", "offset=99999999999999999999"])
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=1001", "offset=-1", "offset=x", "limit=", "offset=99999999999999999999"]
+)
 def test_a_page_of_series_is_bounded(client: TestClient, query: str) -> None:
     """The list of what is held."""
     assert_refused(client.get(f"/api/v1/data?{query}"))
@@ -214,7 +216,9 @@ def test_a_bug_shows_nothing_of_its_inside(tmp_path: Path) -> None:
     def bug() -> None:
         raise ZeroDivisionError("the inside")
 
-    with TestClient(guarded(application, host="127.0.0.1", token=""), base_url=BASE, raise_server_exceptions=False) as client:
+    with TestClient(
+        guarded(application, host="127.0.0.1", token=""), base_url=BASE, raise_server_exceptions=False
+    ) as client:
         answer = client.get("/bug")
     assert_refused(answer, 500)
     assert "inside" not in answer.text

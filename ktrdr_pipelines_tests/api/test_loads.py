@@ -30,7 +30,7 @@ from ktrdr_pipelines_tests.conftest import StartGateway
 pytestmark = pytest.mark.slow
 
 SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG")
-QUEUE_LIMIT = 12
+QUEUE_LIMIT = 5
 Served = tuple[str, Settings, GatewayThread]
 
 
@@ -90,7 +90,14 @@ def test_a_load_that_is_waited_for_answers_the_specified_fields(served: Served) 
 def test_a_load_that_is_not_waited_for_tells_how_far_it_is(served: Served) -> None:
     """202 with an id and where to look; then the progress, and at last the result."""
     address, _, _ = served
-    body = {"symbol": "AAPL", "timeframe": "1h", "mode": "full", "start": "2024-01-01", "end": "2024-03-01", "wait": False}
+    body = {
+        "symbol": "AAPL",
+        "timeframe": "1h",
+        "mode": "full",
+        "start": "2024-01-01",
+        "end": "2024-03-01",
+        "wait": False,
+    }
     answer = httpx.post(f"{address}/data/load", json=body)
     assert answer.status_code == 202
     run_id = answer.json()["run_id"]
@@ -117,7 +124,7 @@ def test_two_hundred_requests_at_once_load_each_series_once(served: Served) -> N
     address, settings, gateway = served
     orders = [
         {"symbol": symbol, "timeframe": "1d", "mode": "full", "start": f"{year}-01-01", "end": f"{year + 1}-01-01"}
-        for year in (2015, 2016)
+        for year in (2015,)
         for symbol in SYMBOLS
     ]
     before = len(gateway.requests)
@@ -150,8 +157,8 @@ def test_two_hundred_different_loads_at_once_are_queued_or_refused_and_none_is_l
             return await asyncio.gather(*(
                 client.post(
                     f"{address}/data/load?wait=false",
-                    json={"symbol": SYMBOLS[n % 4], "timeframe": "1w", "mode": "full", "start": "2010-01-01",
-                          "end": f"{2011 + n % 10}-{1 + n // 20:02}-15"},
+                    json={"symbol": SYMBOLS[n % 4], "timeframe": "1d", "mode": "full",
+                          "start": f"{1990 + n // 10}-01-01", "end": f"{1990 + n // 10}-{2 + n % 10:02}-01"},
                 )
                 for n in range(200)
             ))  # fmt: skip
@@ -175,20 +182,20 @@ def order(end: str) -> LoadOrder:
 def test_what_was_accepted_is_loaded_by_the_next_server(start_gateway: StartGateway, tmp_path: Path) -> None:
     """A server that ends in the middle of a load leaves it, and those behind it, to the next one. A worker that dies takes
     only its own load with it, which says so."""
-    gateway = start_gateway([FaultRule(kind="silent", nth=(1, 2))])
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
     settings = settings_in(tmp_path, gateway.port)
     first = Loads(settings)
     first.start()
     going, _ = first.submit(order("2020-01-01T00:00:00Z"))
     behind, _ = first.submit(order("2021-01-01T00:00:00Z"))
-    until(lambda: len(gateway.requests) == 1)
+    until(lambda: bool(gateway.requests))
     first.stop()
     second = Loads(settings)
     second.start()
     try:
         found = second.find(going.run_id)
         assert found is not None
-        until(lambda: len(gateway.requests) == 2)
+        until(lambda: found.waiting_for is not None)  # the same request may not be sent again so soon
         assert found.status == "running"
         assert second._worker is not None
         os.kill(second._worker.pid, signal.SIGKILL)

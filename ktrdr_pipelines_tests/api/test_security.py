@@ -119,4 +119,4 @@ def test_a_body_larger_than_any_request_needs_is_refused(open_api: OpenApi) -> N
 def test_an_endless_query_is_refused(open_api: OpenApi) -> None:
     """The same for what stands in the address."""
     answer = open_api().get("/api/v1/ib/ranges?symbols=" + "A," * 10_000)
-    assert (answer.status_code, problem_of(answer)["kind"]) == (414, "input")
+    assert (answer.status_code, problem_of(answer)["kind"]) == (422, "input")
