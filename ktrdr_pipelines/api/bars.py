@@ -6,7 +6,7 @@ Read through `store.peek`: a question changes no file. Memory follows the page, 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import islice
@@ -44,6 +44,8 @@ class Page:
 
     bars: pd.DataFrame
     next_start: datetime | None
+    notices: tuple[str, ...] = ()
+    """What is wrong with the file and will be put right by the next load: rows that are no bars are not in ``bars``."""
 
 
 def read_page(settings: Settings, series: Series, start: datetime | None, end: datetime | None, limit: int) -> Page:
@@ -52,14 +54,16 @@ def read_page(settings: Settings, series: Series, start: datetime | None, end: d
     Raises:
         DataError: the rows break the rules. StoreError: the disk refuses.
     """
-    with peek(open_store(settings.data_dir), series, now=utc_now()) as (store, _):
+    with peek(open_store(settings.data_dir), series, now=utc_now()) as (store, pending):
+        notices = tuple(pending.describe())
         extent = store.extent(series)
         if extent is None:
-            return Page(empty_bars(), None)
+            return Page(empty_bars(), None, notices)
         held = Window.from_epoch(extent.first_open_s, extent.last_open_s + 1)
         window = Window(max(held.start, start or held.start), max(held.start, start or held.start, end or held.end))
         common = held.intersect(window)
-        return _collect(store, series, common, limit) if common else Page(empty_bars(), None)
+        page = _collect(store, series, common, limit) if common else Page(empty_bars(), None)
+        return replace(page, notices=notices)
 
 
 def _collect(store: Store, series: Series, window: Window, limit: int) -> Page:
@@ -88,6 +92,8 @@ def render_page(series: Series, page: Page, format: Format) -> Response:
     """
     next_start = format_instant(page.next_start) if page.next_start else None
     headers = {"X-Next-Start": next_start} if next_start else {}
+    if page.notices:
+        headers["X-Notice"] = "; ".join(page.notices).encode("ascii", "backslashreplace").decode()[:1000]
     if format is Format.CSV:
         return Response(b"".join(render_file(page.bars)), media_type="text/csv", headers=headers)
     if format is Format.ARROW:
@@ -100,6 +106,7 @@ def render_page(series: Series, page: Page, format: Format) -> Response:
         "timeframe": series.timeframe.name,
         "count": len(rows),
         "next_start": next_start,
+        "notices": list(page.notices),
         "bars": rows,
     }
     return Response(json.dumps(body), media_type="application/json", headers=headers)

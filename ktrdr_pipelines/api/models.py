@@ -191,6 +191,7 @@ class Bars(BaseModel):
     timeframe: str
     count: int
     next_start: str | None
+    notices: list[str] = Field(description="What is wrong with the file, rows that were left out among it.")
     bars: list[Bar]
 
 

@@ -95,7 +95,7 @@ async def held(
     responses={
         **_NOT_HERE,
         200: {
-            "description": "The bars; in CSV and Arrow the header X-Next-Start says where to go on.",
+            "description": "The bars; in CSV and Arrow X-Next-Start and X-Notice say what next_start and notices say.",
             "content": {"text/csv": {}, "application/vnd.apache.arrow.stream": {}},
         },
     },

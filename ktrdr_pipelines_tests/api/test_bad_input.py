@@ -197,7 +197,8 @@ def test_an_unknown_load_is_not_found(client: TestClient, run_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("GET", "/api", 404), ("GET", "/api/v1", 404), ("GET", "/api/v1/ib", 404), ("GET", "/api/v2/ib/status", 404),
+    [("GET", "/", 404), ("GET", "/api", 404), ("GET", "/api/v1", 404), ("GET", "/api/v1/ib", 404),
+     ("GET", "/api/v2/ib/status", 404),
      ("GET", "/api/v1/data/AAPL", 404), ("GET", "/api/v1/data/../../etc/passwd", 404), ("DELETE", "/api/v1/data", 405),
      ("GET", "/api/v1/ib/cleanup", 405), ("PUT", "/api/v1/data/load", 405), ("TRACE", "/api/v1/ib/status", 405),
      ("BREW", "/api/v1/ib/status", 405)],

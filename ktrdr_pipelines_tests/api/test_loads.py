@@ -30,7 +30,7 @@ from ktrdr_pipelines_tests.conftest import StartGateway
 pytestmark = pytest.mark.slow
 
 SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG")
-QUEUE_LIMIT = 5
+QUEUE_LIMIT = 4
 Served = tuple[str, Settings, GatewayThread]
 
 
@@ -187,7 +187,7 @@ def test_what_was_accepted_is_loaded_by_the_next_server(start_gateway: StartGate
     first = Loads(settings)
     first.start()
     going, _ = first.submit(order("2020-01-01T00:00:00Z"))
-    behind, _ = first.submit(order("2021-01-01T00:00:00Z"))
+    behind, _ = first.submit(LoadOrder("GOOG", "1d", "full", "2021-01-01T00:00:00Z", "2021-03-01T00:00:00Z"))
     until(lambda: bool(gateway.requests))
     first.stop()
     second = Loads(settings)
