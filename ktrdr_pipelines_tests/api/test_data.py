@@ -88,10 +88,10 @@ def test_a_row_that_is_no_bar_is_left_out_with_a_word(open_api: OpenApi, csv: Pa
     """Never fewer bars without saying so."""
     csv.write_text(HEADER + "".join(ROWS[:5]) + "2022-02-03T00:00:00Z,10,9,11,10,1\n")
     answer = open_api().get(ROUTE, params={"format": shape})
-    assert "1 row" in answer.headers["x-notice"]
+    assert "1 refused; line 7" in answer.headers["x-notice"]
     if shape == "json":
         assert answer.json()["count"] == 5
-        assert "1 row" in " ".join(answer.json()["notices"])
+        assert "1 refused" in " ".join(answer.json()["notices"])
 
 
 def test_a_file_that_is_none_is_a_failure_and_not_an_empty_answer(open_api: OpenApi, csv: Path) -> None:
