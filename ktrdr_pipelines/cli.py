@@ -39,6 +39,7 @@ def cli() -> None:
     ktrdr ib health                        can anything be loaded now?
     ktrdr simulator                        a pretend gateway to try it with
     ktrdr ui                               everything in the browser
+    ktrdr serve                            the REST API
     """
 
 
@@ -247,6 +248,29 @@ def ui(host: str, port: int) -> None:
     from ktrdr_pipelines.webui import serve_ui
 
     raise SystemExit(serve_ui(host, port))
+
+
+@cli.command("serve")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; beyond loopback a token is needed."
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port of the REST API.")
+def serve(host: str, port: int) -> None:
+    """Serve the REST API (the extra `api` has to be installed). Its description is at /docs.
+
+    \b
+    $ ktrdr serve --port 8000
+    REST API at http://127.0.0.1:8000/api/v1, described at http://127.0.0.1:8000/docs (Ctrl-C ends it)
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise click.ClickException("the REST API needs its extra: pip install 'ktrdr-pipelines[api]'.") from None
+
+    from ktrdr_pipelines.api.app import serve as serve_api
+
+    raise SystemExit(serve_api(host, port))
 
 
 def _add_commands() -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.discovery import SHORT_BAR_HISTORY
+from ktrdr_pipelines.discovery import SHORT_BAR_HISTORY, discover
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError, TransientError
 from ktrdr_pipelines.ib import pacing
 from ktrdr_pipelines.ib.address import GatewayAddress
@@ -23,7 +23,9 @@ from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.codes import Hold, name_farm
 from ktrdr_pipelines.ib.history import IBHistory, describe_head
 from ktrdr_pipelines.ib.leases import ClientIds, LeasedId, in_use
-from ktrdr_pipelines.orchestration.instance import open_instance, reap_dead_runs
+from ktrdr_pipelines.ib.ledger import Grant, WaitCancelled
+from ktrdr_pipelines.orchestration.dead_runs import reap_dead_runs
+from ktrdr_pipelines.orchestration.instance import open_instance
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.series import (
     Instrument,
@@ -45,6 +47,7 @@ QUICK_S = 5.0
 RANGES_AT_ONCE = 20
 """Most instruments whose start of history is asked for at once: each takes a unit of a budget of 60 in ten minutes."""
 RANGES_PATIENCE_S = 30.0
+TURN_PATIENCE_S = 5.0
 CLEANUP_PATIENCE_S = 10.0
 
 _FARM_CODES = {
@@ -315,8 +318,8 @@ def data_ranges(
     """Where the history of ``symbols`` begins by IB's head timestamps, and where it ends; without symbols those of the
     universe, without timeframes those that the universe lists (1d for a symbol that it does not name).
 
-    Each head timestamp is a history request and counts; one that has to wait for its turn is told as a pacing problem of its
-    series instead of being waited for.
+    Each head timestamp is a history request and counts; one that has to wait long for its turn is told as a pacing problem of
+    its series instead of being waited for.
 
     Raises:
         InputError: no such symbol or timeframe, or more than `RANGES_AT_ONCE` instruments.
@@ -333,7 +336,7 @@ def data_ranges(
             if time.monotonic() > deadline:
                 problem = problem or Problem("timeout", "not asked: the others took too long", "Ask for fewer symbols.")
             if problem is None:
-                pinned, head, problem = _find_head(history, symbol, instrument, now)
+                pinned, head, problem = _find_head(history, symbol, instrument, deadline)
                 if problem is not None and problem.kind == GatewayUnreachable.family:
                     gone = problem  # the others would wait for the same
             for timeframe in names:
@@ -362,6 +365,19 @@ def data_ranges(
                     )
                 )
         return DataRanges(now, tuple(found), history.requests_made)
+
+
+def discover_symbol(settings: Settings, symbol: str) -> Instrument:
+    """What ``symbol`` means: the instrument that the universe calls so, else what IB finds; with its conId. Nothing is kept.
+
+    Raises:
+        InputError: no symbol, or several contracts fit. PermanentError: IB knows none. TransientError: IB did not answer.
+    """
+    file_symbol(symbol)
+    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    instrument = universe.find_instrument(symbol)
+    with IBHistory(_quick_address(settings)) as history:
+        return history.pin(instrument) if instrument else discover(symbol, history=history).instrument
 
 
 def cleanup(settings: Settings) -> Cleanup:
@@ -502,18 +518,14 @@ def _choose_series(
 
 
 def _find_head(
-    history: IBHistory, symbol: str, instrument: Instrument | None, now: datetime
+    history: IBHistory, symbol: str, instrument: Instrument | None, deadline: float
 ) -> tuple[Instrument | None, datetime | None, Problem | None]:
     """Instrument as pinned, its head timestamp, and what went wrong. A failure is never told as "there is none"."""
     pinned: Instrument | None = instrument
     try:
-        pinned = history.pin(instrument) if instrument else history.discover(symbol)
+        pinned = history.pin(instrument) if instrument else discover(symbol, history=history).instrument
         client = history.connect()
-        turn = history.ledger.try_acquire(describe_head(pinned))
-        if isinstance(turn, pacing.Wait):
-            free = format_instant(now + timedelta(seconds=turn.seconds))
-            raise PacingError(f"the next request may go at {free} ({turn.rule})", advice="Ask again then.")
-        with turn as grant:
+        with _take_turn(history, describe_head(pinned), min(deadline, time.monotonic() + TURN_PATIENCE_S)) as grant:
             try:
                 head = client.head_timestamp(pinned, timeout_s=QUICK_S, sending=grant.sending)
             except KtrdrError as error:
@@ -525,6 +537,19 @@ def _find_head(
     except KtrdrError as error:
         return pinned, None, Problem.of(error)
     return pinned, head, None
+
+
+def _take_turn(history: IBHistory, ask: pacing.Ask, deadline: float) -> Grant:
+    """Leave to send ``ask``, waited for until ``deadline`` (of the monotonic clock)."""
+    told: list[str] = []
+
+    def remember(_seconds: float, rule: pacing.Rule, until_s: float) -> None:
+        told.append(f"the next request may go at {format_instant(datetime.fromtimestamp(until_s, UTC))} ({rule})")
+
+    try:
+        return history.ledger.acquire(ask, on_wait=remember, cancel=lambda: bool(told) and time.monotonic() > deadline)
+    except WaitCancelled:
+        raise PacingError(told[-1], advice="Ask again then.") from None
 
 
 def _last_complete(series: Series, now: datetime) -> datetime | None:

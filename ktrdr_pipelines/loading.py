@@ -50,9 +50,12 @@ def load_series(
     choice: Choice = NO_CHOICE,
     progress: Progress | None = None,
     settings: Settings | None = None,
+    origin: str = "cli",
+    run_id: str | None = None,
 ) -> LoadResult:
     """Load the missing bars of ``symbol`` at ``timeframe``; see `modes.Mode` for ``mode``. Times are ISO 8601, start included,
-    end not, a bare date is its midnight UTC. ``choice`` tells which contract a new symbol means.
+    end not, a bare date is its midnight UTC. ``choice`` tells which contract a new symbol means. ``origin`` says which door it
+    is; ``run_id`` (a UUID) is what Dagster shall call the run.
 
     Raises:
         KtrdrError: the input cannot be meant, or nothing could be begun. Windows that failed are in the report.
@@ -96,8 +99,9 @@ def load_series(
                 series,
                 clipped,
                 door=door,
-                origin="cli",
+                origin=origin,
                 mode=mode,
+                run_id=run_id,
             )
         report.ib_requests_made += asked_before
         report.notices[:0] = put_right

@@ -224,7 +224,7 @@ def look_up(symbol: str, settings: Settings | None = None) -> Found:
     with _ask_gateway(settings) as history:
         for candidate in list_candidates(symbol):
             tried.append(f"{candidate.sec_type} {candidate.ib_symbol} {candidate.currency}")
-            for info in history.connect().contract_details(candidate):
+            for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
                 contracts.setdefault(info.con_id, info)
     if not contracts:
         raise PermanentError(

@@ -45,6 +45,8 @@ def parse_instant(text: str, what: str) -> datetime:
         InputError: not a date, or a year before 1970 or after 2100.
     """
     try:
+        if not text.isprintable():
+            raise ValueError("fromisoformat stops reading at a NUL")
         instant = datetime.fromisoformat(text.strip())
     except ValueError:
         raise InputError(

@@ -42,6 +42,8 @@ def _field(name: str, default: object, description: str, **bounds: object) -> ob
 _CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 HOST_OF_CONTAINER = "host.docker.internal"
 _LOOK_UP_S = 1.0
+_SECRETS = ("KTRDR_API_TOKEN", "KTRDR_LEDGER_URL")
+"""Settings whose values are never shown."""
 
 
 def default_host(in_container: bool | None) -> str:
@@ -165,6 +167,16 @@ class Settings(BaseSettings):
         ),
     ]
 
+    api_token: Annotated[
+        str,
+        _field(
+            "KTRDR_API_TOKEN",
+            "",
+            "What the REST API wants to see as `Authorization: Bearer …`; needed to serve it beyond this machine.",
+            repr=False,
+        ),
+    ]
+
     tail_schedules: Annotated[
         dict[str, str],
         _field(
@@ -206,6 +218,13 @@ class Settings(BaseSettings):
     def _blank_is_unset(cls, value: object) -> object:
         return None if value == "" else value
 
+    @field_validator("api_token")
+    @classmethod
+    def _fits_into_a_header(cls, value: str) -> str:
+        if not all("!" <= c <= "~" for c in value):
+            raise ValueError("a token is letters, digits and signs of ASCII, without spaces")
+        return value
+
     @field_validator("partition_starts")
     @classmethod
     def _known_timeframes(cls, value: dict[str, date]) -> dict[str, date]:
@@ -242,8 +261,9 @@ def load_settings(**overrides: object) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
+        shown = "" if name in _SECRETS else f"={first.get('input')!r}"
         raise InputError(
-            f"{name}={first.get('input')!r}: {first['msg']}", doing="reading settings", advice="See README, Settings."
+            f"{name}{shown}: {first['msg']}", doing="reading settings", advice="See README, Settings."
         ) from None
     except ValueError as error:  # SettingsError: a complex value that is no JSON
         found = re.search(r'field "(\w+)"', str(error))

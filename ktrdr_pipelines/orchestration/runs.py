@@ -1,6 +1,7 @@
 """Execute one series' asset in this process, as a Dagster run like every other: visible in the UI, partitions and all.
 
-This is how the command line loads. Only the one asset is built, which keeps a command quick however large the universe.
+This is how the command line and the REST API load. Only the one asset is built, which keeps a command quick however large the
+universe.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def execute_load(
     door: Door,
     origin: str,
     mode: str,
+    run_id: str | None = None,
 ) -> tuple[LoadReport, str]:
     """Materialize the partitions that ``window`` touches, asking for nothing outside of it. Returns report and run id.
 

@@ -1,0 +1,98 @@
+"""The REST API put together, and served: routes, refusals, who may ask, the queue of loads."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import click
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from ktrdr_pipelines.api import models, refusals, routes_data, routes_ib
+from ktrdr_pipelines.api.loads import QUEUE_LIMIT, Loads
+from ktrdr_pipelines.api.security import Guard, check_binding
+from ktrdr_pipelines.api.sharing import Turnstile
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.settings import Settings, load_settings
+
+PREFIX = "/api/v1"
+_DESCRIPTION = """\
+Historical bars from Interactive Brokers, as one clean CSV per series. Times are ISO 8601, UTC; start is included, end is not.
+Every failure has the shape `{"error": {"kind", "message", "advice"}}`.
+"""
+
+
+def create_app(settings: Settings, *, queue_limit: int = QUEUE_LIMIT) -> FastAPI:
+    """The API without its guard. Loads are executed while its lifespan lasts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loads = Loads(settings, queue_limit=queue_limit)
+        loads.start()
+        app.state.loads = loads
+        # Few at a time: each connects, and client ids are few; or reads a whole file.
+        app.state.gateway_questions = Turnstile(width=2, waiting=200)
+        app.state.file_questions = Turnstile(width=2, waiting=200)
+        try:
+            yield
+        finally:
+            loads.stop()
+
+    app = FastAPI(
+        title="ktrdr pipelines",
+        version=version("ktrdr-pipelines"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        responses={
+            422: {"model": models.Refusal, "description": "Input that cannot be meant."},
+            "4XX": {"model": models.Refusal, "description": "Refused: what was asked, or who asks."},
+            "5XX": {"model": models.Refusal, "description": "Failed: the gateway, its bars, the disk, or a bug."},
+        },
+    )
+    app.state.settings = settings
+    refusals.install(app)
+    app.include_router(routes_ib.router, prefix=PREFIX)
+    app.include_router(routes_data.router, prefix=PREFIX)
+    return app
+
+
+def guarded(app: FastAPI, *, host: str, token: str) -> ASGIApp:
+    """``app`` for those who may ask, when it listens on ``host``."""
+    check_binding(host, token)
+    return Guard(app, host=host, token=token)
+
+
+def serve(host: str, port: int) -> int:
+    """Serve until interrupted.
+
+    Raises:
+        InputError: the address cannot be used, or may not be without a token.
+    """
+    settings = load_settings()
+    application = guarded(create_app(settings), host=host, token=settings.api_token)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        raise InputError(
+            f"{host}:{port} cannot be used: {getattr(error, 'strerror', None) or error}",
+            doing="serving the REST API",
+            advice="Choose another --port or --host.",
+        ) from None
+    config = uvicorn.Config(
+        application, log_level="info", server_header=False, timeout_graceful_shutdown=5, lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    shown = f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{port}"
+    click.echo(f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
+    with listener:
+        server.run(sockets=[listener])
+    return 0 if server.started else 1

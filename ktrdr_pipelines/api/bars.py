@@ -1,0 +1,158 @@
+"""Held series as the REST API shows them: the list, and bars by window, in bounded pages, as JSON, CSV or Arrow.
+
+Read through `store.peek`: a question changes no file. Memory follows the page, not the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from itertools import islice
+
+import pandas as pd
+from fastapi.responses import Response
+
+from ktrdr_pipelines.api import models
+from ktrdr_pipelines.bars import COLUMNS, empty_bars, opens_of
+from ktrdr_pipelines.errors import InputError, KtrdrError
+from ktrdr_pipelines.partitions import partitions_in
+from ktrdr_pipelines.series import Series, Window, format_instant
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.corrections import open_store
+from ktrdr_pipelines.store.csvfile import render_file, render_stamps
+from ktrdr_pipelines.store.peek import peek
+from ktrdr_pipelines.store.series_store import Store, utc_now
+from ktrdr_pipelines.universe import read_universe
+
+MOST_BARS = 50_000
+ARROW = "application/vnd.apache.arrow.stream"
+
+
+class Format(StrEnum):
+    """How bars are written."""
+
+    JSON = "json"
+    CSV = "csv"
+    ARROW = "arrow"
+
+
+@dataclass(frozen=True)
+class Page:
+    """The oldest bars of a window, and where the next page begins (None: nothing is left)."""
+
+    bars: pd.DataFrame
+    next_start: datetime | None
+    notices: tuple[str, ...] = ()
+    """What is wrong with the file and will be put right by the next load: rows that are no bars are not in ``bars``."""
+
+
+def read_page(settings: Settings, series: Series, start: datetime | None, end: datetime | None, limit: int) -> Page:
+    """At most ``limit`` bars from ``start`` (included) to ``end`` (not included).
+
+    Raises:
+        DataError: the rows break the rules. StoreError: the disk refuses.
+    """
+    with peek(open_store(settings.data_dir), series, now=utc_now()) as (store, pending):
+        notices = tuple(pending.describe())
+        extent = store.extent(series)
+        if extent is None:
+            return Page(empty_bars(), None, notices)
+        held = Window.from_epoch(extent.first_open_s, extent.last_open_s + 1)
+        window = Window(max(held.start, start or held.start), max(held.start, start or held.start, end or held.end))
+        common = held.intersect(window)
+        page = _collect(store, series, common, limit) if common else Page(empty_bars(), None)
+        return replace(page, notices=notices)
+
+
+def _collect(store: Store, series: Series, window: Window, limit: int) -> Page:
+    """Partition by partition, several at once where they are thin, until one bar more than the page is read."""
+    partitions = partitions_in(series.timeframe, window)
+    found: list[pd.DataFrame] = []
+    count, width = 0, 1
+    while count <= limit and (some := list(islice(partitions, width))):
+        span = Window(max(window.start, some[0].window.start), min(window.end, some[-1].window.end))
+        rows = store.read_bars(series, span)
+        count += len(rows)
+        found.append(rows)
+        width = width * 2 if len(rows) * 4 < limit else width
+    bars = pd.concat(found, ignore_index=True) if found else empty_bars()
+    if len(bars) <= limit:
+        return Page(bars, None)
+    next_open_s = int(opens_of(bars.iloc[limit : limit + 1])[0])
+    return Page(bars.iloc[:limit], datetime.fromtimestamp(next_open_s, UTC))
+
+
+def render_page(series: Series, page: Page, format: Format) -> Response:
+    """``page`` as it goes out.
+
+    Raises:
+        InputError: Arrow is wished, and its library is not installed.
+    """
+    next_start = format_instant(page.next_start) if page.next_start else None
+    headers = {"X-Next-Start": next_start} if next_start else {}
+    if page.notices:
+        headers["X-Notice"] = "; ".join(page.notices).encode("ascii", "backslashreplace").decode()[:1000]
+    if format is Format.CSV:
+        return Response(b"".join(render_file(page.bars)), media_type="text/csv", headers=headers)
+    if format is Format.ARROW:
+        return Response(_to_arrow(page.bars), media_type=ARROW, headers=headers)
+    stamps = render_stamps(opens_of(page.bars))
+    columns = [page.bars[name].tolist() for name in COLUMNS[1:]]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(stamps, *columns, strict=True)]
+    body = {
+        "symbol": series.instrument.symbol,
+        "timeframe": series.timeframe.name,
+        "count": len(rows),
+        "next_start": next_start,
+        "notices": list(page.notices),
+        "bars": rows,
+    }
+    return Response(json.dumps(body), media_type="application/json", headers=headers)
+
+
+def _to_arrow(bars: pd.DataFrame) -> bytes:
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise InputError("Arrow is not installed here", advice="Install the extra `api`, or ask for csv.") from None
+    table = pa.Table.from_pandas(bars, preserve_index=False)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def list_held(settings: Settings, limit: int, offset: int) -> models.HeldList:
+    """A page of the universe's series, with what is held of each."""
+    universe = list(read_universe(settings.universe_path, must_exist=settings.universe_file is not None))
+    store = open_store(settings.data_dir)
+    chosen = universe[offset : offset + limit]
+    more = offset + limit if offset + limit < len(universe) else None
+    return models.HeldList(series=[_look_at(store, each) for each in chosen], total=len(universe), next_offset=more)
+
+
+def _look_at(store: Store, series: Series) -> models.Held:
+    rows, first, last, problem = None, None, None, None
+    try:
+        with peek(store, series, now=utc_now()) as (view, _):
+            extent = view.extent(series)
+            rows = view.read_sidecar(series).rows if extent else 0
+            if extent:
+                first, last = (_stamp(at) for at in (extent.first_open_s, extent.last_open_s))
+    except KtrdrError as error:
+        problem = str(error)
+    return models.Held(
+        symbol=series.instrument.symbol,
+        timeframe=series.timeframe.name,
+        file=str(store.csv_path(series)),
+        rows=rows,
+        first=first,
+        last=last,
+        problem=problem,
+    )
+
+
+def _stamp(open_s: int) -> str:
+    return format_instant(datetime.fromtimestamp(0, UTC) + timedelta(seconds=open_s))

@@ -1,0 +1,93 @@
+"""How the REST API says no: one JSON shape for everything, and one table from kinds of failures to HTTP status codes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ktrdr_pipelines.errors import KtrdrError
+
+log = logging.getLogger(__name__)
+
+STATUS_OF = {
+    "input": 422,
+    "not_found": 404,
+    "permanent": 404,
+    "transient": 503,
+    "gateway": 503,
+    "pacing": 503,
+    "timeout": 504,
+    "data": 502,
+    "store": 507,
+    "busy": 503,
+    "bug": 500,
+    "error": 500,
+}
+"""By `KtrdrError.family`. IB's refusals are about what was named (no such contract, no permission for it): 404. Trouble of IB or
+on the way to it is 503 or 504, bars that break the rules are 502, a disk that refuses is 507."""
+
+_RETRY_AFTER = {"busy": 10, "pacing": 15, "transient": 15}
+_KIND_OF = {404: "not_found", 405: "input", 400: "input", 413: "input", 415: "input", 422: "input"}
+_LONGEST = 2000
+
+
+class NotHere(KtrdrError):
+    """What the path names does not exist."""
+
+    family = "not_found"
+
+
+def refuse(
+    status: int, kind: str, message: str, advice: str = "", headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The one shape of every refusal."""
+    return JSONResponse(
+        {"error": {"kind": kind, "message": _clean(message), "advice": _clean(advice)}}, status, dict(headers or {})
+    )
+
+
+def refuse_problem(kind: str, message: str, advice: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """A refusal with the status that the table has for ``kind``."""
+    more = {"Retry-After": str(_RETRY_AFTER[kind])} if kind in _RETRY_AFTER else {}
+    return refuse(STATUS_OF.get(kind, 500), kind, message, advice, {**more, **(headers or {})})
+
+
+def install(app: FastAPI) -> None:
+    """Make ``app`` answer every failure in that shape."""
+
+    @app.exception_handler(KtrdrError)
+    async def of_ours(_request: Request, error: KtrdrError) -> JSONResponse:
+        observed = f"{error.doing}: {error.observed}" if error.doing else error.observed
+        return refuse_problem(error.family, observed, error.advice)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_form(_request: Request, error: RequestValidationError) -> JSONResponse:
+        said = []
+        for each in error.errors()[:5]:
+            # Not the input itself: it may be huge, or no text at all.
+            where = ".".join(str(part)[:60] for part in each["loc"] if part not in ("query", "body", "path"))
+            said.append(f"{where}: {each['msg']}" if where else str(each["msg"]))
+        return refuse(422, "input", "; ".join(said), "See /docs for what this route takes.")
+
+    @app.exception_handler(HTTPException)
+    async def of_http(_request: Request, error: HTTPException) -> JSONResponse:
+        kind = _KIND_OF.get(error.status_code, "bug" if error.status_code >= 500 else "input")
+        detail = error.detail if isinstance(error.detail, str) else HTTPStatus(error.status_code).phrase
+        advice = "See /docs for the routes." if error.status_code in (404, 405) else ""
+        return refuse(error.status_code, kind, detail, advice, error.headers)
+
+    @app.exception_handler(Exception)
+    async def of_bugs(_request: Request, error: Exception) -> JSONResponse:
+        log.error("an unforeseen error", exc_info=error)
+        return refuse(500, "bug", "an unforeseen error", "The server's log has the traceback. Please report it.")
+
+
+def _clean(text: str) -> str:
+    """Text that can be written as UTF-8, and that nobody has to scroll through."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")[:_LONGEST]

@@ -1,0 +1,136 @@
+"""Promises of the routes that show what is held: exactly the bars of the file, in pages, and nothing is changed by looking."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from ktrdr_pipelines.inspection import inspect_one
+from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
+
+ROUTE = "/api/v1/data/AAPL/1d"
+HEADER = "timestamp,open,high,low,close,volume\n"
+ROWS = [f"2022-{month:02}-{day:02}T00:00:00Z,10.5,11.25,9.75,10.125,{month * 1000 + day}\n"
+        for month in range(1, 13) for day in (3, 4, 5, 6, 7)]  # fmt: skip
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    """A file made by somebody, with sixty bars, some of them on days that no calendar has."""
+    path = tmp_path / "data" / "AAPL_1d.csv"
+    path.parent.mkdir()
+    path.write_text(HEADER + "".join(ROWS))
+    return path
+
+
+@pytest.mark.parametrize("limit", [7, 59, 60, 50_000])
+@pytest.mark.parametrize("shape", ["json", "csv", "arrow"])
+def test_pages_put_together_are_the_file(open_api: OpenApi, csv: Path, limit: int, shape: str) -> None:
+    """Whatever the size of a page, following next_start gives every bar once; the file is as it was."""
+    client = open_api()
+    found: list[str] = []
+    start: str | None = "1970-01-01"
+    while start is not None:
+        answer = client.get(ROUTE, params={"start": start, "limit": limit, "format": shape})
+        assert answer.status_code == 200
+        if shape == "csv":
+            assert answer.text.startswith(HEADER)
+            page = answer.text.removeprefix(HEADER).splitlines(keepends=True)
+        else:
+            bars = (
+                answer.json()["bars"]
+                if shape == "json"
+                else [
+                    {**bar, "timestamp": bar["timestamp"].strftime("%Y-%m-%dT%H:%M:%SZ")}
+                    for bar in pa.ipc.open_stream(io.BytesIO(answer.content)).read_all().to_pylist()
+                ]
+            )
+            page = [
+                f"{b['timestamp']},{b['open']},{b['high']},{b['low']},{b['close']},{b['volume']:.0f}\n" for b in bars
+            ]
+        assert 0 < len(page) <= limit
+        found += page
+        start = answer.headers.get("x-next-start")
+        if shape == "json":
+            assert answer.json()["next_start"] == start
+    assert found == ROWS
+    assert csv.read_text() == HEADER + "".join(ROWS)
+    assert [each.name for each in csv.parent.iterdir()] == [csv.name]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "count"),
+    [("2022-03-03", "2022-03-05", 2), ("2022-03-03T00:00:01Z", "2022-03-05T00:00:01Z", 2), (None, "2022-01-03", 0),
+     ("2022-12-07", None, 1), ("2022-12-08", None, 0), ("2022-03-03T01:00:00+01:00", "2022-03-04", 1), (None, None, 60)],
+)  # fmt: skip
+def test_a_window_includes_its_start_and_not_its_end(
+    open_api: OpenApi, csv: Path, start: str | None, end: str | None, count: int
+) -> None:
+    """As on every door."""
+    query = {name: value for name, value in (("start", start), ("end", end)) if value}
+    answer = open_api().get(ROUTE, params=query).json()
+    assert (answer["count"], len(answer["bars"]), answer["next_start"]) == (count, count, None)
+
+
+def test_nothing_held_is_an_empty_page_and_an_unknown_symbol_is_not_found(open_api: OpenApi) -> None:
+    """Two different answers: the second may be a slip of the pen."""
+    client = open_api()
+    assert client.get(ROUTE).json()["count"] == 0
+    assert problem_of(client.get("/api/v1/data/APPL/1d"))["kind"] == "not_found"
+
+
+@pytest.mark.parametrize("shape", ["json", "csv", "arrow"])
+def test_a_row_that_is_no_bar_is_left_out_with_a_word(open_api: OpenApi, csv: Path, shape: str) -> None:
+    """Never fewer bars without saying so."""
+    csv.write_text(HEADER + "".join(ROWS[:5]) + "2022-02-03T00:00:00Z,10,9,11,10,1\n")
+    answer = open_api().get(ROUTE, params={"format": shape})
+    assert "1 refused; line 7" in answer.headers["x-notice"]
+    if shape == "json":
+        assert answer.json()["count"] == 5
+        assert "1 refused" in " ".join(answer.json()["notices"])
+
+
+def test_a_file_that_is_none_is_a_failure_and_not_an_empty_answer(open_api: OpenApi, csv: Path) -> None:
+    """On each route that reads it; the list goes on with the others."""
+    csv.write_text("<html>no bars</html>\n")
+    client = open_api()
+    for route in (ROUTE, f"{ROUTE}/gaps"):
+        answer = client.get(route)
+        assert (answer.status_code, problem_of(answer)["kind"]) == (502, "data")
+    listed = {(each["symbol"], each["timeframe"]): each for each in client.get("/api/v1/data").json()["series"]}
+    assert listed["AAPL", "1d"]["rows"] is None
+    assert "AAPL_1d.csv" in listed["AAPL", "1d"]["problem"]
+    assert listed["AAPL", "1h"]["rows"] == 0
+
+
+def test_the_list_tells_what_is_held(open_api: OpenApi, csv: Path) -> None:
+    """Every series of the universe, in pages."""
+    client = open_api()
+    whole = client.get("/api/v1/data").json()
+    assert whole["total"] == len(whole["series"]) == 20
+    assert whole["next_offset"] is None
+    held = [each for each in whole["series"] if each["rows"]]
+    assert [(e["symbol"], e["timeframe"], e["rows"], e["first"], e["last"]) for e in held] == [
+        ("AAPL", "1d", 60, "2022-01-03T00:00:00Z", "2022-12-07T00:00:00Z")
+    ]
+    page = client.get("/api/v1/data?limit=3&offset=18").json()
+    assert page["series"] == whole["series"][18:]
+    assert client.get("/api/v1/data?limit=3").json()["next_offset"] == 3
+
+
+@pytest.mark.slow
+def test_gaps_are_those_of_the_command(open_api: OpenApi, csv: Path, tmp_path: Path) -> None:
+    """One truth for both doors."""
+    settings = settings_in(tmp_path)
+    answer = open_api(settings).get("/api/v1/data/AAPL/1d/gaps").json()
+    expected = json.loads(json.dumps(inspect_one("AAPL", "1d", settings).as_dict()))
+    assert answer["missing"] == expected["missing"]
+    assert (
+        answer["held"]
+        == expected["held"]
+        == {"rows": 60, "first": "2022-01-03T00:00:00Z", "last": "2022-12-07T00:00:00Z"}
+    )
