@@ -124,12 +124,14 @@ class Asker:
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         self._arrived = np.empty(0, np.int64)
-        rows = self._fetch_and_write(request, evidence)
+        answer = self._fetch(request, evidence)
+        doubted = answer if self._contradicts_calendar(answer, wanted) else None
+        rows = self._write(request, answer) if doubted is None else 0
         # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
         expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
         holes = self.find_holes(expected)
         asked, poor, found = [request], 0, len(holes)
-        while len(holes) and not self._lie_before_head(holes, request, evidence):
+        while len(holes) and (doubted is not None or not self._lie_before_head(holes, request, evidence)):
             if poor > MAX_CONFIRMATIONS:
                 raise DataError(
                     f"{len(asked)} answers each brought a few other bars and {len(holes)} are still missing",
@@ -137,13 +139,21 @@ class Asker:
                     advice="What arrived is in the file; run the load again.",
                 )
             again = self._reshape(holes, asked)
-            for other in again:
-                rows += self._fetch_and_write(other, evidence)
+            if doubted is None:
+                for other in again:
+                    rows += self._write(other, self._fetch(other, evidence))
+            else:
+                others = [(other, self._fetch(other, evidence)) for other in again]
+                self._refuse_contradiction(request, doubted, [theirs for _, theirs in others])
+                rows += self._write(request, doubted)
+                holes, doubted = self.find_holes(holes), None
+                found = len(holes)
+                rows += sum(self._write(other, theirs) for other, theirs in others)
             asked += again
             before, holes = holes, self.find_holes(holes)
             poor += len(before) - len(holes) < len(before) / 10  # a gateway may send little at a time, and get there
             if len(holes) == len(before):
-                if self._was_wordless and not self._lie_before_head(holes, request, evidence):
+                if self._was_wordless and not self._lie_before_head(holes, request, evidence, is_repeated=True):
                     raise TransientError(
                         f"{len(asked)} answers without a bar, and without a word that there are none",
                         advice="This is no proof of an empty window; run the load again.",
@@ -208,7 +218,45 @@ class Asker:
         if is_sparse and not self._store.read_sidecar(self._series).sparse:
             self._store.note(self._series, now=self._now(), sparse=True)
 
-    def _fetch_and_write(self, request: Request, evidence: list[Evidence]) -> int:
+    def _contradicts_calendar(self, answer: NormalisedAnswer, wanted: ExpectedBars) -> bool:
+        """True if ``answer`` has bars where none is expected and, between its first and last, lacks some where one is expected: a
+        calendar that is wrong looks like that, and so does an answer that is shifted. It is asked for again anyway, for what it
+        lacks; until then it is not written."""
+        opens = opens_of(answer.bars)
+        if self._series.timeframe.seconds > 86400 or not find_unexpected(wanted, opens, self._series.timeframe).any():
+            return False
+        covered = wanted.take(np.flatnonzero((wanted.opens >= opens[0]) & (wanted.opens <= opens[-1])))
+        lacking = covered.take(np.flatnonzero(~match_held(covered, opens, self._series.timeframe)))
+        return len(self.find_holes(lacking)) > 0
+
+    def _refuse_contradiction(
+        self, request: Request, doubted: NormalisedAnswer, others: Sequence[NormalisedAnswer]
+    ) -> None:
+        """``doubted`` stands if ``others`` repeat it where they overlap: the same bars where none is expected, the same prices.
+
+        Raises:
+            DataError: they do not, or there is nothing to compare; which of them is right cannot be told, and none is written.
+        """
+        ours = doubted.bars.set_index("timestamp")[["open", "high", "low", "close"]]
+        overlaps = False
+        for theirs in (other.bars.set_index("timestamp")[ours.columns] for other in others if len(other.bars)):
+            mine = ours.loc[(ours.index >= theirs.index[0]) & (ours.index <= theirs.index[-1])]
+            alien = find_unexpected(self._expected, opens_of(mine.reset_index()), self._series.timeframe)
+            both = mine.index.intersection(theirs.index)
+            overlaps |= len(both) > 0
+            differs = mine.loc[both].ne(theirs.loc[both]).any(axis=1).any()
+            if differs or not mine.index[alien].isin(theirs.index).all():
+                overlaps = False
+                break
+        if not overlaps:
+            raise DataError(
+                "an answer has bars where the calendar has none and lacks some that it has, and a second answer does not agree "
+                "with it",
+                doing=f"loading {self._series} {request.window}",
+                advice="Nothing of this window was written; run the load again.",
+            )
+
+    def _fetch(self, request: Request, evidence: list[Evidence]) -> NormalisedAnswer:
         raw = self._history.fetch(self._series, request)
         self._doubt_clock(raw.opens_s)
         self._check_scale(raw, request)
@@ -216,6 +264,9 @@ class Asker:
         self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
         evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
+        return answer
+
+    def _write(self, request: Request, answer: NormalisedAnswer) -> int:
         if not len(answer.bars):
             return 0
         self._arrived = np.union1d(self._arrived, opens_of(answer.bars))
@@ -325,18 +376,20 @@ class Asker:
         is_pending |= holes.closes > self._now_s
         return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
-    def _lie_before_head(self, holes: ExpectedBars, request: Request, evidence: list[Evidence]) -> bool:
+    def _lie_before_head(
+        self, holes: ExpectedBars, request: Request, evidence: list[Evidence], *, is_repeated: bool = False
+    ) -> bool:
         """True if ``holes`` are all older than anything held, and IB's head timestamp says too that they do not exist.
 
         The head timestamp alone proves nothing (it can be too late), an answer alone neither; together they are two
-        sources. It is asked for once, and only when an answer is empty at its old end. Of answers without a bar and without
-        a word (some gateways say "no data" so) two are needed besides.
+        sources. It is asked for once, and only when an answer is empty at its old end. An empty answer without a word counts
+        only once it ``is_repeated``.
         """
         extent = self._store.extent(self._series)
         if extent is not None and extent.first_open_s <= int(holes.opens[-1]):
             return False
         head_s = self._find_head_s()
-        if head_s is None or head_s <= int(holes.opens[-1]) or (self._was_wordless and len(evidence) < 2):
+        if (self._was_wordless and not is_repeated) or head_s is None or head_s <= int(holes.opens[-1]):
             return False
         if (
             extent is not None

@@ -15,6 +15,7 @@ import pytest
 from ktrdr_pipelines.bars import opens_of
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.errors import (
+    DataError,
     GatewayUnreachable,
     PacingError,
     PermanentError,
@@ -34,6 +35,7 @@ from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
 AAPL_1D = Series(stock("AAPL"), TIMEFRAMES["1d"])
 NOW = utc("2024-06-15")
+VALUES = ("open", "high", "low", "close", "volume")
 
 
 def load(
@@ -339,6 +341,35 @@ def test_bars_that_the_calendar_does_not_expect_are_kept_and_reported(store: Sto
     assert any("IB and the calendar disagree (1 bars" in notice for notice in job.report.notices)
 
 
+@pytest.mark.parametrize("series", [AAPL_1H, AAPL_1D], ids=["1h", "1d"])
+def test_an_answer_that_is_shifted_is_not_stored(store: Store, series: Series) -> None:
+    """Bars where the calendar has none and none where it has them, and a second answer knows nothing of that: one of the two is
+    wrong. The window has failed without a trace in the file, and the next run completes it."""
+    span = window("2024-01-02", "2024-02-20")
+    shift_s = 3600 if series.timeframe.is_intraday else 86400
+    shifted = lambda raw: RawBars(raw.opens_s - shift_s, *(getattr(raw, n) for n in VALUES))  # noqa: E731 - a fault
+    history = FakeHistory.of(series, span, script={1: shifted})
+    job, _ = load(store, history, series, span)
+    assert isinstance(job.report.failures[0].error, DataError)
+    assert set(held(store, series)) <= set(history.truth.tolist())
+    load(store, history, series, span)
+    assert held(store, series) == history.truth.tolist()
+    written = store.read_bars(series)
+    assert written["open"].tolist() == raw_bars(history.truth).open.tolist()
+
+
+def test_a_calendar_that_two_answers_disprove_costs_no_further_request(store: Store) -> None:
+    """A closed day and a Saturday session: the answer waits for the second one that its holes need anyway."""
+    span = window("2024-01-02", "2024-01-20")
+    expected = expected_bars(AAPL_1H, span).opens
+    closed = (expected >= utc("2024-01-10").timestamp()) & (expected < utc("2024-01-11").timestamp())
+    saturday = int(utc("2024-01-06T15:00:00").timestamp())
+    history = FakeHistory(np.sort(np.append(expected[~closed], saturday)))
+    job, _ = load(store, history, AAPL_1H, span)
+    assert held(store, AAPL_1H) == history.truth.tolist()
+    assert (job.report.status, job.report.proven_empty, len(history.requests)) == ("success", int(closed.sum()), 2)
+
+
 def test_bars_of_closed_time_are_kept_where_two_loads_meet(store: Store) -> None:
     """A gateway with a bar in every daily break: the one between the end of one load and the first missing bar of the next
     belongs to neither's gaps, and is not lost."""
@@ -427,6 +458,19 @@ def test_empty_answers_without_a_word_prove_nothing(store: Store) -> None:
     history.script.clear()
     load(store, history, AAPL_1H, span)
     assert held(store, AAPL_1H) == expected_bars(AAPL_1H, span).opens.tolist()
+
+
+def test_empty_answers_without_a_word_prove_what_the_head_timestamp_says_too(store: Store) -> None:
+    """A gateway that says "nothing there" with an empty list: twice asked, and older than its head timestamp, that is so."""
+    span = window("2024-01-02", "2024-05-01")
+    history = FakeHistory.of(AAPL_1H, window("2024-03-14", "2024-05-01"), head=utc("2024-03-14T13:30:00"))
+    wordless = lambda raw: raw if len(raw.opens_s) else raw_bars(raw.opens_s)  # noqa: E731 - a habit
+    history.script = dict.fromkeys(range(1, 40), wordless)
+    job, _ = load(store, history, AAPL_1H, span)
+    assert (job.report.status, held(store, AAPL_1H)) == ("success", history.truth.tolist())
+    asked = len(history.requests)
+    load(store, history, AAPL_1H, span)
+    assert len(history.requests) == asked
 
 
 def test_what_a_failed_window_completed_is_reported(store: Store) -> None:
