@@ -69,8 +69,8 @@ def test_a_window_that_failed_is_raised_after_the_others_were_kept(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     """A script cannot take half a load for a whole one; what came is held, and its notes say how much."""
-    gateway = start_gateway([FaultRule(kind="error", code=162, text="Unbekannter Fehler", nth=(2, 3, 4, 5))])
-    settings = make_settings(gateway.port)
+    gateway = start_gateway([FaultRule(kind="error", code=162, text="Unbekannter Fehler", nth=(2,))])
+    settings = make_settings(gateway.port, ib_retry_waits_s=())
     with pytest.raises(TransientError, match="Unbekannter Fehler") as caught:
         ktrdr.load("AAPL", "1h", "full", start="2024-01-01", end="2024-04-01", settings=settings)
     assert "bars were loaded and kept" in caught.value.__notes__[-1]
