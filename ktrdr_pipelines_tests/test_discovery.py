@@ -22,6 +22,7 @@ from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.listings import list_instruments
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.universe import DEFAULT_UNIVERSE, add_series, parse_universe, read_universe
+from ktrdr_pipelines_tests.fakes import MovingClock
 
 NOON = datetime(2025, 6, 11, 16, 0, tzinfo=UTC)
 Connect = Callable[..., IBHistory]
@@ -44,11 +45,12 @@ def now() -> Now:
 
 @pytest.fixture
 def connect(tmp_path: Path, now: Now) -> Iterator[Connect]:
+    clock = MovingClock()
     with ExitStack() as running:
 
         def make(port: int) -> IBHistory:
             address = GatewayAddress("127.0.0.1", port, state_dir=tmp_path, retry_waits_s=(), request_timeout_s=10)
-            return running.enter_context(IBHistory(address, sleep=lambda _: None, now=now))
+            return running.enter_context(IBHistory(address, sleep=clock.sleep, now=now, clock=clock))
 
         yield make
 
@@ -280,7 +282,7 @@ def test_a_head_timestamp_is_checked_remembered_and_cancelled(start_gateway: Any
         ("head", "", ""), ("history", "1 day", "1 Y")
     ]  # fmt: skip
     again = connect(gateway.port)
-    assert again.find_head(again.pin(rblx.instrument)) == datetime(2021, 3, 10, 14, 30, tzinfo=UTC)
+    assert estimate_history_start(rblx, again, earliest=EARLIEST, now=NOON) == start
     assert sum(r.kind == "head" for r in gateway.requests) == 1
 
 
