@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.discovery import SHORT_BAR_HISTORY, discover
+from ktrdr_pipelines.discovery import NO_CHOICE, SHORT_BAR_HISTORY, discover, symbols_file
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError, TransientError
 from ktrdr_pipelines.ib import pacing
 from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.codes import Hold, name_farm
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import IBHistory, describe_head
 from ktrdr_pipelines.ib.leases import ClientIds, LeasedId, in_use
 from ktrdr_pipelines.ib.ledger import Grant, WaitCancelled
@@ -367,17 +368,23 @@ def data_ranges(
         return DataRanges(now, tuple(found), history.requests_made)
 
 
-def discover_symbol(settings: Settings, symbol: str) -> Instrument:
-    """What ``symbol`` means: the instrument that the universe calls so, else what IB finds; with its conId. Nothing is kept.
+def list_discovered(settings: Settings) -> list[Instrument]:
+    """Instruments that IB was asked for a while ago and that are still remembered; nobody is asked."""
+    with IBHistory(_quick_address(settings)) as history:
+        return [known.instrument for known in symbols_file(history).list_found() if known.instrument is not None]
+
+
+def discover_symbol(settings: Settings, symbol: str, choice: Choice = NO_CHOICE) -> Instrument:
+    """What ``symbol`` means: with no ``choice`` the instrument that the universe calls so, else what IB finds; with its conId.
 
     Raises:
         InputError: no symbol, or several contracts fit. PermanentError: IB knows none. TransientError: IB did not answer.
     """
     file_symbol(symbol)
     universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-    instrument = universe.find_instrument(symbol)
+    instrument = universe.find_instrument(symbol) if choice == NO_CHOICE else None
     with IBHistory(_quick_address(settings)) as history:
-        return history.pin(instrument) if instrument else discover(symbol, history=history).instrument
+        return history.pin(instrument) if instrument else discover(symbol, history=history, choice=choice).instrument
 
 
 def cleanup(settings: Settings) -> Cleanup:

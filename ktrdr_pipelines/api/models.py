@@ -235,11 +235,15 @@ class Cleaned(Answer):
 
 
 class DiscoverRequest(BaseModel):
-    """A symbol to look up."""
+    """A symbol to look up; the other fields choose among several contracts of that name."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"symbol": "EURUSD"}]})
 
     symbol: Symbol
+    sec_type: Literal["", "STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD"] = ""
+    exchange: Annotated[str, StringConstraints(pattern=r"^([A-Z0-9][A-Z0-9.]{0,15})?$")] = ""
+    currency: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] = ""
+    con_id: Annotated[int, Field(ge=0, lt=1 << 31, description="IB's contract id; 0 is none.")] = 0
 
 
 class InstrumentType(StrEnum):

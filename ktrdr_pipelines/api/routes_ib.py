@@ -11,6 +11,7 @@ from ktrdr_pipelines.api import models
 from ktrdr_pipelines.api.refusals import refuse_problem
 from ktrdr_pipelines.api.sharing import Turnstile
 from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.series import Instrument
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.universe import read_universe
@@ -93,8 +94,9 @@ async def cleanup(request: Request) -> Any:
 async def discover(request: Request, wanted: models.DiscoverRequest) -> Any:
     """Tried in the specification's order. Several contracts of that name are a refusal that lists them."""
     settings, questions = _tools(request)
+    choice = Choice(wanted.sec_type, wanted.exchange, wanted.currency, wanted.con_id)
     found = await questions.share(
-        ("discover", wanted.symbol), lambda: gateway_info.discover_symbol(settings, wanted.symbol)
+        ("discover", wanted.symbol, choice), lambda: gateway_info.discover_symbol(settings, wanted.symbol, choice)
     )
     return _describe(found)
 
@@ -103,10 +105,11 @@ async def discover(request: Request, wanted: models.DiscoverRequest) -> Any:
 def discovered(
     request: Request, instrument_type: Annotated[models.InstrumentType | None, Query(description="Only these.")] = None
 ) -> Any:
-    """Those of the universe. IB is not asked."""
+    """Those of the universe, and those that IB was asked for not long ago. IB is not asked."""
     settings = _tools(request)[0]
     universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-    known = {series.instrument.symbol: series.instrument for series in universe}
+    known = {instrument.symbol: instrument for instrument in gateway_info.list_discovered(settings)}
+    known |= {series.instrument.symbol: series.instrument for series in universe}
     found = [_describe(each) for each in known.values()]
     if instrument_type is not None:
         found = [each for each in found if each.instrument_type is instrument_type]
