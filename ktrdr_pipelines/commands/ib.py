@@ -34,7 +34,7 @@ def status(as_json: bool) -> None:
     gateway 127.0.0.1:4001: connected as client 1, simulator account SIM0000001
       gateway time  2026-11-22T20:31:05Z, 0 s behind this machine
       link to IB    ok
-      farms         contracts secdefnj ok, history ushmds ok, quotes usfarm ok
+      farms         contracts secdefil ok, history ushmds ok, quotes usfarm ok
       client ids    none in use
       pacing        2 of 60 requests of the last ten minutes are used, 0 waiting; next free 2026-11-22T20:31:05Z
     """
@@ -59,8 +59,8 @@ def health(as_json: bool) -> None:
     healthy: 6 of 6 checks passed
       connection       ok  0.1 s  127.0.0.1:4001 as client 1, simulator account SIM0000001
       gateway time     ok  0.0 s  2026-11-22T20:31:05Z
-      contract lookup  ok  0.0 s  EUR CASH IDEALPRO USD European Monetary Union Euro conId 12087792
-      farms            ok  0.0 s  contracts secdefnj ok, history ushmds ok, quotes usfarm ok
+      contract lookup  ok  0.0 s  EUR CASH IDEALPRO USD EUR.USD simulated pair conId 12087792
+      farms            ok  0.0 s  contracts secdefil ok, history ushmds ok, quotes usfarm ok
       pacing ledger    ok  0.0 s  0 of 60 used, next free 2026-11-22T20:31:05Z
       data folder      ok  0.0 s  data can be written
     """
@@ -160,8 +160,8 @@ def symbols(symbol: str, as_json: bool) -> None:
     \b
     $ ktrdr ib symbols EURUSD
     EURUSD: 1 contract
-        sec type  symbol  exchange  currency  expiry  conId     zone   name
-        CASH      EUR     IDEALPRO  USD               12087792  EST5EDT  European Monetary Union Euro
+        sec type  symbol   exchange  currency  expiry     conId  zone              name
+        CASH      EUR.USD  IDEALPRO  USD               12087792  America/New_York  EUR.USD simulated pair
     """
     from ktrdr_pipelines.series import file_symbol
 

@@ -37,9 +37,9 @@ def list_all(as_json: bool) -> None:
 
     \b
     $ ktrdr universe list
-    series     kind           hours     shows     bars  held from             held to
-    AAPL 1h    STK SMART USD  regular   TRADES     287  2024-01-02T14:30:00Z  2024-02-29T20:00:00Z
-    EURUSD 1h  CASH IDEALPRO USD  extended  MIDPOINT  0  -  -
+    series     kind               hours     shows     bars  held from             held to
+    AAPL 1h    STK SMART USD      regular   TRADES     287  2024-01-02T14:30:00Z  2024-02-29T20:00:00Z
+    EURUSD 1h  CASH IDEALPRO USD  extended  MIDPOINT     0  -                     -
     """
     from ktrdr_pipelines.membership import list_series
 

@@ -89,7 +89,7 @@ def simulator_command(
 
     \b
     $ ktrdr simulator --port 4001
-    simulated gateway listening on 127.0.0.1:4001, synthetic bars of 12 instruments, account SIM0000001
+    simulated gateway listening on 127.0.0.1:4001, synthetic bars of 53 instruments, account SIM0000001
     """
     import asyncio
     import time
