@@ -19,7 +19,7 @@ from ktrdr_pipelines.coverage import bars_inside, widen
 from ktrdr_pipelines.errors import DataError, TransientError
 from ktrdr_pipelines.plan import Request, find_gaps, refetch_requests
 from ktrdr_pipelines.report import LoadReport
-from ktrdr_pipelines.scale import find_ratio, report_split
+from ktrdr_pipelines.scale import RESTATED_KINDS, find_ratio, report_split
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.source import Answer, History, IntArray
 from ktrdr_pipelines.store.series_store import Store
@@ -197,7 +197,7 @@ class Asker:
         Raises:
             ScaleChanged: they differ by a ratio.
         """
-        if not len(raw.opens_s):
+        if not len(raw.opens_s) or self._series.instrument.sec_type not in RESTATED_KINDS:
             return
         held = self._store.read_bars(
             self._series, Window.from_epoch(int(raw.opens_s.min()), int(raw.opens_s.max()) + 1)

@@ -21,8 +21,10 @@ def hold(data_dir: Path, series: Series, start: datetime, now: datetime, *, with
     """Write every bar that opens from ``start`` on and is complete at ``now``; not those at the indices ``without``."""
     opens = expected_bars(series, Window(start, now + timedelta(days=1)), complete_at_s=int(now.timestamp())).opens
     opens = np.delete(opens, list(without))
-    price = 100 + np.arange(len(opens)) % 50 / 8
-    bars = bars_from_columns(opens, price, price + 1, price - 1, price, np.ones(len(opens)))
+    # Of about the height of the simulator's: bars that differ by a ratio throughout look like a split.
+    unit = 0.01 if series.instrument.sec_type == "CASH" else 1.5
+    price = (105 + np.arange(len(opens)) % 50 / 8) * unit
+    bars = bars_from_columns(opens, price, price + unit, price - unit, price, np.ones(len(opens)))
     Store(data_dir).write(series, bars, answered=None, source="simulator", now=now)
 
 

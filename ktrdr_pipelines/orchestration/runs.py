@@ -71,7 +71,7 @@ def execute_load(
         end=format_instant(window.end) if window.end < last.window.end else "",
         mode=mode,
     )
-    run_id = str(uuid.uuid4())
+    run_id = run_id or str(uuid.uuid4())
     tags = {ORIGIN_TAG: origin, **owner_tag(run_id), "ktrdr/mode": mode, "ktrdr/series": series.name}
     if first == last:
         where: dict[str, object] = {"partition_key": first.key}

@@ -12,6 +12,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.simulator.command import make_clock, simulator_command
 from ktrdr_pipelines.simulator.wire import encode, frame
 
@@ -57,18 +58,20 @@ def test_command_serves_until_it_is_told_to_stop(tmp_path, number):
         (["--replay", "no/such/folder"], "is not a folder"),
         (["--faults", "no-such-file"], "cannot read faults"),
         (["--log", "no/such/folder/log"], "cannot write the log"),
-        (["--now", "yesterday"], "is not an instant"),
+        (["--now", "yesterday"], "is not a date"),
         (["--freeze"], "--freeze needs --now"),
         (["--zone", "Mars/Olympus"], "unknown time zone"),
         (["--host", "256.0.0.1"], "cannot listen on"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(options, message):
-    """What is wrong is said in one line; nothing is started."""
+    """What is wrong is said in one line, with the code of wrong input (`ktrdr` makes both of the error); nothing is started."""
     result = CliRunner().invoke(simulator_command, ["--port", "0", *options])
-    assert result.exit_code == 2
-    assert message in result.output
-    assert len(result.output.splitlines()) == 1
+    assert isinstance(result.exception, InputError)
+    assert result.exception.exit_code == 2
+    assert message in str(result.exception)
+    assert len(str(result.exception).splitlines()) == 1
+    assert result.output == ""
 
 
 def test_help_is_quick():
