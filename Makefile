@@ -27,7 +27,7 @@ test: lint clients
 ifeq ($(INITDB),)
 	@echo "No PostgreSQL on this machine: leaving out the tests of the pacing ledger in PostgreSQL."
 endif
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(INITDB),,-m "not postgres")
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(if $(INITDB),,-m "not postgres")
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from ktrdr_pipelines.series import Series, Timeframe, format_instant
 from ktrdr_pipelines.source import Answer
 
 RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
-"""Kinds whose history IB restates: splits of shares and of what follows them, rolls. Pairs, indices and plain futures have none."""
+"""Kinds whose history IB restates: splits of shares and of what follows them, rolls. Pairs, indices, plain futures have none."""
 
 LEAST_CHANGE = 0.02
 """Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""

@@ -46,7 +46,7 @@ MakeSettings = Callable[..., Settings]
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "4"))
 KILLS_PER_SERIES = 25
 """More would bring a series to the present."""
 SYMBOLS = ("AAPL", "MSFT", "SPY", "IBM", "KO", "JPM", "INTC", "AMD")
