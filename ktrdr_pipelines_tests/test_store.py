@@ -186,7 +186,7 @@ def as_dict(bars: pd.DataFrame) -> dict[int, tuple[float, ...]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(writes=_WRITES)
 def test_any_sequence_of_writes_equals_a_dictionary(writes: Writes, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Overlapping answers in any order: the file is what a dictionary of bars would be, counts included."""
@@ -205,7 +205,7 @@ def test_any_sequence_of_writes_equals_a_dictionary(writes: Writes, tmp_path_fac
 
 
 @pytest.mark.slow
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(writes=_WRITES)
 def test_thousands_of_splices_equal_a_dictionary(writes: Writes, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The splice alone, without schema and sidecar: bytes, counts and partition marks after any sequence."""
@@ -228,7 +228,7 @@ def test_thousands_of_splices_equal_a_dictionary(writes: Writes, tmp_path_factor
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(writes=_WRITES, seed=st.randoms(use_true_random=False))
 def test_the_order_of_agreeing_writes_does_not_matter(
     writes: Writes, seed: object, tmp_path_factory: pytest.TempPathFactory
