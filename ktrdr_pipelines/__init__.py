@@ -8,11 +8,9 @@ For notebooks and scripts:
     bars = ktrdr.read_bars("AAPL", "1h", "2024-01-01")      # a DataFrame
 
 `load` and `read_bars` are in `notebook.py` and imported when they are first used, so that `ktrdr --help` stays quick. To read
-the code, start at `series.py` (the nouns) and `load.py` (the use case).
+the code, start at `series.py` (the nouns) and `series_load.py` (the use case).
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,18 +29,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing the submodule `load.py` binds it here by its name; that name is the function's all the same."""
-
-    @property
-    def load(self) -> Any:
-        return __getattr__("load")
-
-    @load.setter
-    def load(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

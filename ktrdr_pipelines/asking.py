@@ -1,6 +1,6 @@
 """One planned request, from the question to the proof: fetch, cut, check, write, ask again for what is lacking.
 
-`load.py` decides which requests there are and what they complete; here each is settled: its bars are in the file, its
+`series_load.py` decides which requests there are and what they complete; here each is settled: its bars are in the file, its
 holes are proven by two sources (two differently shaped answers, or an answer and IB's head timestamp), or it has failed.
 """
 

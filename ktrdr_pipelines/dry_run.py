@@ -19,7 +19,6 @@ from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.ledger_store import ledger_path
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS, Entry
-from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.loading import choose_window, say_clipped
 from ktrdr_pipelines.modes import Mode
 from ktrdr_pipelines.orchestration.resources import GatewayResource
@@ -27,6 +26,7 @@ from ktrdr_pipelines.orchestration.runs import clip_to_partitions
 from ktrdr_pipelines.plan import Gap, Request
 from ktrdr_pipelines.report import Planned
 from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.source import History
 from ktrdr_pipelines.store.corrections import open_store

@@ -63,7 +63,8 @@ class Progress:
 
     def show_wait(self, waiting: Waiting) -> None:
         """Nothing seems to happen for a while, and this is why."""
-        text = f"waiting until {waiting.until:%H:%M:%S} UTC ({waiting.reason})"
+        until = f" until {waiting.until:%H:%M:%S} UTC" if waiting.until else ""
+        text = f"waiting{until} ({waiting.reason})"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, note=text)
         elif waiting.seconds >= LONG_WAIT_S:

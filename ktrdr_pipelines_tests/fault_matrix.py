@@ -21,10 +21,10 @@ import numpy as np
 
 from ktrdr_pipelines.ib.clock import Reading
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
-from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.modes import Held, Mode, resolve_window
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.simulator.durations import DurationRule
 from ktrdr_pipelines.simulator.faults import Asked, FaultRule
 from ktrdr_pipelines.simulator.habits import USUAL, Habits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from dagster._core.remote_representation.external_data import RepositorySnap
 
 from ktrdr_pipelines.definitions import build_defs
-from ktrdr_pipelines.ib.history import IBHistory
+from ktrdr_pipelines.ib.history import IBHistory, Waiting
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.door import Door, lend
 from ktrdr_pipelines.orchestration.instance import open_instance
@@ -28,6 +29,7 @@ from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.turns import taking_turn
 from ktrdr_pipelines.universe import DEFAULT_UNIVERSE
 from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.fakes import MovingClock, window
@@ -270,3 +272,25 @@ def test_waits_show_in_the_run_log_and_in_the_metadata(
     assert metadata["retries_of_run"] == 1
     assert metadata["retry_wait_s_of_run"] == 2.0
     assert metadata["pacing_wait_s_of_run"] == pytest.approx(13.5, abs=1.5)
+
+
+def test_a_run_waits_while_another_load_of_its_series_goes_on_and_says_so(
+    start_gateway: StartGateway, make_settings: MakeSettings, instance: dg.DagsterInstance
+) -> None:
+    settings = make_settings(start_gateway().port)
+    waits: list[Waiting] = []
+    with ExitStack() as another_load:
+        another_load.enter_context(taking_turn(settings.data_dir, AAPL_1H))
+
+        def end_the_other(waiting: Waiting) -> None:
+            waits.append(waiting)
+            another_load.close()
+
+        with lend(Door(on_wait=end_the_other)):
+            result = materialize(settings, instance, "2024-03-01")
+    assert result.success
+    (waiting,) = waits
+    assert waiting.until is None
+    assert "another load of AAPL 1h goes on" in waiting.reason
+    said = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert any(message == f"waiting: {waiting.reason}" for message in said)

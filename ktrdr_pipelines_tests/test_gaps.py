@@ -12,8 +12,8 @@ import pytest
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.gaps import Forming, Holding, Recorded, Why, find_forming, inspect_series
-from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.store.peek import peek
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window

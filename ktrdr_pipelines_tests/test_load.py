@@ -24,10 +24,10 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.modes import Held, Mode, resolve_window
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window

@@ -36,7 +36,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_the_name_load_stays_the_functions() -> None:
     """Whatever was imported before: there is a module of that name."""
-    import_module("ktrdr_pipelines.load")
+    import_module("ktrdr_pipelines.series_load")
     assert callable(ktrdr.load)
 
 

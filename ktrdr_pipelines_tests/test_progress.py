@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 
 import pytest
@@ -24,3 +25,9 @@ def test_waits_are_told_with_their_reason_and_end(
         progress.show_wait(Waiting("retry 1 of 3 after: the gateway said 10197", seconds, UNTIL))
     shown = capsys.readouterr().err
     assert ("waiting until 17:30:05 UTC (retry 1 of 3 after: the gateway said 10197)" in shown) is is_shown
+
+
+def test_a_wait_without_a_known_end_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(enabled=False) as progress:
+        progress.show_wait(Waiting("another load goes on", math.inf, None))
+    assert capsys.readouterr().err == "waiting (another load goes on)\n"

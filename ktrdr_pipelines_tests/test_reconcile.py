@@ -17,7 +17,6 @@ import pytest
 
 from ktrdr_pipelines.coverage import PartitionState, judge_partitions
 from ktrdr_pipelines.definitions import build_defs
-from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.modes import Mode
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.reconcile import Reconciler, ReconcileTick, compare
@@ -25,6 +24,7 @@ from ktrdr_pipelines.orchestration.requests import request_run
 from ktrdr_pipelines.orchestration.sensors import make_reconcile_sensor
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty

@@ -13,8 +13,8 @@ import pytest
 from ktrdr_pipelines.bars import opens_of
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
-from ktrdr_pipelines.load import Load
 from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway

@@ -45,7 +45,8 @@ class Teller(Progress):
             self.tell("window_failed", window=str(event.window))
 
     def show_wait(self, waiting: Waiting) -> None:
-        self.tell("waiting", until=format_instant(waiting.until), reason=waiting.reason)
+        until = format_instant(waiting.until) if waiting.until else None
+        self.tell("waiting", until=until, reason=waiting.reason)
 
 
 def execute(command: dict[str, Any], teller: Teller) -> None:

@@ -2,17 +2,20 @@
 
 The shape (a generator with ``output_required=False`` that yields one materialization per finished partition and raises
 ``Failure`` at the end) is the only one that marks exactly the right partitions (dagster_facts.md, 3). What a load does is
-`load.py`'s; what the UI shows is `metadata.py`'s and `checks.py`'s.
+`series_load.py`'s; what the UI shows is `metadata.py`'s and `checks.py`'s.
 """
 
+import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 import dagster as dg
 from pydantic import Field
 
 from ktrdr_pipelines.errors import InputError, KtrdrError
-from ktrdr_pipelines.load import Load
+from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.modes import Held, Mode, narrow_window
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.door import current_door
@@ -20,6 +23,8 @@ from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.series import Series, Window, parse_instant
+from ktrdr_pipelines.series_load import Load
+from ktrdr_pipelines.store.turns import taking_turn
 
 GATEWAY_POOL = "ib_gateway"
 """At most one step at a time talks to the gateway. The pacing budget is the ledger's, not this."""
@@ -105,30 +110,31 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         door = current_door()
         door.reports.append(report)
         try:
-            now = datetime.now(UTC)
-            report.notices += store.prepare(series, now=now).describe()
-            held = Held.of(store.extent(series), store.read_sidecar(series))
-            report.window = config.narrow(chosen, held)
-            load = Load(
-                series,
-                report.window,
-                store=store,
-                history=gateway.history,
-                limits=storage.history_limits,
-                now=lambda: datetime.now(UTC),
-                recheck_last=config.mode == Mode.TAIL and held is not None,
-                report=report,
-            )
-            for event in load.run():
-                door.on_event(series, event)
-                _log_event(context, series, event)
-                if isinstance(event, Completed):
-                    closes = store.read_bars(series, event.partition.window)["close"].tolist()
-                    yield dg.AssetMaterialization(
-                        key,
-                        partition=event.partition.key,
-                        metadata=describe_partition(event, report, closes, report.merged_file),
-                    )
+            with taking_turn(store.data_dir, series, on_wait=partial(_tell_of_another_load, context, series)):
+                now = datetime.now(UTC)
+                report.notices += store.prepare(series, now=now).describe()
+                held = Held.of(store.extent(series), store.read_sidecar(series))
+                report.window = config.narrow(chosen, held)
+                load = Load(
+                    series,
+                    report.window,
+                    store=store,
+                    history=gateway.history,
+                    limits=storage.history_limits,
+                    now=lambda: datetime.now(UTC),
+                    recheck_last=config.mode == Mode.TAIL and held is not None,
+                    report=report,
+                )
+                for event in load.run():
+                    door.on_event(series, event)
+                    _log_event(context, series, event)
+                    if isinstance(event, Completed):
+                        closes = store.read_bars(series, event.partition.window)["close"].tolist()
+                        yield dg.AssetMaterialization(
+                            key,
+                            partition=event.partition.key,
+                            metadata=describe_partition(event, report, closes, report.merged_file),
+                        )
         except KtrdrError as error:
             report.failures.append(Failure(report.window, error.while_doing(f"loading {series} {report.window}")))
             report.status = "failed"
@@ -140,6 +146,13 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             raise _failure(report)
 
     return bars
+
+
+def _tell_of_another_load(context: dg.AssetExecutionContext, series: Series, lock: Path) -> None:
+    """Another load of the series goes on, and this one waits for its turn."""
+    reason = f"another load of {series} goes on; `fuser {lock}` tells which process it is"
+    context.log.info(f"waiting: {reason}")
+    current_door().on_wait(Waiting(reason, math.inf, None))
 
 
 def _log_event(context: dg.AssetExecutionContext, series: Series, event: Event) -> None:
