@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
@@ -339,6 +339,21 @@ class Instrument:
     def ends_now(self) -> bool:
         """True where IB takes no end date: continuous futures and adjusted prices are told up to now, in one request."""
         return self.sec_type == "CONTFUT" or self.refreshes_whole
+
+    @property
+    def trades_until(self) -> date | None:
+        """The last date on which a future may still trade; None for what has no expiry, or where nobody said which.
+
+        A contract month is no date: a three-month rate future trades for a quarter beyond its own, none for longer. A week is
+        added to a date, since closed exchanges move it.
+        """
+        if self.sec_type != "FUT" or not re.fullmatch(r"[0-9]{6}([0-9]{2})?", self.expiry):
+            return None
+        year, month, day = int(self.expiry[:4]), int(self.expiry[4:6]), int(self.expiry[6:] or 1)
+        try:
+            return date(year, month, day) + timedelta(days=7 if self.expiry[6:] else 31 + 100)
+        except ValueError:
+            return None
 
     @property
     def refreshes_whole(self) -> bool:

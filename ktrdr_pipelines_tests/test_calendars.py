@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -335,6 +336,34 @@ def test_next_open_and_close() -> None:
 def test_next_complete_says_when_to_look_again(timeframe: str, after: str, complete: str) -> None:
     """The next bar is complete at the first close after the instant, over nights, weekends and holidays."""
     assert next_complete(Series(AAPL, TIMEFRAMES[timeframe]), at(after)) == at(complete)
+
+
+@pytest.mark.parametrize(
+    ("timeframe", "expiry", "last"),
+    [
+        ("1d", "20241220", "2024-12-27T00:00Z"),  # a week is added: closed exchanges move the date
+        ("1h", "20241220", "2024-12-27T21:00Z"),
+        ("1w", "20241218", "2024-12-27T00:00Z"),  # the week is expected in which it may trade last
+        ("1mo", "20241220", "2024-12-31T00:00Z"),
+        ("1d", "202412", "2025-04-11T00:00Z"),  # a month says less: a rate future trades for a quarter beyond its own
+    ],
+)
+def test_nothing_is_expected_of_a_future_that_has_expired(timeframe: str, expiry: str, last: str) -> None:
+    series = Series(Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", expiry=expiry), TIMEFRAMES[timeframe])
+    whole = expected_bars(series, window("2024-11-01", "2026-11-01"))
+    assert whole.opens[-1] == at(last).timestamp()
+    endless = Series(replace(series.instrument, expiry=""), series.timeframe)
+    before = expected_bars(endless, window("2024-11-01", "2026-11-01")).opens
+    assert np.array_equal(whole.opens, before[before <= at(last).timestamp()])
+    assert not len(expected_bars(series, window("2025-06-01", "2025-09-01")))
+    assert next_complete(series, at("2024-12-02T15:00Z")) == next_complete(endless, at("2024-12-02T15:00Z"))
+    assert next_complete(series, at("2025-06-02T15:00Z")) is None
+
+
+@pytest.mark.parametrize("expiry", ["", "20241341", "December", "2024"])
+def test_an_expiry_that_is_no_date_ends_nothing(expiry: str) -> None:
+    assert Instrument("ESZ4", "FUT", "CME", "USD", expiry=expiry).trades_until is None
+    assert Instrument("AAPL", "STK", "SMART", "USD", expiry="202412").trades_until is None
 
 
 def test_session_windows_are_whole_sessions() -> None:

@@ -24,7 +24,7 @@ from ktrdr_pipelines.orchestration.schedules import make_tail_schedules
 from ktrdr_pipelines.orchestration.sensors import TailTick, decide_tail, make_tail_sensor, read_cursor, write_cursor
 from ktrdr_pipelines.orchestration.tail import Attempt, Due, HeldEnds, group_due
 from ktrdr_pipelines.partitions import partition_at
-from ktrdr_pipelines.series import TIMEFRAMES, Series, Window, forex, stock
+from ktrdr_pipelines.series import TIMEFRAMES, Instrument, Series, Window, forex, stock
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.store.sidecar import ProvenEmpty
@@ -76,6 +76,19 @@ def test_a_complete_tail_in_an_open_market_says_that_it_is_open(offline: Setting
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY)
     found = tick(offline, [AAPL_1H], TUESDAY + timedelta(minutes=30))
     assert found.reasons == ["1h: market open and tail complete until 2024-03-05T17:00:10Z"]
+
+
+def test_an_expired_future_is_never_due_again_while_its_successor_is(offline: Settings) -> None:
+    """They trade by one calendar; what is known of one must not be taken for the other."""
+    expired, successor = (
+        Series(Instrument(name, "FUT", "CME", "USD", ib_symbol="ES", expiry=expiry), TIMEFRAMES["1h"])
+        for name, expiry in (("ESZ3", "20231215"), ("ESM4", "20240621"))
+    )
+    hold(offline.data_dir, expired, utc("2023-12-01"), utc("2023-12-23"))
+    hold(offline.data_dir, successor, MARCH, utc("2024-03-05"))
+    (request,) = tick(offline, [expired, successor], TUESDAY).requests
+    assert request.asset_selection == [asset_key(successor)]
+    assert tick(offline, [expired], TUESDAY).reasons == ["1h: all have expired and are complete"]
 
 
 @pytest.mark.parametrize(("late_s", "requests"), [(0, 0), (9, 0), (10, 1), (299, 1)])

@@ -64,8 +64,8 @@ def expected_bars(series: Series, window: Window, *, complete_at_s: int | None =
     """The bars of ``series`` whose stamp lies in the half-open ``window``.
 
     With ``complete_at_s`` (epoch seconds, the caller's now) only those complete by then: closed at or before it. A half
-    day yields fewer bars, a holiday none. Two million bars take about 30 ms, a day of them about 0.1 ms; the arrays may be
-    shared with other callers and are read-only.
+    day yields fewer bars, a holiday none, a future that has expired none (`Instrument.trades_until`). Two million bars take
+    about 30 ms, a day of them about 0.1 ms; the arrays may be shared with other callers and are read-only.
 
     Raises:
         InputError: no calendar is known for the instrument, or ``window`` is outside the years of `check_years`.
@@ -76,19 +76,39 @@ def expected_bars(series: Series, window: Window, *, complete_at_s: int | None =
         bars = _cut(_make_intraday(table, series.timeframe.seconds, window.start_s, window.end_s), window)
     else:
         bars = _cut(_make_by_date(table, series.timeframe.name), window)
+    last = _last_session(series, table)
+    if last is not None:
+        bars = bars.take(slice(0, int(np.searchsorted(bars.sessions, last, side="right"))))
     if complete_at_s is not None:
         bars = bars.take(slice(0, int(np.searchsorted(bars.closes, complete_at_s, side="right"))))
     return bars
 
 
-def next_complete(series: Series, after: datetime) -> datetime:
-    """When the next bar of ``series`` is complete: the earliest close after ``after`` (aware). In UTC.
+def _last_session(series: Series, table: SessionTable) -> int | None:
+    """The session of ``table`` that the last bar of ``series`` may belong to; None: there is always another one. A week or month
+    is numbered by its last session, even if the instrument expires within it."""
+    until = series.instrument.trades_until
+    if until is None:
+        return None
+    midnight = datetime(until.year, until.month, until.day, tzinfo=UTC)
+    last = int(np.searchsorted(table.dates, int(midnight.timestamp()), side="right")) - 1
+    if series.timeframe.is_intraday:
+        return last
+    numbers = _make_by_date(table, series.timeframe.name).sessions
+    return int(numbers[min(int(np.searchsorted(numbers, last)), len(numbers) - 1)])
+
+
+def next_complete(series: Series, after: datetime) -> datetime | None:
+    """When the next bar of ``series`` is complete: the earliest close after ``after`` (aware). In UTC. None: it has expired.
 
     Raises:
         InputError: no calendar is known, or there is no later bar in the years that calendars cover.
     """
     after_s = int(require_utc(after).timestamp() // 1)
     table = table_of(series.instrument)
+    until = series.instrument.trades_until
+    if until is not None and require_utc(after).date() > until:
+        return None
     if series.timeframe.is_intraday:
         lo = int(np.searchsorted(table.ends, after_s, side="right"))
         closes = _fill_segments(table, series.timeframe.seconds, lo, lo + 1).closes

@@ -131,7 +131,10 @@ def _decide_timeframe(
 
 
 def _describe_complete(complete: Iterable[Series], tails: Tails) -> str:
-    at, is_open = min(tails.find_next(s) for s in complete)
+    nexts = [following for s in complete if (following := tails.find_next(s)) is not None]
+    if not nexts:
+        return "all have expired and are complete"
+    at, is_open = min(nexts)
     return f"market {'open' if is_open else 'closed'} and tail complete until {format_instant(at)}"
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -160,14 +160,18 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
     return (state.st_mtime_ns, state.st_size, state.st_ino)
 
 
+_Key = tuple[str, Hours, str, date | None]
+"""Calendar, hours, timeframe and, of a future, its end: series with one key expect the same bars."""
+
+
 class Tails:
     """Judges many series at one instant; what they share (calendar, timeframe, last held bar) is computed once."""
 
     def __init__(self, settings: Settings, held: HeldEnds, now: datetime) -> None:
         self._settings, self._held, self._now = settings, held, now
-        self._newest: dict[tuple[str, Hours, str], int | None] = {}
-        self._after: dict[tuple[str, Hours, str, int], ExpectedBars] = {}
-        self._next: dict[tuple[str, Hours, str], tuple[datetime, bool]] = {}
+        self._newest: dict[_Key, int | None] = {}
+        self._after: dict[tuple[_Key, int], ExpectedBars] = {}
+        self._next: dict[_Key, tuple[datetime, bool] | None] = {}
 
     def last_held_s(self, series: Series) -> int | None:
         """See `HeldEnds.last_held_s`."""
@@ -205,17 +209,19 @@ class Tails:
         last = partition_at(timeframe, datetime.fromtimestamp(int(missing.opens[-1]), UTC))
         return Due(series, first, last, last_held_s, int(missing.closes[-1]))
 
-    def find_next(self, series: Series) -> tuple[datetime, bool]:
-        """When the next bar of ``series`` will be due, and whether its market is open now."""
+    def find_next(self, series: Series) -> tuple[datetime, bool] | None:
+        """When the next bar of ``series`` will be due, and whether its market is open now; None: it has expired."""
         key = self._key(series)
         if key not in self._next:
             settling = timedelta(seconds=settling_s(series.timeframe, self._settings))
-            due = next_complete(series, self._now - settling) + settling
-            self._next[key] = (due, is_open(series.instrument, self._now))
+            closes = next_complete(series, self._now - settling)
+            is_open_now = is_open(series.instrument, self._now)
+            self._next[key] = None if closes is None else (closes + settling, is_open_now)
         return self._next[key]
 
-    def _key(self, series: Series) -> tuple[str, Hours, str]:
-        return (calendar_of(series.instrument), series.instrument.hours, series.timeframe.name)
+    def _key(self, series: Series) -> _Key:
+        instrument = series.instrument
+        return (calendar_of(instrument), instrument.hours, series.timeframe.name, instrument.trades_until)
 
     def _settled_s(self, series: Series) -> int:
         return int(self._now.timestamp()) - settling_s(series.timeframe, self._settings)
@@ -231,7 +237,7 @@ class Tails:
         return self._newest[key]
 
     def _bars_after(self, series: Series, last_held_s: int) -> ExpectedBars:
-        key = (*self._key(series), last_held_s)
+        key = (self._key(series), last_held_s)
         if key not in self._after:
             end = max(self._now + timedelta(days=1), datetime.fromtimestamp(last_held_s + 1, UTC))
             window = Window(datetime.fromtimestamp(last_held_s + 1, UTC), end)
