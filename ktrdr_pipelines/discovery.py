@@ -54,9 +54,14 @@ class Discovered:
 
 
 def symbols_file(history: IBHistory) -> KnownSymbols:
-    """What this gateway's login was told of symbols: one file for each, beside the pacing ledger."""
+    """What was told of symbols at this gateway's address: one file for each, beside the pacing ledger. For listing; what counts
+    for an account, `_known_to_account` tells."""
     key = "".join(c if c.isalnum() else "_" for c in history.address.login)
     return KnownSymbols(history.address.state_dir / "ib" / f"symbols_{key}.json", history.now)
+
+
+def _known_to_account(history: IBHistory) -> KnownSymbols:
+    return replace(symbols_file(history), account=history.account)
 
 
 def discover(
@@ -70,7 +75,7 @@ def discover(
         InputError: no symbol at all, or its conId is another instrument's. KtrdrError: IB could not be asked.
     """
     candidates = list_candidates(symbol, choice)
-    known = known or symbols_file(history)
+    known = known or _known_to_account(history)
     key = " ".join((candidates[0].symbol if candidates else symbol, choice.sec_type, choice.exchange, choice.currency,
                     str(choice.con_id or "")))  # fmt: skip
     before = known.find(key)
@@ -100,20 +105,7 @@ def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Di
         return None
     except KtrdrError as error:
         raise error.while_doing(doing) from None
-    instrument = complete_instrument(candidate, contract)
-    if candidate.con_id and not _is_named(candidate.symbol, contract):
-        raise InputError(
-            f"conId {contract.con_id} is {contract.describe()}, not {candidate.symbol}",
-            doing=doing,
-            advice="Write the symbol that belongs to the conId.",
-        )
-    return Discovered(_settle_calendar(instrument), contract)
-
-
-def _is_named(symbol: str, contract: ContractInfo) -> bool:
-    names = {contract.symbol, contract.local_symbol, contract.symbol + contract.currency}
-    plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
-    return "".join(c for c in symbol.upper() if c.isalnum()) in plain
+    return Discovered(_settle_calendar(complete_instrument(candidate, contract)), contract)
 
 
 def _settle_calendar(instrument: Instrument) -> Instrument:
@@ -240,7 +232,7 @@ def estimate_history_start(
 
 
 def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
-    known = symbols_file(history)
+    known = _known_to_account(history)
     if (before := known.find_head(pinned)) is not None:
         return before.head
     head = history.find_head(pinned)

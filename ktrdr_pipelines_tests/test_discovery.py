@@ -20,6 +20,7 @@ from ktrdr_pipelines.ib.known_symbols import FOUND_KEPT, NONE_KEPT, KnownSymbols
 from ktrdr_pipelines.series import TIMEFRAMES, Instrument, Series, stock
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.listings import list_instruments
+from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.universe import DEFAULT_UNIVERSE, add_series, parse_universe, read_universe
 from ktrdr_pipelines_tests.fakes import MovingClock
@@ -160,6 +161,31 @@ def test_what_was_found_is_remembered_and_expires(start_gateway: Any, connect: C
     assert asked
     known.path.unlink()
     assert discover("TSLA", history=third, known=known).instrument == found.instrument
+
+
+def test_what_one_account_was_told_does_not_count_for_another(start_gateway: Any, connect: Connect, now: Now) -> None:
+    """The simulator today and IB tomorrow, at one address: TSLA's conId of the one is Coca-Cola's at the other."""
+    ids = {listing.symbol: listing.con_id for listing in list_instruments() if listing.currency == "USD"}
+    swapped = {ids["TSLA"]: ids["KO"], ids["KO"]: ids["TSLA"]}
+    elsewhere = tuple(replace(each, con_id=swapped.get(each.con_id, each.con_id)) for each in list_instruments())
+    with run_in_thread(SyntheticMarket(), judge=False) as simulator:
+        port = simulator.port
+        assert discover("TSLA", history=connect(port)).instrument.con_id == ids["TSLA"]
+    with run_in_thread(SyntheticMarket(listings=elsewhere), judge=False, account="DU1234567", port=port):
+        assert discover("TSLA", history=connect(port)).instrument.con_id == ids["KO"]
+
+
+def test_continuous_futures_are_remembered_side_by_side(history: IBHistory) -> None:
+    """They have no conId that could tell them apart."""
+    known = replace(symbols_file(history), account="DU1")
+    es, nq = (Instrument(symbol, "CONTFUT", "CME", "USD") for symbol in ("ES", "NQ"))
+    for future in (es, nq):
+        known.remember(future.symbol, future, None)
+    assert [each.instrument for each in symbols_file(history).list_found()] == [es, nq]
+    known.remember_head(es, NOON)
+    assert known.find_head(es) is not None
+    assert known.find_head(nq) is None
+    assert replace(known, account="DU2").find_head(es) is None
 
 
 def test_that_there_is_none_is_remembered_for_minutes_only(history: IBHistory, now: Now) -> None:

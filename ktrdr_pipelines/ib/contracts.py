@@ -159,9 +159,15 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
 
     Raises:
         PermanentError: none fits.
-        InputError: several fit; the message lists each with its conId.
+        InputError: several fit; the message lists each with its conId. Or the conId belongs to another symbol.
     """
     fitting = {d.con_id: d for d in details if _fits(instrument, d)}
+    for found in fitting.values():
+        if instrument.con_id and not _is_named(instrument, found):
+            raise InputError(
+                f"conId {found.con_id} is {found.describe()}, not {instrument.ib_symbol}",
+                advice="Write the symbol that belongs to the conId, or the conId of the symbol (`ktrdr ib symbols` tells it).",
+            )
     if not fitting:
         offered = "; ".join(d.describe() for d in list(details)[:5]) or "nothing"
         raise PermanentError(
@@ -184,15 +190,30 @@ _KINDS = {"CONTFUT": ("CONTFUT", "FUT")}
 
 
 def _fits(instrument: Instrument, info: ContractInfo) -> bool:
-    if instrument.con_id:
-        return info.con_id == instrument.con_id
+    if instrument.con_id and info.con_id != instrument.con_id:
+        return False
+    fits = (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,))) and (
+        not info.currency or not instrument.currency or info.currency == instrument.currency
+    )
+    # A conId says which venue and expiry; but bars of another kind, or in another currency, must never get into the file.
+    return fits and (bool(instrument.con_id) or _fits_unpinned(instrument, info))
+
+
+def _fits_unpinned(instrument: Instrument, info: ContractInfo) -> bool:
     return (
-        (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,)))
-        and (not info.currency or not instrument.currency or info.currency == instrument.currency)
-        and (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
+        (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
         and (not instrument.expiry or _expires(info, instrument.expiry))
         and (not _is_meant_by_code(instrument) or info.local_symbol in ("", instrument.symbol))
     )
+
+
+def _is_named(instrument: Instrument, info: ContractInfo) -> bool:
+    """True if ``info`` can be called as ``instrument`` is: by its symbol, its local symbol or as a pair; signs do not matter."""
+    names = {info.symbol, info.local_symbol, info.symbol + info.currency}
+    if not (info.symbol or info.local_symbol):
+        return True  # this gateway tells no symbols
+    plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
+    return "".join(c for c in instrument.ib_symbol.upper() if c.isalnum()) in plain
 
 
 def _is_meant_by_code(instrument: Instrument) -> bool:
@@ -215,7 +236,9 @@ def _homes(info: ContractInfo) -> Sequence[str]:
 
 def _words(instrument: Instrument) -> str:
     if instrument.con_id:
-        return f"{instrument.sec_type} with conId {instrument.con_id}"
+        return f"{instrument.sec_type} with conId {instrument.con_id}" + (
+            f" in {instrument.currency}" if instrument.currency else ""
+        )
     return f"{instrument.sec_type} {instrument.ib_symbol}" + (
         f" in {instrument.currency}" if instrument.currency else ""
     )
