@@ -23,8 +23,9 @@ RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
 LEAST_CHANGE = 0.02
 """Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
 
-LEAST_ROLL = 0.0005
-"""The same of continuous futures, which may be restated at a roll by the distance of two contracts; three bars have to agree."""
+LEAST_ROLL, BARS_TO_SHOW_A_ROLL = 0.0005, 3
+"""The same of continuous futures, which may be restated at a roll by the distance of two contracts; and how many bars have to
+agree that so little is no revision."""
 
 _PRICES = ("open", "high", "low", "close")
 
@@ -41,7 +42,7 @@ def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) ->
         return None
     old = held[list(_PRICES)].to_numpy(np.float64)[at]
     new = np.column_stack([np.asarray(getattr(answer, name), dtype=np.float64)[of_answer] for name in _PRICES])
-    least = LEAST_ROLL if may_roll and len(at) >= 3 else LEAST_CHANGE
+    least = LEAST_ROLL if may_roll and len(at) >= BARS_TO_SHOW_A_ROLL else LEAST_CHANGE
     with np.errstate(all="ignore"):
         ratios = new / old
         ratio = np.median(ratios, axis=1)
