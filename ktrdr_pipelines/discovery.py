@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from ktrdr_pipelines.calendars import calendar_of
-from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
+from ktrdr_pipelines.errors import BugError, GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.contracts import (
     Choice,
     ContractInfo,
+    NoContractTold,
     choose_contract,
     complete_instrument,
     list_candidates,
@@ -84,11 +85,19 @@ def discover(
     if before is not None:
         raise _unknown(symbol, candidates, [], f"asked {format_instant(before.asked_at)}, asked again after "
                        f"{format_instant(before.until)}")  # fmt: skip
+    doubts: list[KtrdrError] = []
     for candidate in candidates:
-        found = _try_candidate(symbol, candidate, history)
+        try:
+            found = _try_candidate(symbol, candidate, history)
+        except (NoContractTold, BugError) as error:
+            # What is no proper question for one kind (321) may be one for the next; but then nobody said that there is none.
+            doubts.append(error)
+            continue
         if found is not None:
             known.remember(key, found.instrument, found.contract)
             return found
+    if doubts:
+        raise doubts[-1]
     known.remember(key, None, None)
     raise _unknown(symbol, candidates, history.find_matching(symbol.strip()), "")
 
@@ -223,8 +232,6 @@ def estimate_history_start(
     head = _find_head(pinned, history)
     if head is None:
         return earliest
-    if head > now:
-        raise InputError(f"IB says that {series} begins in the future ({head.isoformat()})", advice="Give --start.")
     if head <= earliest:
         return earliest
     first = _find_older(pinned, head, history)
@@ -236,6 +243,9 @@ def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
     if (before := known.find_head(pinned)) is not None:
         return before.head
     head = history.find_head(pinned)
+    if head is not None and head > history.now():
+        log.warning("IB says that %s begins in the future (%s): not believed", pinned.symbol, head.date())
+        return None
     if head is not None:
         known.remember_head(pinned, head)
     return head

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ktrdr_pipelines.discovery import discover, estimate_history_start, identify_series, symbols_file
-from ktrdr_pipelines.errors import InputError, PermanentError
-from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice
+from ktrdr_pipelines.errors import BugError, InputError, KtrdrError, PermanentError
+from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, NoContractTold
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.known_symbols import FOUND_KEPT, NONE_KEPT, KnownSymbols
 from ktrdr_pipelines.series import TIMEFRAMES, Instrument, Series, stock
@@ -139,6 +139,37 @@ def test_a_choice_that_cannot_be_meant_is_refused(choice: dict[str, Any]) -> Non
     """Before anything is asked."""
     with pytest.raises(InputError):
         Choice(**choice)
+
+
+@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
+def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, doubt: KtrdrError) -> None:
+    """GOOGLE has the form of a pair. What IB does with that question decides nothing about the stock."""
+    google = ContractInfo(1, "GOOGLE", "STK", "NASDAQ", "USD", valid_exchanges="SMART,NASDAQ")
+
+    def describe(instrument: Instrument, _: str) -> list[ContractInfo]:
+        if instrument.sec_type == "CASH":
+            raise doubt
+        return [google]
+
+    history.describe = describe  # type: ignore[method-assign]
+    assert discover("GOOGLE", history=history).contract == google
+
+
+@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
+def test_an_answer_that_says_nothing_is_no_proof_that_there_is_none(history: IBHistory, doubt: KtrdrError) -> None:
+    """Where IB knew none of the other kinds, the doubt is what is told, and it is not remembered."""
+
+    def describe(instrument: Instrument, _: str) -> list[ContractInfo]:
+        if instrument.sec_type == "STK":
+            raise doubt
+        return []
+
+    ask = history.describe
+    history.describe = describe  # type: ignore[method-assign]
+    with pytest.raises(type(doubt)):
+        discover("TSLA", history=history)
+    history.describe = ask  # type: ignore[method-assign]
+    assert discover("TSLA", history=history).instrument == stock("TSLA")
 
 
 # -- what is remembered -----------------------------------------------------------------------------------------------------
@@ -326,6 +357,20 @@ def test_bars_before_the_head_timestamp_move_the_start(start_gateway: Any, conne
     assert moved == datetime(2021, 3, 3, tzinfo=UTC)
     never = estimate_history_start(Series(stock("AAPL"), TIMEFRAMES["1h"]), history, earliest=EARLIEST, now=NOON)
     assert never == EARLIEST
+
+
+def test_a_head_timestamp_in_the_future_is_not_believed_and_not_remembered(
+    start_gateway: Any, connect: Connect, now: Now
+) -> None:
+    """A hint that cannot be true is as good as none; nobody but IB did anything wrong."""
+    market = SyntheticMarket()
+    true_head = market.head
+    market.head = lambda *_, **__: int(NOON.timestamp()) + 90 * 86400  # type: ignore[method-assign]
+    gateway = start_gateway(market=market, clock=lambda: now().timestamp())
+    rblx = Series(stock("RBLX"), TIMEFRAMES["1h"])
+    assert estimate_history_start(rblx, connect(gateway.port), earliest=EARLIEST, now=NOON) == EARLIEST
+    market.head = true_head  # type: ignore[method-assign]
+    assert estimate_history_start(rblx, connect(gateway.port), earliest=EARLIEST, now=NOON).year == 2021
 
 
 def test_without_an_answer_to_the_check_the_hint_stays_a_hint(start_gateway: Any, connect: Connect) -> None:

@@ -279,6 +279,38 @@ def test_a_roll_that_restates_a_continuous_future_is_noticed(store: Store) -> No
     assert "roll" in str(job.report.failures[0].error)
 
 
+@pytest.mark.parametrize("offset", [2.75, 0.03, -0.01])
+def test_a_roll_of_any_size_is_noticed(store: Store, offset: float) -> None:
+    """Contracts of a flat curve lie close together: every bar has moved by as much, however little."""
+    span = window("2024-06-03", "2024-06-13")
+    load(store, FakeHistory.of(CONTINUOUS, span), CONTINUOUS, span, now=utc("2024-06-13"))
+    before = store.csv_path(CONTINUOUS).read_bytes()
+
+    def move(raw: RawBars) -> RawBars:
+        return replace(raw, **{n: np.round(getattr(raw, n) + offset, 2) for n in ("open", "high", "low", "close")})
+
+    history = FakeHistory.of(CONTINUOUS, window("2024-06-03", "2024-06-15"), script=always(move))
+    job, _ = load(store, history, CONTINUOUS, window("2024-06-12T20:00", "2024-06-15"), recheck_last=True)
+    assert store.csv_path(CONTINUOUS).read_bytes() == before
+    assert f"by about {offset:+g}" in str(job.report.failures[0].error)
+
+
+def test_a_revised_bar_of_a_continuous_future_is_no_roll(store: Store) -> None:
+    """A settlement price that is corrected, in the last bar alone."""
+    span = window("2024-06-03", "2024-06-13")
+    load(store, FakeHistory.of(CONTINUOUS, span), CONTINUOUS, span, now=utc("2024-06-13"))
+
+    def revise(raw: RawBars) -> RawBars:
+        close = raw.close.copy()
+        close[raw.opens_s < utc("2024-06-13").timestamp()] += 0.01
+        return replace(raw, close=close, high=np.maximum(raw.high, close))
+
+    history = FakeHistory.of(CONTINUOUS, window("2024-06-03", "2024-06-15"), script=always(revise))
+    job, _ = load(store, history, CONTINUOUS, window("2024-06-12T20:00", "2024-06-15"), recheck_last=True)
+    assert job.report.status == "success"
+    assert job.report.revised_bars > 0
+
+
 def test_what_lies_before_the_reach_of_a_continuous_future_is_a_failure_not_a_gap_without_bars(store: Store) -> None:
     """An old window is refused in words; nothing is asked and nothing proven empty."""
     history = FakeHistory.of(CONTINUOUS, window("2020-01-01", "2024-06-15"))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ktrdr_pipelines.errors import InputError, PermanentError
+from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
 from ktrdr_pipelines.series import (
     DEFAULT_EXCHANGES,
     DEFAULT_WHAT_TO_SHOW,
@@ -65,6 +65,13 @@ class AmbiguousSymbol(InputError):
         self.candidates = tuple(candidates)
 
 
+class NoContractTold(TransientError):
+    """IB ended its answer without a contract, and without the word (200) that there is none: no proof of anything. Not tried
+    again at once: where one gateway stumbles, another may always answer like this."""
+
+    retry_helps = False
+
+
 @dataclass(frozen=True, slots=True)
 class ContractInfo:
     """What IB's contract details say of one contract; strings as IB spells them, empty where it says nothing."""
@@ -95,6 +102,8 @@ class ContractInfo:
         where = self.primary_exchange or self.exchange
         code = self.local_symbol if self.sec_type == "FUT" else ""
         parts = [code or self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name]
+        if self.sec_type == "FUT":  # products of one name differ in these (silver: SI 5000, SIL 1000)
+            parts += [self.trading_class, self.multiplier and f"x {self.multiplier}"]
         parts.append(f"conId {self.con_id}")
         return " ".join(part for part in parts if part)
 
@@ -179,8 +188,9 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
         raise AmbiguousSymbol(
             f"{instrument.symbol} is ambiguous: {'; '.join(d.describe() for d in candidates)}",
             candidates,
-            advice="Choose one: --con-id (or --sec-type, --exchange, --currency), or put its con_id (or primary_exchange) in "
-            "the universe file.",
+            advice="Choose one: --con-id (or --sec-type, --exchange, --currency), or put its con_id "
+            + ("(or expiry)" if instrument.sec_type == "FUT" else "(or primary_exchange)")
+            + " in the universe file.",
         )
     return next(iter(fitting.values()))
 
