@@ -40,7 +40,8 @@ End = Annotated[models.Time | None, Query(description="Not included. ISO 8601; w
 async def load(
     request: Request, wanted: models.LoadRequest, wait: Annotated[bool | None, Query(description=_NO_WAIT)] = None
 ) -> Any:
-    """Queues a load, which becomes a Dagster run like any other. A load like one that is queued or going is that one.
+    """Queues a load, which becomes a Dagster run like any other. A load like one that is queued or going is that one. A symbol
+    that the universe does not name is looked up; several contracts of that name are a refusal that lists them.
 
     The answer of a load that failed as a whole is a refusal; with ``partial`` some windows failed, which ``failures`` lists.
     """
@@ -145,12 +146,17 @@ def make_order(wanted: models.LoadRequest) -> LoadOrder:
     """
     file_symbol(wanted.symbol)
     first, last = parse_range(wanted.start or wanted.start_date, wanted.end or wanted.end_date, now=utc_now())
+    choice = wanted.choice()
     return LoadOrder(
         wanted.symbol,
         parse_timeframe(wanted.timeframe).name,
         str(wanted.mode),
         format_instant(first) if first else None,
         format_instant(last) if last else None,
+        choice.sec_type,
+        choice.exchange,
+        choice.currency,
+        choice.con_id,
     )
 
 
@@ -200,6 +206,10 @@ def _describe(loads: Loads, record: LoadRecord) -> models.LoadProgress:
         "mode": order.mode,
         "start": order.start,
         "end": order.end,
+        "sec_type": order.sec_type,
+        "exchange": order.exchange,
+        "currency": order.currency,
+        "con_id": order.con_id,
         "accepted_at": record.accepted_at,
         "started_at": record.started_at,
         "ended_at": record.ended_at,

@@ -11,7 +11,6 @@ from ktrdr_pipelines.api import models
 from ktrdr_pipelines.api.refusals import refuse_problem
 from ktrdr_pipelines.api.sharing import Turnstile
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.series import Instrument
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.universe import read_universe
@@ -94,7 +93,7 @@ async def cleanup(request: Request) -> Any:
 async def discover(request: Request, wanted: models.DiscoverRequest) -> Any:
     """Tried in the specification's order. Several contracts of that name are a refusal that lists them."""
     settings, questions = _tools(request)
-    choice = Choice(wanted.sec_type, wanted.exchange, wanted.currency, wanted.con_id)
+    choice = wanted.choice()
     found = await questions.share(
         ("discover", wanted.symbol, choice), lambda: gateway_info.discover_symbol(settings, wanted.symbol, choice)
     )

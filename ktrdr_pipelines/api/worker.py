@@ -17,6 +17,7 @@ import traceback
 from typing import Any, TextIO
 
 from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading import load_series
 from ktrdr_pipelines.progress import Progress
@@ -58,6 +59,7 @@ def execute(command: dict[str, Any], teller: Teller) -> None:
             command["mode"],
             start=command["start"],
             end=command["end"],
+            choice=Choice(command["sec_type"], command["exchange"], command["currency"], command["con_id"]),
             progress=teller,
             origin="api",
             run_id=command["run_id"],
