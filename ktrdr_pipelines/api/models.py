@@ -175,6 +175,33 @@ class LoadProgress(BaseModel):
     problem: dict[str, Any] | None
 
 
+class RunSeries(BaseModel):
+    """One series of a run."""
+
+    symbol: str
+    timeframe: str
+    partitions_completed: list[str]
+
+
+class RunProgress(BaseModel):
+    """How far a run of another door is, as Dagster recorded it. ``partitions``: the first and the last that it is about."""
+
+    run_id: str
+    status: Literal["queued", "running", "success", "partial", "failed", "canceled"] = Field(
+        description="partial: failed after some partitions were completed."
+    )
+    origin: str = Field(description="cli, notebook, api, a sensor's name; dagster for its UI and its own commands.")
+    mode: str
+    series: list[RunSeries]
+    partitions: Range
+    accepted_at: str
+    started_at: str | None
+    ended_at: str | None
+    failures: list[dict[str, Any]] = Field(
+        description="window, kind and error of each; only error where no more is known."
+    )
+
+
 class Held(BaseModel):
     """One series and what is held of it; ``problem`` when its files cannot be read."""
 

@@ -14,6 +14,7 @@ from ktrdr_pipelines.api.loads import LoadOrder, LoadRecord, Loads
 from ktrdr_pipelines.api.refusals import NotHere, refuse_problem
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.inspection import inspect_one
+from ktrdr_pipelines.orchestration.recorded_runs import find_run
 from ktrdr_pipelines.series import Series, file_symbol, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.series_store import utc_now
@@ -69,14 +70,30 @@ async def load(
     )
 
 
-@router.get("/load/{run_id}", response_model=models.LoadProgress, responses=_NOT_HERE, summary="How far a load is")
-def progress(request: Request, run_id: str) -> Any:
-    """Of the last thousand loads over this API. Every load is in the Dagster UI as well."""
-    loads = _loads(request)
-    record = loads.find(run_id)
-    if record is None:
-        raise NotHere("no load of that id is known here", advice="Look into the Dagster UI for runs of other doors.")
-    return _describe(loads, record)
+@router.get(
+    "/load/{run_id}",
+    response_model=models.LoadProgress | models.RunProgress,
+    responses=_NOT_HERE,
+    summary="How far a load is",
+)
+async def progress(request: Request, run_id: str) -> Any:
+    """Of the last thousand loads over this API all that is known; of every other run (a command's, a sensor's, the UI's) what
+    Dagster recorded."""
+    loads, settings = _loads(request), _settings(request)
+
+    def of_this_api() -> models.LoadProgress | None:
+        record = loads.find(run_id)
+        return _describe(loads, record) if record is not None else None
+
+    if (ours := await asyncio.to_thread(of_this_api)) is not None:
+        return ours
+    run = await request.app.state.file_questions.share(("run", run_id), lambda: find_run(settings, run_id))
+    if run is None:
+        raise NotHere(
+            "neither this API nor Dagster knows a load of that id",
+            advice="The Dagster UI lists all runs; a load of which nothing was missing is none.",
+        )
+    return run.as_dict()
 
 
 @router.get("", response_model=models.HeldList, summary="The series, and what is held of each")
