@@ -41,7 +41,7 @@ from ktrdr_pipelines.series import (
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 QUICK_S = 5.0
 """Longest wait for the gateway's greeting, and for one answer to a question that a person waits for."""
@@ -381,7 +381,7 @@ def discover_symbol(settings: Settings, symbol: str, choice: Choice = NO_CHOICE)
         InputError: no symbol, or several contracts fit. PermanentError: IB knows none. TransientError: IB did not answer.
     """
     file_symbol(symbol)
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    universe = universe_of(settings)
     instrument = universe.find_instrument(symbol) if choice == NO_CHOICE else None
     with IBHistory(_quick_address(settings)) as history:
         return history.pin(instrument) if instrument else discover(symbol, history=history, choice=choice).instrument
@@ -492,7 +492,7 @@ def _say_pacing(state: PacingState) -> str:
 
 
 def _try_data_folder(settings: Settings) -> str:
-    series = next(iter(read_universe(settings.universe_path, must_exist=settings.universe_file is not None)), None)
+    series = next(iter(universe_of(settings)), None)
     if series is not None:
         open_store(settings.data_dir).check_writable(series)
     return f"{settings.data_dir} can be written"
@@ -503,7 +503,7 @@ def _choose_series(
 ) -> dict[str, tuple[Instrument | None, list[Timeframe]]]:
     """By symbol as asked for: the instrument (None: not in the universe) and the timeframes."""
     chosen = [parse_timeframe(name) for name in timeframes] if timeframes else None
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    universe = universe_of(settings)
     listed: dict[str, list[Timeframe]] = {}
     for series in universe:
         listed.setdefault(series.instrument.symbol, []).append(series.timeframe)

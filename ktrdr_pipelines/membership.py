@@ -19,7 +19,7 @@ from ktrdr_pipelines.series import Hours, Instrument, Series, file_symbol, forma
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
-from ktrdr_pipelines.universe import Entry, Universe, add_series, read_universe, remove_series
+from ktrdr_pipelines.universe import Entry, add_series, remove_series, universe_of
 
 if TYPE_CHECKING:
     from ktrdr_pipelines.ib.contracts import ContractInfo
@@ -103,11 +103,6 @@ class Found:
         }
 
 
-def read_named_universe(settings: Settings) -> Universe:
-    """The universe of ``settings``; the default one where there is no file, unless a person named it."""
-    return read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-
-
 def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
     """The series called ``symbol`` at ``timeframe``, of an instrument that the universe names; IB is not asked.
 
@@ -120,7 +115,7 @@ def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
 
 def _find_known(symbol: str, settings: Settings, command: str) -> Instrument:
     file_symbol(symbol)
-    instrument = read_named_universe(settings).find_instrument(symbol)
+    instrument = universe_of(settings).find_instrument(symbol)
     if instrument is None:
         raise InputError(
             f"{symbol} is not in the universe",
@@ -140,7 +135,7 @@ def list_series(settings: Settings | None = None) -> list[Listed]:
     now = datetime.now(UTC)
     store = open_store(settings.data_dir)
     found = []
-    for series in read_named_universe(settings):
+    for series in universe_of(settings):
         try:
             with peek(store, series, now=now) as (view, _):
                 extent = view.extent(series)
@@ -171,7 +166,7 @@ def add_to_universe(
     file_symbol(symbol)
     said = {name: value for name, value in (said or {}).items() if value not in (None, "")}
     wanted = [parse_timeframe(name) for name in dict.fromkeys(timeframes)]
-    universe = read_named_universe(settings)
+    universe = universe_of(settings)
     known = universe.find_instrument(symbol)
     if known is not None:
         instrument = _agree(known, said, settings)
@@ -202,7 +197,7 @@ def remove_from_universe(symbol: str, timeframes: Sequence[str], settings: Setti
     settings = settings or load_settings()
     wanted = [parse_timeframe(name) for name in timeframes] or None
     file_symbol(symbol)
-    instrument = read_named_universe(settings).find_instrument(symbol)
+    instrument = universe_of(settings).find_instrument(symbol)
     if instrument is None:
         raise InputError(f"{symbol} is not in the universe", advice="`ktrdr universe list` shows what is.")
     removed = remove_series(settings.universe_path, instrument, wanted)

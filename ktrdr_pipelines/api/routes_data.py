@@ -18,7 +18,8 @@ from ktrdr_pipelines.orchestration.recorded_runs import find_run
 from ktrdr_pipelines.series import Series, file_symbol, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.series_store import utc_now
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
+from ktrdr_pipelines.wanted import refuse_before_partitions
 
 router = APIRouter(prefix="/data", tags=["data"])
 
@@ -48,7 +49,7 @@ async def load(
     """
     if wait is not None and wanted.wait is not None and wait != wanted.wait:
         raise InputError("wait is said twice and differs", advice="Say it once.")
-    order = make_order(wanted)
+    order = make_order(wanted, _settings(request))
     loads = _loads(request)
     record, _ = await asyncio.to_thread(loads.submit, order)
     if wait is False or wanted.wait is False:
@@ -155,7 +156,7 @@ async def gaps(request: Request, symbol: models.SymbolPath, timeframe: models.Ti
     return await request.app.state.file_questions.share(("gaps", symbol, timeframe), answer)
 
 
-def make_order(wanted: models.LoadRequest) -> LoadOrder:
+def make_order(wanted: models.LoadRequest, settings: Settings) -> LoadOrder:
     """What ``wanted`` means, in one spelling.
 
     Raises:
@@ -163,10 +164,12 @@ def make_order(wanted: models.LoadRequest) -> LoadOrder:
     """
     file_symbol(wanted.symbol)
     first, last = parse_range(wanted.start or wanted.start_date, wanted.end or wanted.end_date, now=utc_now())
+    timeframe = parse_timeframe(wanted.timeframe)
+    refuse_before_partitions(timeframe, first, last, settings)
     choice = wanted.choice()
     return LoadOrder(
         wanted.symbol,
-        parse_timeframe(wanted.timeframe).name,
+        timeframe.name,
         str(wanted.mode),
         format_instant(first) if first else None,
         format_instant(last) if last else None,
@@ -184,7 +187,7 @@ def find_series(settings: Settings, symbol: str, timeframe: str) -> Series:
         NotHere: the universe names no such instrument. InputError: no symbol, no timeframe.
     """
     file_symbol(symbol)
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    universe = universe_of(settings)
     instrument = universe.find_instrument(symbol)
     if instrument is None:
         raise NotHere(

@@ -13,7 +13,7 @@ from ktrdr_pipelines.api.sharing import Turnstile
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.series import Instrument
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 router = APIRouter(prefix="/ib", tags=["gateway"])
 
@@ -106,7 +106,7 @@ def discovered(
 ) -> Any:
     """Those of the universe, and those that IB was asked for not long ago. IB is not asked."""
     settings = _tools(request)[0]
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    universe = universe_of(settings)
     known = {instrument.symbol: instrument for instrument in gateway_info.list_discovered(settings)}
     known |= {series.instrument.symbol: series.instrument for series in universe}
     found = [_describe(each) for each in known.values()]

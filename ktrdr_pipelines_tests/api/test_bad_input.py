@@ -90,6 +90,13 @@ def bodies() -> Iterator[tuple[str, object]]:
         "start at end": {**GOOD, "start": "2024-02-01", "end": "2024-02-01T00:00:00Z"},
         "start at end in another zone": {**GOOD, "start": "2024-02-01T01:00:00+01:00", "end": "2024-02-01"},
         "start in the future": {**GOOD, "start": "2099-01-01"},
+        "end before all partitions": {**GOOD, "mode": "full", "end": "2003-12-31"},
+        "window before all partitions": {
+            "symbol": "NOSUCH",
+            "timeframe": "1d",
+            "start": "1970-01-01",
+            "end": "1979-06-01",
+        },
         "end after 2100": {**GOOD, "end": "2101-01-01"},
         "start said twice": {**GOOD, "start": "2024-01-01", "start_date": "2024-01-02"},
         "end said twice": {**GOOD, "end": "2024-01-01", "end_date": "2024-01-01"},
