@@ -64,8 +64,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(KtrdrError)
     async def of_ours(_request: Request, error: KtrdrError) -> JSONResponse:
-        observed = f"{error.doing}: {error.observed}" if error.doing else error.observed
-        return refuse_problem(error.family, observed, error.advice)
+        return refuse_problem(error.family, error.message, error.advice)
 
     @app.exception_handler(RequestValidationError)
     async def of_form(_request: Request, error: RequestValidationError) -> JSONResponse:

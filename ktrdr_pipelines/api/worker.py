@@ -65,8 +65,7 @@ def execute(command: dict[str, Any], teller: Teller) -> None:
             run_id=command["run_id"],
         )
     except KtrdrError as error:
-        observed = f"{error.doing}: {error.observed}" if error.doing else error.observed
-        teller.tell("refused", kind=error.family, message=observed, advice=error.advice, code=error.code)
+        teller.tell("refused", **_describe(error))
     except Exception:  # noqa: BLE001 - a bug in one load must not end the others
         traceback.print_exc()
         teller.tell(
@@ -77,12 +76,12 @@ def execute(command: dict[str, Any], teller: Teller) -> None:
             code=None,
         )
     else:
-        first = result.report.failures[0].error if result.report.failures else None
-        problem = None
-        if first is not None:
-            observed = f"{first.doing}: {first.observed}" if first.doing else first.observed
-            problem = {"kind": first.family, "message": observed, "advice": first.advice, "code": first.code}
+        problem = _describe(result.report.failures[0].error) if result.report.failures else None
         teller.tell("done", result=result.as_dict(), run_ids=result.run_ids, problem=problem)
+
+
+def _describe(error: KtrdrError) -> dict[str, object]:
+    return {"kind": error.family, "message": error.message, "advice": error.advice, "code": error.code}
 
 
 def main() -> int:
