@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -87,7 +87,15 @@ def load(
         # In a thread of its own: Dagster cannot execute a run where an event loop is running, as in a notebook's cell.
         with ThreadPoolExecutor(1, "ktrdr-load") as thread:
             result = thread.submit(
-                load_series, symbol, timeframe, mode, start=begin, end=until, progress=shown, settings=settings
+                load_series,
+                symbol,
+                timeframe,
+                mode,
+                start=begin,
+                end=until,
+                progress=shown,
+                settings=settings,
+                origin="notebook",
             ).result()
     failures = result.report.failures
     if failures:
@@ -156,8 +164,8 @@ def read_bars(
                 f"nothing is held of {series}",
                 advice=f"Load it first: ktrdr.load({series.instrument.symbol!r}, {series.timeframe.name!r}).",
             )
-        begin = first or datetime.fromtimestamp(extent.first_open_s, UTC)
-        window = Window(begin, max(last or datetime.fromtimestamp(extent.last_open_s + 1, UTC), begin))
+        begin = first or extent.first
+        window = Window(begin, max(last or extent.last + timedelta(seconds=1), begin))
         bars = store.read_bars(series, window)
         lacking = 0 if missing == "ignore" else _count_missing(series, window, store, now)
     if lacking:

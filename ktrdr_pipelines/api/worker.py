@@ -17,6 +17,7 @@ import traceback
 from typing import Any, TextIO
 
 from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading import load_series
 from ktrdr_pipelines.progress import Progress
@@ -58,13 +59,13 @@ def execute(command: dict[str, Any], teller: Teller) -> None:
             command["mode"],
             start=command["start"],
             end=command["end"],
+            choice=Choice(command["sec_type"], command["exchange"], command["currency"], command["con_id"]),
             progress=teller,
             origin="api",
             run_id=command["run_id"],
         )
     except KtrdrError as error:
-        observed = f"{error.doing}: {error.observed}" if error.doing else error.observed
-        teller.tell("refused", kind=error.family, message=observed, advice=error.advice, code=error.code)
+        teller.tell("refused", **_describe(error))
     except Exception:  # noqa: BLE001 - a bug in one load must not end the others
         traceback.print_exc()
         teller.tell(
@@ -75,12 +76,12 @@ def execute(command: dict[str, Any], teller: Teller) -> None:
             code=None,
         )
     else:
-        first = result.report.failures[0].error if result.report.failures else None
-        problem = None
-        if first is not None:
-            observed = f"{first.doing}: {first.observed}" if first.doing else first.observed
-            problem = {"kind": first.family, "message": observed, "advice": first.advice, "code": first.code}
+        problem = _describe(result.report.failures[0].error) if result.report.failures else None
         teller.tell("done", result=result.as_dict(), run_ids=result.run_ids, problem=problem)
+
+
+def _describe(error: KtrdrError) -> dict[str, object]:
+    return {"kind": error.family, "message": error.message, "advice": error.advice, "code": error.code}
 
 
 def main() -> int:
