@@ -31,7 +31,7 @@ from ktrdr_pipelines.series import Instrument, Window, file_symbol, format_insta
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import CorrectedSession, save_corrections
 from ktrdr_pipelines.store.sidecar import Source
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 DAYS_BACK = 365
 """How far back is compared without a start, and the longest request (IB takes at most 365 D)."""
@@ -103,7 +103,7 @@ def check_calendar(
     if window.is_empty:
         raise InputError(f"the window {window} is empty", advice="Choose a start before the end, and both in the past.")
     settings = settings or load_settings()
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    universe = universe_of(settings)
     instrument = universe.find_instrument(symbol)
     if instrument is None:
         raise InputError(

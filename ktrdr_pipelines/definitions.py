@@ -8,17 +8,13 @@ import dagster as dg
 from ktrdr_pipelines.orchestration.build import build_definitions
 from ktrdr_pipelines.series import Series
 from ktrdr_pipelines.settings import Settings, load_settings
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 
 def build_defs(settings: Settings | None = None, universe: Iterable[Series] | None = None) -> dg.Definitions:
     """The definitions for ``settings`` (default: environment and `.env`) and ``universe`` (default: the universe file)."""
     settings = settings or load_settings()
-    chosen = (
-        universe
-        if universe is not None
-        else read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-    )
+    chosen = universe if universe is not None else universe_of(settings)
     return build_definitions(settings, chosen, automation=True)
 
 

@@ -10,29 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from ktrdr_pipelines.discovery import NO_CHOICE, identify_series
+from ktrdr_pipelines.discovery import NO_CHOICE, symbols_file
 from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.forecast import Sending, forecast
 from ktrdr_pipelines.gaps import place
 from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
+from ktrdr_pipelines.ib.known_symbols import HEAD_KEPT
 from ktrdr_pipelines.ib.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.ledger_store import ledger_path
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS, Entry
-from ktrdr_pipelines.loading import choose_window, say_clipped
 from ktrdr_pipelines.modes import Mode
 from ktrdr_pipelines.orchestration.resources import GatewayResource
-from ktrdr_pipelines.orchestration.runs import clip_to_partitions
 from ktrdr_pipelines.plan import Gap, Request
 from ktrdr_pipelines.report import Planned
-from ktrdr_pipelines.series import Series, Window, format_instant, parse_range, parse_timeframe
+from ktrdr_pipelines.series import Series, Window, format_instant
 from ktrdr_pipelines.series_load import Load
-from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.source import History
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
 from ktrdr_pipelines.store.series_store import Store
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.wanted import Wanted, read_wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,42 +115,29 @@ def plan_series(
     """What `loading.load_series` with the same arguments would find missing, ask for, and when it could.
 
     IB is asked only for what cannot be known otherwise: which contract an unknown symbol means, and where history starts
-    when there is neither a CSV nor ``start`` (that one request counts). Then a gateway is needed, else none.
+    when there is neither a CSV nor ``start`` (one or two requests, which count). Then a gateway is needed, else none.
 
     Raises:
         KtrdrError: as `loading.load_series`.
     """
-    wanted_timeframe = parse_timeframe(timeframe)
-    wanted_mode = Mode(mode)
-    now = datetime.now(UTC)
-    first, last = parse_range(start, end, now=now)
-    settings = settings or load_settings()
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-    with IBHistory(GatewayResource.of(settings).address()) as history:
-        series = identify_series(symbol, wanted_timeframe, universe, history, choice)
-        with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
+    wanted = read_wanted(symbol, timeframe, mode, start=start, end=end, choice=choice, settings=settings)
+    with IBHistory(GatewayResource.of(wanted.settings).address()) as history:
+        series = wanted.identify(history)
+        with peek(open_store(wanted.settings.data_dir), series, now=wanted.now) as (store, pending):
             notices = pending.describe()
-            window = choose_window(
-                series, wanted_mode, store, settings=settings, history=history, start=first, end=last, now=now
-            )
+            window, clipped = wanted.choose_window(series, store, history)
             if history.requests_made:
-                notices.append(
-                    "where history starts was asked of IB (1 request); the load asks that again, before these"
-                )
-            planned = Planned((), ())
-            if not window.is_empty:
-                clipped = clip_to_partitions(series, window, settings)
-                if clipped != window:
-                    notices.append(say_clipped(series, clipped, window))
-                window = clipped
-                planned = _drive_to_plan(series, window, wanted_mode, store, settings, now)
+                notices.append(_say_asked(series, history, wanted.now))
+            if clipped:
+                notices.append(clipped)
+            planned = Planned((), ()) if window.is_empty else _drive_to_plan(wanted, series, window, store)
         budget = read_budget(history)
-    now_s = budget.now_s if budget else now.timestamp()
+    now_s = budget.now_s if budget else wanted.now.timestamp()
     past: Sequence[Entry] = budget.past if budget else ()
     asks = [describe_bars(series, request) for request in planned.requests]
     return DryRun(
         series=series,
-        mode=wanted_mode,
+        mode=wanted.mode,
         window=window,
         now=datetime.fromtimestamp(now_s, UTC),
         gaps=planned.gaps,
@@ -164,18 +150,29 @@ def plan_series(
     )
 
 
-def _drive_to_plan(
-    series: Series, window: Window, mode: Mode, store: Store, settings: Settings, now: datetime
-) -> Planned:
+def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
+    """That IB was asked where history starts, and what of it the load will ask again: IB's head timestamp is remembered, where
+    IB told one; that there is nothing older is looked up each time."""
+    known = symbols_file(history).find_head(history.pin(series.instrument))
+    is_told_now = known is not None and known.until - HEAD_KEPT >= since
+    again = history.requests_made - is_told_now
+    plural = "s" if history.requests_made > 1 else ""
+    asked = f"where history starts was asked of IB ({history.requests_made} request{plural})"
+    if not again:
+        return f"{asked} and is remembered: the load does not ask again"
+    return f"{asked}; the load makes {again} of them again, before these"
+
+
+def _drive_to_plan(wanted: Wanted, series: Series, window: Window, store: Store) -> Planned:
     """The first thing a load tells is its plan; nothing was asked or written before that."""
     load = Load(
         series,
         window,
         store=store,
         history=_refuse_to_ask,
-        limits=settings.history_limits,
-        now=lambda: now,
-        recheck_last=mode is Mode.TAIL and store.extent(series) is not None,
+        limits=wanted.settings.history_limits,
+        now=lambda: wanted.now,
+        recheck_last=wanted.mode is Mode.TAIL and store.extent(series) is not None,
     )
     for event in load.run():
         if isinstance(event, Planned):

@@ -49,11 +49,15 @@ class KtrdrError(Exception):
             self.doing = doing
         return self
 
+    @property
+    def message(self) -> str:
+        """What happened while what was being done; the advice is told apart."""
+        return f"{self.doing}: {self.observed}" if self.doing else self.observed
+
     def __str__(self) -> str:
-        head = f"{self.doing}: " if self.doing else ""
         tail = f" {self.advice}" if self.advice else ""
         stop = "" if self.observed.endswith((".", "?", "!")) or not tail else "."
-        return f"{head}{self.observed}{stop}{tail}"
+        return f"{self.message}{stop}{tail}"
 
 
 class InputError(KtrdrError):

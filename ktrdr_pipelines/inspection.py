@@ -24,7 +24,7 @@ from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.intake import Adopted
 from ktrdr_pipelines.store.peek import peek
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unr
     """
     settings = settings or load_settings()
     with Record(settings) as record:
-        for series in read_universe(settings.universe_path, must_exist=settings.universe_file is not None):
+        for series in universe_of(settings):
             try:
                 yield _inspect(series, settings, record, brief=True)
             except KtrdrError as error:

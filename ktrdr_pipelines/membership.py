@@ -1,6 +1,6 @@
-"""Which series exist: what `ktrdr universe` and `ktrdr ib symbols` do between parsing and printing.
+"""Which series exist: what `ktrdr universe` does between parsing and printing.
 
-Changing the file is `universe.py`'s, finding out what IB means by a name the gateway's. No bars are asked for, no files of
+Changing the file is `universe.py`'s, finding out what IB means by a name `discovery.py`'s. No bars are asked for, no files of
 bars are touched.
 """
 
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
+from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.series import Hours, Instrument, Series, file_symbol, format_instant, parse_timeframe
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
-from ktrdr_pipelines.universe import Entry, Universe, add_series, read_universe, remove_series
+from ktrdr_pipelines.universe import Entry, add_series, remove_series, universe_of
 
 if TYPE_CHECKING:
-    from ktrdr_pipelines.ib.contracts import ContractInfo
     from ktrdr_pipelines.ib.history import IBHistory
 
 _NAMING = ("sec_type", "exchange", "primary_exchange", "currency", "ib_symbol", "expiry", "con_id")
@@ -84,30 +83,6 @@ def _names(series: Series) -> dict[str, str]:
     return {"symbol": series.instrument.symbol, "timeframe": series.timeframe.name}
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The contracts that IB knows for a bare symbol, in the order in which they were tried."""
-
-    symbol: str
-    contracts: tuple[ContractInfo, ...]
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        fields = (
-            "con_id", "symbol", "sec_type", "exchange", "currency", "primary_exchange", "local_symbol", "expiry",
-            "long_name", "time_zone",
-        )  # fmt: skip
-        return {
-            "symbol": self.symbol,
-            "contracts": [{name: getattr(each, name) for name in fields} for each in self.contracts],
-        }
-
-
-def read_named_universe(settings: Settings) -> Universe:
-    """The universe of ``settings``; the default one where there is no file, unless a person named it."""
-    return read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-
-
 def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
     """The series called ``symbol`` at ``timeframe``, of an instrument that the universe names; IB is not asked.
 
@@ -120,7 +95,7 @@ def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
 
 def _find_known(symbol: str, settings: Settings, command: str) -> Instrument:
     file_symbol(symbol)
-    instrument = read_named_universe(settings).find_instrument(symbol)
+    instrument = universe_of(settings).find_instrument(symbol)
     if instrument is None:
         raise InputError(
             f"{symbol} is not in the universe",
@@ -140,7 +115,7 @@ def list_series(settings: Settings | None = None) -> list[Listed]:
     now = datetime.now(UTC)
     store = open_store(settings.data_dir)
     found = []
-    for series in read_named_universe(settings):
+    for series in universe_of(settings):
         try:
             with peek(store, series, now=now) as (view, _):
                 extent = view.extent(series)
@@ -171,7 +146,7 @@ def add_to_universe(
     file_symbol(symbol)
     said = {name: value for name, value in (said or {}).items() if value not in (None, "")}
     wanted = [parse_timeframe(name) for name in dict.fromkeys(timeframes)]
-    universe = read_named_universe(settings)
+    universe = universe_of(settings)
     known = universe.find_instrument(symbol)
     if known is not None:
         instrument = _agree(known, said, settings)
@@ -202,36 +177,11 @@ def remove_from_universe(symbol: str, timeframes: Sequence[str], settings: Setti
     settings = settings or load_settings()
     wanted = [parse_timeframe(name) for name in timeframes] or None
     file_symbol(symbol)
-    instrument = read_named_universe(settings).find_instrument(symbol)
+    instrument = universe_of(settings).find_instrument(symbol)
     if instrument is None:
         raise InputError(f"{symbol} is not in the universe", advice="`ktrdr universe list` shows what is.")
     removed = remove_series(settings.universe_path, instrument, wanted)
     return Change(settings.universe_path, removed=tuple(removed), kept=tuple(_files_of(removed, settings)))
-
-
-def look_up(symbol: str, settings: Settings | None = None) -> Found:
-    """Every contract that IB knows for a bare ``symbol``, tried as a load tries it; nothing is kept.
-
-    Raises:
-        PermanentError: IB knows none. GatewayUnreachable: nobody to ask.
-    """
-    from ktrdr_pipelines.ib.contracts import list_candidates
-
-    settings = settings or load_settings()
-    file_symbol(symbol)
-    contracts: dict[int, ContractInfo] = {}
-    tried = []
-    with _ask_gateway(settings) as history:
-        for candidate in list_candidates(symbol):
-            tried.append(f"{candidate.sec_type} {candidate.ib_symbol} {candidate.currency}")
-            for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
-                contracts.setdefault(info.con_id, info)
-    if not contracts:
-        raise PermanentError(
-            f"IB knows no {symbol} (tried as {', '.join(tried)})",
-            advice="Check the spelling, or add it with `ktrdr universe add --sec-type …`.",
-        )
-    return Found(symbol, tuple(contracts.values()))
 
 
 def _ask_gateway(settings: Settings) -> IBHistory:

@@ -14,7 +14,7 @@ import urllib.request
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.series import Series
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 LOCATION = "ktrdr_pipelines"
 """The name that workspace.yaml gives it."""
@@ -73,8 +73,7 @@ class UniverseWatch:
 
     def _read(self) -> frozenset[Series] | str:
         try:
-            named = self._settings.universe_file is not None
-            return frozenset(read_universe(self._settings.universe_path, must_exist=named))
+            return frozenset(universe_of(self._settings))
         except InputError as error:
             return str(error)
 

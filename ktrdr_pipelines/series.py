@@ -273,6 +273,10 @@ _PLAIN = re.compile(r"[A-Za-z0-9]")
 _ESCAPED = re.compile(r"_([0-9A-F]{2})_|_")
 
 
+ASSET_ROOT = "ohlcv"
+"""The first part of every series' asset key."""
+
+
 def file_symbol(symbol: str) -> str:
     """``symbol`` as it stands in file names and asset keys: letters and digits as they are, a space as ``_``, any other
     character as its two-digit hexadecimal code between underscores. ``BRK B`` -> ``BRK_B``, ``EUR.USD`` -> ``EUR_2E_USD``.
@@ -412,7 +416,7 @@ class Series:
     @property
     def asset_path(self) -> tuple[str, str, str]:
         """Asset key ``ohlcv/<symbol>/<timeframe>``."""
-        return ("ohlcv", file_symbol(self.instrument.symbol), self.timeframe.name)
+        return (ASSET_ROOT, file_symbol(self.instrument.symbol), self.timeframe.name)
 
     def __str__(self) -> str:
         return f"{self.instrument.symbol} {self.timeframe.name}"

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from filelock import FileLock, Timeout
@@ -43,6 +43,9 @@ from ktrdr_pipelines.series import (
     parse_timeframe,
 )
 from ktrdr_pipelines.universe_text import append_items, comments_of, cut_items, set_timeframes
+
+if TYPE_CHECKING:
+    from ktrdr_pipelines.settings import Settings
 
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
@@ -224,6 +227,15 @@ def read_universe(path: Path, *, must_exist: bool = False) -> Universe:
             f"cannot be read: {error}", doing=f"reading {path}", advice="Mend or remove the file."
         ) from None
     return parse_universe(text, str(path))
+
+
+def universe_of(settings: Settings) -> Universe:
+    """The universe of ``settings``; the default one where there is no file, unless a person named it.
+
+    Raises:
+        InputError: see `read_universe`.
+    """
+    return read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
 
 
 def add_series(path: Path, *wanted: Series) -> Universe:

@@ -86,6 +86,10 @@ WRONG: list[tuple[list[str], str]] = [
     *(([*command, "--start", "2024-02-01", "--end", end], "is not before end")
       for command in (["ib-load", "AAPL", "1h"], ["calendar", "AAPL"])
       for end in ("2024-01-01", "2024-02-01", "2024-02-01T01:00+01:00")),
+    # windows before all partitions: told without asking anybody, also of a symbol that would have to be looked up
+    *((["ib-load", symbol, timeframe, *more, "--end", end], "KTRDR_PARTITION_STARTS")
+      for symbol, timeframe, end in (("AAPL", "1h", "2003-12-31"), ("AAPL", "1d", "1980-01-01"), ("NOSUCH", "5s", "2023-06-01"))
+      for more in ([], ["--mode", "full"], ["--mode", "backfill", "--dry-run"], ["--start", "1970-01-01", "--dry-run"])),
     # enumerations, numbers, arguments
     (["ib-load", "AAPL", "1h", "--mode", "sideways"], "'tail', 'backfill', 'full'"),
     (["ib-load", "AAPL", "1h", "--mode", ""], "--mode"),

@@ -222,10 +222,17 @@ def test_a_dry_run_over_an_edited_file_changes_nothing(ktrdr: Ktrdr, unused_port
 def test_a_dry_run_asks_where_history_starts_only_if_nobody_knows(
     ktrdr: Ktrdr, gateway: GatewayThread, unused_port: int, tmp_path: Path
 ) -> None:
-    """No CSV and no start: IB's head timestamp is asked for (and said); without a gateway that is exit code 5."""
+    """No CSV and no start: IB's head timestamp is asked for (and said), and whether there are older bars; the head is remembered
+    for the next time, which is said as well. Without a gateway that is exit code 5."""
     assert_refused(ktrdr("ib-load", "SPY", "1d", "--dry-run", port=unused_port), 5, "ktrdr simulator")
     out = said(ktrdr("ib-load", "SPY", "1d", "--dry-run", port=gateway.port))
-    assert "asked of IB (1 request)" in out
+    assert "asked of IB (2 requests); the load makes 1 of them again" in out
+    (kept,) = (tmp_path / "home" / "ib").glob("symbols_*.json")
+    asked = [r.kind for r in gateway.requests].count("head")
+    out = said(ktrdr("ib-load", "SPY", "1d", "--dry-run", port=gateway.port))
+    assert "asked of IB (1 request); the load makes 1 of them again" in out
+    assert [r.kind for r in gateway.requests].count("head") == asked
+    kept.unlink()
     assert not (tmp_path / "data").exists()
 
 

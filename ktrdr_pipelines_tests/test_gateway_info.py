@@ -12,16 +12,12 @@ from datetime import UTC, datetime
 import pytest
 
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.gateway_info import (
-    Farm,
-    cleanup,
-    data_ranges,
-    discover_symbol,
-    gateway_config,
-    gateway_health,
-    gateway_status,
-    read_farms,
-)
+from ktrdr_pipelines.gateway_info.cleanup import cleanup
+from ktrdr_pipelines.gateway_info.config import gateway_config
+from ktrdr_pipelines.gateway_info.health import gateway_health
+from ktrdr_pipelines.gateway_info.ranges import data_ranges
+from ktrdr_pipelines.gateway_info.status import Farm, gateway_status, read_farms
+from ktrdr_pipelines.gateway_info.symbols import discover_symbol
 from ktrdr_pipelines.ib.leases import ClientIds, lease_client_id
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.settings import Settings

@@ -24,7 +24,7 @@ from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.csvfile import render_file, render_stamps
 from ktrdr_pipelines.store.peek import peek
 from ktrdr_pipelines.store.series_store import Store, utc_now
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 MOST_BARS = 50_000
 ARROW = "application/vnd.apache.arrow.stream"
@@ -126,7 +126,7 @@ def _to_arrow(bars: pd.DataFrame) -> bytes:
 
 def list_held(settings: Settings, limit: int, offset: int) -> models.HeldList:
     """A page of the universe's series, with what is held of each."""
-    universe = list(read_universe(settings.universe_path, must_exist=settings.universe_file is not None))
+    universe = list(universe_of(settings))
     store = open_store(settings.data_dir)
     chosen = universe[offset : offset + limit]
     more = offset + limit if offset + limit < len(universe) else None

@@ -54,6 +54,11 @@ class LoadOrder:
     mode: str
     start: str | None = None
     end: str | None = None
+    sec_type: str = ""
+    """This and the next three: which contract a new symbol means (`ib.contracts.Choice`)."""
+    exchange: str = ""
+    currency: str = ""
+    con_id: int = 0
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The JSON of the REST API: what is accepted, and what is answered, for checking and for OpenAPI.
 
-The answers themselves are made by `gateway_info.py`, `inspection.py` and `report.py`; the models describe them.
+The answers themselves are made by `gateway_info/`, `inspection.py` and `report.py`; the models describe them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.series import TIMEFRAMES
 
 SYMBOL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .&/+'\-]{0,31}$"
@@ -77,8 +78,25 @@ class Mode(StrEnum):
     FULL = "full"
 
 
-class LoadRequest(BaseModel):
-    """What to load. ``start`` may be called ``start_date`` and ``end`` ``end_date``, but not both."""
+class ContractChoice(BaseModel):
+    """What is said of a symbol beyond its name: it chooses among several contracts of that name."""
+
+    sec_type: Literal["", "STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD"] = ""
+    exchange: Annotated[str, StringConstraints(pattern=r"^([A-Z0-9][A-Z0-9.]{0,15})?$")] = ""
+    currency: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] = ""
+    con_id: Annotated[int, Field(ge=0, lt=1 << 31, description="IB's contract id; 0 is none.")] = 0
+
+    def choice(self) -> Choice:
+        """The same as discovery wants it."""
+        return Choice(self.sec_type, self.exchange, self.currency, self.con_id)
+
+
+class LoadRequest(ContractChoice):
+    """What to load. ``start`` may be called ``start_date`` and ``end`` ``end_date``, but not both.
+
+    ``sec_type``, ``exchange``, ``currency`` and ``con_id`` choose among several contracts of a symbol that the universe does not
+    name yet; for one that it names they have to be true of it.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -139,6 +157,10 @@ class LoadProgress(BaseModel):
     mode: str
     start: str | None
     end: str | None
+    sec_type: str = Field(description="This and the next three: what was said of the contract, empty or 0 if nothing.")
+    exchange: str
+    currency: str
+    con_id: int
     accepted_at: str
     started_at: str | None
     ended_at: str | None
@@ -151,6 +173,33 @@ class LoadProgress(BaseModel):
     waiting_until: str | None
     result: LoadResult | None
     problem: dict[str, Any] | None
+
+
+class RunSeries(BaseModel):
+    """One series of a run."""
+
+    symbol: str
+    timeframe: str
+    partitions_completed: list[str]
+
+
+class RunProgress(BaseModel):
+    """How far a run of another door is, as Dagster recorded it. ``partitions``: the first and the last that it is about."""
+
+    run_id: str
+    status: Literal["queued", "running", "success", "partial", "failed", "canceled"] = Field(
+        description="partial: failed after some partitions were completed."
+    )
+    origin: str = Field(description="cli, notebook, api, a sensor's name; dagster for its UI and its own commands.")
+    mode: str
+    series: list[RunSeries]
+    partitions: Range
+    accepted_at: str
+    started_at: str | None
+    ended_at: str | None
+    failures: list[dict[str, Any]] = Field(
+        description="window, kind and error of each; only error where no more is known."
+    )
 
 
 class Held(BaseModel):
@@ -234,16 +283,12 @@ class Cleaned(Answer):
     runs_ended: list[str]
 
 
-class DiscoverRequest(BaseModel):
+class DiscoverRequest(ContractChoice):
     """A symbol to look up; the other fields choose among several contracts of that name."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"symbol": "EURUSD"}]})
 
     symbol: Symbol
-    sec_type: Literal["", "STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD"] = ""
-    exchange: Annotated[str, StringConstraints(pattern=r"^([A-Z0-9][A-Z0-9.]{0,15})?$")] = ""
-    currency: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] = ""
-    con_id: Annotated[int, Field(ge=0, lt=1 << 31, description="IB's contract id; 0 is none.")] = 0
 
 
 class InstrumentType(StrEnum):

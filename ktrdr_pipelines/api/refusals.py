@@ -34,7 +34,8 @@ on the way to it is 503 or 504, bars that break the rules are 502, a disk that r
 
 _RETRY_AFTER = {"busy": 10, "pacing": 15, "transient": 15}
 _KIND_OF = {404: "not_found", 405: "input", 400: "input", 413: "input", 415: "input", 422: "input"}
-_LONGEST = 2000
+_LONGEST = 20_000
+"""All candidates of an ambiguous symbol are in one message: dozens for a future."""
 
 
 class NotHere(KtrdrError):
@@ -63,8 +64,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(KtrdrError)
     async def of_ours(_request: Request, error: KtrdrError) -> JSONResponse:
-        observed = f"{error.doing}: {error.observed}" if error.doing else error.observed
-        return refuse_problem(error.family, observed, error.advice)
+        return refuse_problem(error.family, error.message, error.advice)
 
     @app.exception_handler(RequestValidationError)
     async def of_form(_request: Request, error: RequestValidationError) -> JSONResponse:

@@ -14,10 +14,12 @@ from ktrdr_pipelines.api.loads import LoadOrder, LoadRecord, Loads
 from ktrdr_pipelines.api.refusals import NotHere, refuse_problem
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.inspection import inspect_one
+from ktrdr_pipelines.orchestration.recorded_runs import find_run
 from ktrdr_pipelines.series import Series, file_symbol, format_instant, parse_range, parse_timeframe
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.series_store import utc_now
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
+from ktrdr_pipelines.wanted import refuse_before_partitions
 
 router = APIRouter(prefix="/data", tags=["data"])
 
@@ -40,13 +42,14 @@ End = Annotated[models.Time | None, Query(description="Not included. ISO 8601; w
 async def load(
     request: Request, wanted: models.LoadRequest, wait: Annotated[bool | None, Query(description=_NO_WAIT)] = None
 ) -> Any:
-    """Queues a load, which becomes a Dagster run like any other. A load like one that is queued or going is that one.
+    """Queues a load, which becomes a Dagster run like any other. A load like one that is queued or going is that one. A symbol
+    that the universe does not name is looked up; several contracts of that name are a refusal that lists them.
 
     The answer of a load that failed as a whole is a refusal; with ``partial`` some windows failed, which ``failures`` lists.
     """
     if wait is not None and wanted.wait is not None and wait != wanted.wait:
         raise InputError("wait is said twice and differs", advice="Say it once.")
-    order = make_order(wanted)
+    order = make_order(wanted, _settings(request))
     loads = _loads(request)
     record, _ = await asyncio.to_thread(loads.submit, order)
     if wait is False or wanted.wait is False:
@@ -68,14 +71,30 @@ async def load(
     )
 
 
-@router.get("/load/{run_id}", response_model=models.LoadProgress, responses=_NOT_HERE, summary="How far a load is")
-def progress(request: Request, run_id: str) -> Any:
-    """Of the last thousand loads over this API. Every load is in the Dagster UI as well."""
-    loads = _loads(request)
-    record = loads.find(run_id)
-    if record is None:
-        raise NotHere("no load of that id is known here", advice="Look into the Dagster UI for runs of other doors.")
-    return _describe(loads, record)
+@router.get(
+    "/load/{run_id}",
+    response_model=models.LoadProgress | models.RunProgress,
+    responses=_NOT_HERE,
+    summary="How far a load is",
+)
+async def progress(request: Request, run_id: str) -> Any:
+    """Of the last thousand loads over this API all that is known; of every other run (a command's, a sensor's, the UI's) what
+    Dagster recorded."""
+    loads, settings = _loads(request), _settings(request)
+
+    def of_this_api() -> models.LoadProgress | None:
+        record = loads.find(run_id)
+        return _describe(loads, record) if record is not None else None
+
+    if (ours := await asyncio.to_thread(of_this_api)) is not None:
+        return ours
+    run = await request.app.state.file_questions.share(("run", run_id), lambda: find_run(settings, run_id))
+    if run is None:
+        raise NotHere(
+            "neither this API nor Dagster knows a load of that id",
+            advice="The Dagster UI lists all runs; a load of which nothing was missing is none.",
+        )
+    return run.as_dict()
 
 
 @router.get("", response_model=models.HeldList, summary="The series, and what is held of each")
@@ -137,7 +156,7 @@ async def gaps(request: Request, symbol: models.SymbolPath, timeframe: models.Ti
     return await request.app.state.file_questions.share(("gaps", symbol, timeframe), answer)
 
 
-def make_order(wanted: models.LoadRequest) -> LoadOrder:
+def make_order(wanted: models.LoadRequest, settings: Settings) -> LoadOrder:
     """What ``wanted`` means, in one spelling.
 
     Raises:
@@ -145,12 +164,19 @@ def make_order(wanted: models.LoadRequest) -> LoadOrder:
     """
     file_symbol(wanted.symbol)
     first, last = parse_range(wanted.start or wanted.start_date, wanted.end or wanted.end_date, now=utc_now())
+    timeframe = parse_timeframe(wanted.timeframe)
+    refuse_before_partitions(timeframe, first, last, settings)
+    choice = wanted.choice()
     return LoadOrder(
         wanted.symbol,
-        parse_timeframe(wanted.timeframe).name,
+        timeframe.name,
         str(wanted.mode),
         format_instant(first) if first else None,
         format_instant(last) if last else None,
+        choice.sec_type,
+        choice.exchange,
+        choice.currency,
+        choice.con_id,
     )
 
 
@@ -161,7 +187,7 @@ def find_series(settings: Settings, symbol: str, timeframe: str) -> Series:
         NotHere: the universe names no such instrument. InputError: no symbol, no timeframe.
     """
     file_symbol(symbol)
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
+    universe = universe_of(settings)
     instrument = universe.find_instrument(symbol)
     if instrument is None:
         raise NotHere(
@@ -200,6 +226,10 @@ def _describe(loads: Loads, record: LoadRecord) -> models.LoadProgress:
         "mode": order.mode,
         "start": order.start,
         "end": order.end,
+        "sec_type": order.sec_type,
+        "exchange": order.exchange,
+        "currency": order.currency,
+        "con_id": order.con_id,
         "accepted_at": record.accepted_at,
         "started_at": record.started_at,
         "ended_at": record.ended_at,

@@ -1,4 +1,4 @@
-"""The routes under ``/ib``: about the gateway, never about bars. The answers are `gateway_info.py`'s."""
+"""The routes under ``/ib``: about the gateway, never about bars. The answers are `gateway_info/`'s."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from ktrdr_pipelines import gateway_info
 from ktrdr_pipelines.api import models
 from ktrdr_pipelines.api.refusals import refuse_problem
 from ktrdr_pipelines.api.sharing import Turnstile
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.ib.contracts import Choice
+from ktrdr_pipelines.gateway_info.cleanup import cleanup as disconnect_everything
+from ktrdr_pipelines.gateway_info.config import gateway_config
+from ktrdr_pipelines.gateway_info.health import gateway_health
+from ktrdr_pipelines.gateway_info.question import Problem
+from ktrdr_pipelines.gateway_info.ranges import data_ranges
+from ktrdr_pipelines.gateway_info.status import gateway_status
+from ktrdr_pipelines.gateway_info.symbols import discover_symbol, list_discovered
 from ktrdr_pipelines.series import Instrument
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.universe import read_universe
+from ktrdr_pipelines.universe import universe_of
 
 router = APIRouter(prefix="/ib", tags=["gateway"])
 
@@ -34,7 +39,7 @@ def _tools(request: Request) -> tuple[Settings, Turnstile]:
 async def status(request: Request) -> Any:
     """Connects for a moment. An unreachable gateway is part of the answer: ``connection.connected`` is false then."""
     settings, questions = _tools(request)
-    return (await questions.share("status", lambda: gateway_info.gateway_status(settings))).as_dict()
+    return (await questions.share("status", lambda: gateway_status(settings))).as_dict()
 
 
 @router.get(
@@ -46,10 +51,10 @@ async def status(request: Request) -> Any:
 async def health(request: Request) -> Any:
     """Asks the gateway for its time and a contract, and looks at farms, ledger and data folder, within seconds."""
     settings, questions = _tools(request)
-    found = await questions.share("health", lambda: gateway_info.gateway_health(settings))
+    found = await questions.share("health", lambda: gateway_health(settings))
     if found.healthy:
         return found.as_dict()
-    problem = found.problem or gateway_info.Problem("transient", "a check failed", "")
+    problem = found.problem or Problem("transient", "a check failed", "")
     failed = ", ".join(check.name for check in found.checks if not check.ok)
     answer = refuse_problem(problem.kind, f"{failed}: {problem.message}", problem.advice)
     answer.status_code = 503
@@ -59,7 +64,7 @@ async def health(request: Request) -> Any:
 @router.get("/config", summary="How the gateway and loads are configured", response_model=models.Answer)
 def config(request: Request) -> Any:
     """Without secrets."""
-    return gateway_info.gateway_config(_tools(request)[0]).as_dict()
+    return gateway_config(_tools(request)[0]).as_dict()
 
 
 @router.get("/ranges", response_model=models.Ranges, summary="Where histories begin, by IB's head timestamps")
@@ -78,7 +83,7 @@ async def ranges(
     """Each symbol takes one request of the pacing budget. What IB did not answer is told as the ``problem`` of its series."""
     settings, questions = _tools(request)
     names, frames = _split(symbols, "symbols"), _split(timeframes, "timeframes")
-    found = await questions.share(("ranges", names, frames), lambda: gateway_info.data_ranges(settings, names, frames))
+    found = await questions.share(("ranges", names, frames), lambda: data_ranges(settings, names, frames))
     return found.as_dict()
 
 
@@ -87,16 +92,16 @@ async def cleanup(request: Request) -> Any:
     """Interrupts every process of this program that holds a client id, loads included (what they loaded is kept), and ends the
     runs of dead processes. Takes up to ten seconds."""
     settings, questions = _tools(request)
-    return (await questions.share("cleanup", lambda: gateway_info.cleanup(settings))).as_dict()
+    return (await questions.share("cleanup", lambda: disconnect_everything(settings))).as_dict()
 
 
 @router.post("/symbols/discover", response_model=models.Discovered, summary="What a symbol means to IB")
 async def discover(request: Request, wanted: models.DiscoverRequest) -> Any:
     """Tried in the specification's order. Several contracts of that name are a refusal that lists them."""
     settings, questions = _tools(request)
-    choice = Choice(wanted.sec_type, wanted.exchange, wanted.currency, wanted.con_id)
+    choice = wanted.choice()
     found = await questions.share(
-        ("discover", wanted.symbol, choice), lambda: gateway_info.discover_symbol(settings, wanted.symbol, choice)
+        ("discover", wanted.symbol, choice), lambda: discover_symbol(settings, wanted.symbol, choice)
     )
     return _describe(found)
 
@@ -107,8 +112,8 @@ def discovered(
 ) -> Any:
     """Those of the universe, and those that IB was asked for not long ago. IB is not asked."""
     settings = _tools(request)[0]
-    universe = read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
-    known = {instrument.symbol: instrument for instrument in gateway_info.list_discovered(settings)}
+    universe = universe_of(settings)
+    known = {instrument.symbol: instrument for instrument in list_discovered(settings)}
     known |= {series.instrument.symbol: series.instrument for series in universe}
     found = [_describe(each) for each in known.values()]
     if instrument_type is not None:

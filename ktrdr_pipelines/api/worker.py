@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading import load_series
 from ktrdr_pipelines.progress import Progress
@@ -85,13 +86,13 @@ def _load(command: dict[str, Any], teller: Teller, is_ending: threading.Event) -
             command["mode"],
             start=command["start"],
             end=command["end"],
+            choice=Choice(command["sec_type"], command["exchange"], command["currency"], command["con_id"]),
             progress=teller,
             origin="api",
             run_id=command["run_id"],
         )
     except KtrdrError as error:
-        observed = f"{error.doing}: {error.observed}" if error.doing else error.observed
-        return _refused(error.family, observed, error.advice, error.code)
+        return "refused", _describe(error)
     except Exception:  # noqa: BLE001 - a bug in one load must not end the others
         traceback.print_exc()
         return _refused(
@@ -99,12 +100,12 @@ def _load(command: dict[str, Any], teller: Teller, is_ending: threading.Event) -
             "the load ended with an unforeseen error",
             "Its traceback is in the server's log and in the run's log in the Dagster UI. Please report it.",
         )
-    first = result.report.failures[0].error if result.report.failures else None
-    problem = None
-    if first is not None:
-        observed = f"{first.doing}: {first.observed}" if first.doing else first.observed
-        problem = {"kind": first.family, "message": observed, "advice": first.advice, "code": first.code}
+    problem = _describe(result.report.failures[0].error) if result.report.failures else None
     return "done", {"result": result.as_dict(), "run_ids": result.run_ids, "problem": problem}
+
+
+def _describe(error: KtrdrError) -> dict[str, object]:
+    return {"kind": error.family, "message": error.message, "advice": error.advice, "code": error.code}
 
 
 def _refused(kind: str, message: str, advice: str, code: int | None = None) -> End:

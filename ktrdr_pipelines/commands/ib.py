@@ -1,4 +1,4 @@
-"""``ktrdr ib``: questions about the gateway, none of which loads a bar. The answers are made in `gateway_info.py`."""
+"""``ktrdr ib``: questions about the gateway, none of which loads a bar. The answers are made in `gateway_info/`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from ktrdr_pipelines.commands.output import complain, json_option, show
 
 if TYPE_CHECKING:
-    from ktrdr_pipelines.gateway_info import Problem
+    from ktrdr_pipelines.gateway_info.question import Problem
 
 
 @click.group("ib")
@@ -39,7 +39,7 @@ def status(as_json: bool) -> None:
       pacing        2 of 60 requests of the last ten minutes are used, 0 waiting; next free 2026-11-22T20:31:05Z
     """
     from ktrdr_pipelines.commands.ib_tables import describe_status
-    from ktrdr_pipelines.gateway_info import gateway_status
+    from ktrdr_pipelines.gateway_info.status import gateway_status
     from ktrdr_pipelines.settings import load_settings
 
     found = gateway_status(load_settings())
@@ -65,7 +65,7 @@ def health(as_json: bool) -> None:
       data folder      ok  0.0 s  data can be written
     """
     from ktrdr_pipelines.commands.ib_tables import describe_health
-    from ktrdr_pipelines.gateway_info import gateway_health
+    from ktrdr_pipelines.gateway_info.health import gateway_health
     from ktrdr_pipelines.settings import load_settings
 
     found = gateway_health(load_settings())
@@ -90,7 +90,7 @@ def config(as_json: bool) -> None:
     history_limits        classic
     """
     from ktrdr_pipelines.commands.ib_tables import describe_config
-    from ktrdr_pipelines.gateway_info import gateway_config
+    from ktrdr_pipelines.gateway_info.config import gateway_config
     from ktrdr_pipelines.settings import load_settings
 
     found = gateway_config(load_settings())
@@ -120,7 +120,7 @@ def ranges(symbols: tuple[str, ...], timeframes: tuple[str, ...], as_json: bool)
         parse_timeframe(timeframe)
 
     from ktrdr_pipelines.commands.ib_tables import describe_ranges
-    from ktrdr_pipelines.gateway_info import data_ranges
+    from ktrdr_pipelines.gateway_info.ranges import data_ranges
     from ktrdr_pipelines.settings import load_settings
 
     found = data_ranges(load_settings(), symbols or None, timeframes or None)
@@ -142,7 +142,7 @@ def cleanup(as_json: bool) -> None:
     0 runs of dead processes ended
     """
     from ktrdr_pipelines.commands.ib_tables import describe_cleanup
-    from ktrdr_pipelines.gateway_info import cleanup as clean_up
+    from ktrdr_pipelines.gateway_info.cleanup import cleanup as clean_up
     from ktrdr_pipelines.settings import load_settings
 
     found = clean_up(load_settings())
@@ -168,9 +168,10 @@ def symbols(symbol: str, as_json: bool) -> None:
     file_symbol(symbol)
 
     from ktrdr_pipelines.commands.ib_tables import describe_found
-    from ktrdr_pipelines.membership import look_up
+    from ktrdr_pipelines.gateway_info.symbols import look_up
+    from ktrdr_pipelines.settings import load_settings
 
-    found = look_up(symbol)
+    found = look_up(load_settings(), symbol)
     show(found.as_dict(), describe_found(found), as_json=as_json)
 
 

@@ -10,9 +10,13 @@ from ktrdr_pipelines.layout import count, lay_out
 from ktrdr_pipelines.series import format_instant
 
 if TYPE_CHECKING:
-    from ktrdr_pipelines.gateway_info import Cleanup, DataRanges, GatewayConfig, GatewayHealth, GatewayStatus
+    from ktrdr_pipelines.gateway_info.cleanup import Cleanup
+    from ktrdr_pipelines.gateway_info.config import GatewayConfig
+    from ktrdr_pipelines.gateway_info.health import GatewayHealth
+    from ktrdr_pipelines.gateway_info.ranges import DataRanges
+    from ktrdr_pipelines.gateway_info.status import GatewayStatus
+    from ktrdr_pipelines.gateway_info.symbols import Found
     from ktrdr_pipelines.ib.leases import LeasedId
-    from ktrdr_pipelines.membership import Found
 
 
 def describe_status(found: GatewayStatus) -> list[str]:

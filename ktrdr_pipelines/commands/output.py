@@ -38,5 +38,6 @@ def as_one_line(message: object, *, longest: int = 1000) -> str:
 
 
 def complain(message: object) -> None:
-    """One line on stderr."""
-    click.echo(f"ktrdr: {as_one_line(message)}", err=True)
+    """One line on stderr. All candidates of an ambiguous symbol are in it, dozens for a future: a person has to choose."""
+    longest = 20_000 if getattr(message, "candidates", ()) else 1000
+    click.echo(f"ktrdr: {as_one_line(message, longest=longest)}", err=True)

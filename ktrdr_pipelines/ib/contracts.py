@@ -173,8 +173,8 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
         raise AmbiguousSymbol(
             f"{instrument.symbol} is ambiguous: {'; '.join(d.describe() for d in candidates)}",
             candidates,
-            advice="Choose one: --con-id (or --sec-type, --exchange, --currency), or put its con_id (or primary_exchange) in "
-            "the universe file.",
+            advice="Choose one by --con-id (or --sec-type, --exchange, --currency; in the REST API con_id and so on), or put its "
+            "con_id (or primary_exchange) in the universe file.",
         )
     return next(iter(fitting.values()))
 

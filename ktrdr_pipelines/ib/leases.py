@@ -40,6 +40,10 @@ class LeasedId:
     pid: int
     is_here: bool = field(default=False, compare=False)
 
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {"client_id": self.client_id, "pid": self.pid or None}
+
 
 class Lease:
     """A client id of one's own until `release`, the end of the ``with`` block, or the end of the process."""

@@ -13,13 +13,11 @@ import uuid
 import dagster as dg
 from sqlalchemy.exc import DBAPIError
 
-from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
 from ktrdr_pipelines.orchestration.build import build_definitions
 from ktrdr_pipelines.orchestration.dead_runs import owner_tag, reaping
 from ktrdr_pipelines.orchestration.door import Door, lend
 from ktrdr_pipelines.orchestration.instance import ORIGIN_TAG, explain_database
-from ktrdr_pipelines.orchestration.partitions import first_partition_start
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import Series, Window, format_instant
@@ -27,21 +25,6 @@ from ktrdr_pipelines.settings import Settings
 
 _one_run_at_a_time = threading.Lock()
 """Concurrent in-process runs in threads of one process deadlock on SQLite (dagster_facts.md, 8)."""
-
-
-def clip_to_partitions(series: Series, window: Window, settings: Settings) -> Window:
-    """``window`` from the first partition on.
-
-    Raises:
-        InputError: all of it lies before the first partition.
-    """
-    first = first_partition_start(series.timeframe, settings)
-    if window.end <= first:
-        raise InputError(
-            f"{series.timeframe} partitions begin {first:%Y-%m-%d}, after {window}",
-            advice=f'Set KTRDR_PARTITION_STARTS={{"{series.timeframe}": "{window.start:%Y-%m-%d}"}} to reach further back.',
-        )
-    return Window(max(window.start, first), window.end)
 
 
 def execute_load(

@@ -51,10 +51,10 @@ from ktrdr_pipelines.store.sidecar import (
     drop_disproved,
     pin,
     subtract_windows,
-    withdraw_partitions,
 )
-from ktrdr_pipelines.store.splice import LeavesOldBars, Spliced, mark_partitions, splice_bars, splice_nothing
+from ktrdr_pipelines.store.splice import LeavesOldBars, Spliced, splice_bars, splice_nothing
 from ktrdr_pipelines.store.verify import Problem, verify_files
+from ktrdr_pipelines.store.views import SidecarViews
 
 _TRIES_AGAINST_EDITORS = 3
 
@@ -84,7 +84,7 @@ class Store:
         self._files = ParsedFiles(self.data_dir, lock_timeout_s, disk or Disk())
         self._trusted: dict[Path, FileState] = {}
         """CSVs seen to be sorted from end to end, in the state in which they were."""
-        self._views: dict[Path, tuple[FileState | None, FileState | None, Sidecar]] = {}
+        self._views = SidecarViews(self._files)
         self._adopted_by_reads: dict[Path, Prepared] = {}
 
     def csv_path(self, series: Series) -> Path:
@@ -149,25 +149,7 @@ class Store:
             DataError: the sidecar is unreadable; the next load builds a new one and keeps a copy.
             StoreError: it is a newer program's, or the disk refuses.
         """
-        path, csv = self.sidecar_path(series), self.csv_path(series)
-        doing = f"reading what is known of {series}"
-        with explained(path, doing):
-            states = (state_of(path), state_of(csv))
-        cached = self._views.get(path)
-        if cached is not None and cached[:2] == states:
-            return cached[2]
-        try:
-            sidecar = self._files.load_sidecar(series, doing)
-        except UnreadableSidecar as failure:
-            raise DataError(
-                f"{path} is unreadable: {failure}",
-                doing=doing,
-                advice="The next load keeps a copy and builds a new one from the CSV; no bar is lost.",
-            ) from None
-        if not is_as_written(sidecar, states[1]):
-            sidecar = self._correct_view(series, sidecar, doing)
-        self._views[path] = (*states, sidecar)
-        return sidecar
+        return self._views.read(series)
 
     def verify(self, series: Series, window: Window | None = None) -> list[Problem]:
         """Everything wrong with the CSV in the partitions that ``window`` touches (all without one); empty when all is well.
@@ -455,16 +437,3 @@ class Store:
             return self._files.load_sidecar(series, doing).file is not None
         except UnreadableSidecar:
             return True
-
-    def _correct_view(self, series: Series, sidecar: Sidecar, doing: str) -> Sidecar:
-        """``sidecar`` without claims about partitions that are not as it says."""
-        path = self.csv_path(series)
-        with explained(path, doing), opened(path) as file:
-            if file is None:
-                nothing: dict[str, object] = {"answered": (), "proven_empty": (), "partitions": {}, "file": None}
-                return sidecar.model_copy(update=nothing) if sidecar.partitions else sidecar
-            try:
-                found = mark_partitions(file[0], series.timeframe, len(HEADER), file[1].size)
-            except MalformedFile:
-                found = {}
-            return withdraw_partitions(sidecar, series.timeframe, found)[0]

@@ -16,7 +16,18 @@ from typing import Any
 from ktrdr_pipelines.api import worker
 
 COMMANDS = [
-    {"symbol": symbol, "timeframe": "1d", "mode": "full", "start": None, "end": None, "run_id": run_id}
+    {
+        "symbol": symbol,
+        "timeframe": "1d",
+        "mode": "full",
+        "start": None,
+        "end": None,
+        "sec_type": "",
+        "exchange": "",
+        "currency": "",
+        "con_id": 0,
+        "run_id": run_id,
+    }
     for symbol, run_id in (("AAPL", "1"), ("NOSUCH SYMBOL?", "2"), ("MSFT", "3"))
 ]
 

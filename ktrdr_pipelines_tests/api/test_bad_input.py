@@ -51,6 +51,18 @@ def assert_refused(answer: object, *statuses: int) -> None:
     problem_of(answer)
 
 
+def bad_choices() -> Iterator[tuple[str, object]]:
+    """(field, value) of what cannot choose a contract, wherever one is chosen."""
+    for name, values in {
+        "sec_type": ("BOND", "stk", " ", "\x00"),
+        "exchange": ("smart", "../X", "A" * 17, "ÄX", "."),
+        "currency": ("euro", "usd", "US", "€", "USD "),
+        "con_id": (-1, 1 << 31, 10**30, "x", ""),
+    }.items():
+        for value in (*values, None, 1.5, [1], {"a": 1}, "A" * 10_000):
+            yield name, value
+
+
 def bodies() -> Iterator[tuple[str, object]]:
     """(what was tried, body) for POST /data/load."""
     for what, value in BAD_SYMBOLS.items():
@@ -66,6 +78,8 @@ def bodies() -> Iterator[tuple[str, object]]:
     for name in ("symbol", "timeframe", "mode"):
         for what, wrong in WRONG_TYPES.items():
             yield f"{name} {what}", {**GOOD, name: wrong}
+    for name, value in bad_choices():
+        yield f"{name} {value!s:.12}", {**GOOD, name: value}
     yield from {
         "mode unknown": {**GOOD, "mode": "sideways"},
         "mode empty": {**GOOD, "mode": ""},
@@ -76,6 +90,13 @@ def bodies() -> Iterator[tuple[str, object]]:
         "start at end": {**GOOD, "start": "2024-02-01", "end": "2024-02-01T00:00:00Z"},
         "start at end in another zone": {**GOOD, "start": "2024-02-01T01:00:00+01:00", "end": "2024-02-01"},
         "start in the future": {**GOOD, "start": "2099-01-01"},
+        "end before all partitions": {**GOOD, "mode": "full", "end": "2003-12-31"},
+        "window before all partitions": {
+            "symbol": "NOSUCH",
+            "timeframe": "1d",
+            "start": "1970-01-01",
+            "end": "1979-06-01",
+        },
         "end after 2100": {**GOOD, "end": "2101-01-01"},
         "start said twice": {**GOOD, "start": "2024-01-01", "start_date": "2024-01-02"},
         "end said twice": {**GOOD, "end": "2024-01-01", "end_date": "2024-01-01"},
@@ -177,7 +198,8 @@ def test_ranges_are_asked_for_symbols_and_timeframes(client: TestClient, query: 
 
 
 @pytest.mark.parametrize("body", [{"symbol": s} for s in BAD_SYMBOLS.values()] + [{}, {"symbol": None}, {"symbol": 5},
-                                  {"symbol": "AAPL", "x": 1}, [], "AAPL"])  # fmt: skip
+                                  {"symbol": "AAPL", "x": 1}, [], "AAPL",
+                                  *({"symbol": "AAPL", name: value} for name, value in bad_choices())])  # fmt: skip
 def test_discovery_is_asked_for_a_symbol(client: TestClient, body: object) -> None:
     """As for loads."""
     assert_refused(client.post("/api/v1/ib/symbols/discover", json=body))

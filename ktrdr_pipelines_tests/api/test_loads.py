@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
 import signal
@@ -117,6 +118,27 @@ def test_what_ib_does_not_know_is_404_and_says_so(served: Served) -> None:
     assert "NOSUCH" in problem_of(answer)["message"]
     state = end_of(address, answer.headers["location"].rpartition("/")[2])
     assert (state["status"], state["problem"]["kind"]) == ("failed", "permanent")  # type: ignore[index]
+
+
+def test_an_ambiguous_symbol_is_refused_with_all_candidates_and_a_choice_loads_the_one_meant(served: Served) -> None:
+    """Nothing is loaded on a guess. Two choices at once are two loads: the second is never answered with the first one's bars."""
+    address, settings, _ = served
+    body: dict[str, object] = {
+        "symbol": "AMBG", "timeframe": "1d", "mode": "full", "start": "2024-01-01", "end": "2024-03-01",
+    }  # fmt: skip
+    refused = httpx.post(f"{address}/data/load", json=body, timeout=60)
+    assert refused.status_code == 422
+    assert all(words in problem_of(refused)["message"] for words in ("900001", "HOLDINGS", "900002", "GROWTH FUND"))
+    assert "con_id" in problem_of(refused)["advice"]
+    assert not (settings.data_dir / "AMBG_1d.csv").exists()
+    first = httpx.post(f"{address}/data/load?wait=false", json={**body, "con_id": 900002}).json()
+    other = httpx.post(f"{address}/data/load", json={**body, "sec_type": "STK", "exchange": "NYSE"}, timeout=60)
+    state = end_of(address, first["run_id"])
+    assert (state["status"], state["con_id"]) == ("success", 900002)
+    assert other.status_code == 422
+    assert "conId 900002" in problem_of(other)["message"]
+    sidecar = json.loads((settings.data_dir / "AMBG_1d.meta.json").read_text())
+    assert sidecar["instrument"]["con_id"] == 900002
 
 
 def test_two_hundred_requests_at_once_load_each_series_once(served: Served) -> None:

@@ -1,0 +1,71 @@
+"""Promises of the route that tells of a load, for runs that this API did not begin: what Dagster recorded of them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from ktrdr_pipelines.loading import load_series
+from ktrdr_pipelines.modes import Mode
+from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.build import build_definitions
+from ktrdr_pipelines.orchestration.dead_runs import OWNER_TAG, owner_tag
+from ktrdr_pipelines.orchestration.instance import open_instance
+from ktrdr_pipelines.orchestration.requests import request_run
+from ktrdr_pipelines.partitions import partition_from_key
+from ktrdr_pipelines.series import TIMEFRAMES, Series, stock
+from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
+from ktrdr_pipelines_tests.conftest import StartGateway
+from ktrdr_pipelines_tests.holding import execute
+
+DAILY = TIMEFRAMES["1d"]
+AAPL, NOSUCH = Series(stock("AAPL"), DAILY), Series(stock("NOSUCH"), DAILY)
+ROUTE = "/api/v1/data/load/"
+
+
+@pytest.mark.slow
+def test_runs_of_every_door_are_told(open_api: OpenApi, start_gateway: StartGateway, tmp_path: Path) -> None:
+    """A command's load; a sensor's run of two series, of which one failed; Dagster's own, of a process that is gone."""
+    settings = settings_in(tmp_path, start_gateway().port)
+    client = open_api(settings)
+    done = load_series("AAPL", "1d", "full", start="2022-01-01", end="2024-01-01", settings=settings)
+    told = client.get(ROUTE + done.run_ids[0]).json()
+    assert told["started_at"] and told["ended_at"] and told["accepted_at"]
+    assert {k: v for k, v in told.items() if not k.endswith("_at")} == {
+        "run_id": done.run_ids[0], "status": "success", "origin": "cli", "mode": "full", "failures": [],
+        "series": [{"symbol": "AAPL", "timeframe": "1d", "partitions_completed": ["2022", "2023"]}],
+        "partitions": {"first": "2022", "last": "2023"},
+    }  # fmt: skip
+
+    year = partition_from_key(DAILY, "2021")
+    request = request_run([AAPL, NOSUCH], year, year, Mode.FULL, origin="sensor", run_key="test")
+    with open_instance(settings) as instance:
+        ended = execute(settings, [AAPL, NOSUCH], instance, request)
+        job = build_definitions(settings, [AAPL]).resolve_implicit_global_asset_job_def()
+        gone = instance.create_run_for_job(job, asset_selection=frozenset([asset_key(AAPL)])).run_id
+        owner = json.loads(owner_tag(gone)[OWNER_TAG])
+        instance.add_run_tags(gone, {OWNER_TAG: json.dumps([*owner[:-1], "1"])})
+        instance.report_dagster_event(
+            dg.DagsterEvent(event_type_value=dg.DagsterEventType.RUN_START.value, job_name=job.name), gone
+        )
+        foreign = instance.create_run_for_job(dg.GraphDefinition(name="of_somebody_else").to_job()).run_id
+    told = client.get(ROUTE + ended.run_id).json()
+    assert (told["status"], told["origin"], told["partitions"]) == (
+        "partial", "sensor", {"first": "2021", "last": "2021"},
+    )  # fmt: skip
+    assert [(each["symbol"], each["partitions_completed"]) for each in told["series"]] == [
+        ("AAPL", ["2021"]), ("NOSUCH", []),
+    ]  # fmt: skip
+    (failure,) = told["failures"]
+    assert failure["kind"] == "permanent"
+    assert "NOSUCH" in failure["error"]
+
+    told = client.get(ROUTE + gone).json()
+    assert (told["status"], told["origin"]) == ("failed", "dagster")
+    assert "process that executed this run is gone" in told["failures"][0]["error"]
+    for unknown in (foreign, str(uuid.uuid4()), "\x00"):
+        assert problem_of(client.get(ROUTE + unknown.replace("\x00", "%00")))["kind"] == "not_found"
