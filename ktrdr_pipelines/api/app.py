@@ -36,6 +36,8 @@ def create_app(settings: Settings, *, queue_limit: int = QUEUE_LIMIT) -> FastAPI
         app.state.loads = loads
         # Few at a time: each connects, and client ids are few; or reads a whole file.
         app.state.gateway_questions = Turnstile(width=2, waiting=200)
+        # Bounded in time, and what is asked when other questions hang: they never wait for those.
+        app.state.state_questions = Turnstile(width=3, waiting=200)
         app.state.file_questions = Turnstile(width=2, waiting=200)
         try:
             yield
