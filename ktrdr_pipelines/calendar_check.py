@@ -26,12 +26,12 @@ from ktrdr_pipelines.calendars import (
 )
 from ktrdr_pipelines.errors import DataError, InputError, TransientError
 from ktrdr_pipelines.ib.history import IBHistory
+from ktrdr_pipelines.membership import name_instrument
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.series import Instrument, Window, file_symbol, format_instant, parse_range
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import CorrectedSession, save_corrections
 from ktrdr_pipelines.store.sidecar import Source
-from ktrdr_pipelines.universe import universe_of
 
 DAYS_BACK = 365
 """How far back is compared without a start, and the longest request (IB takes at most 365 D)."""
@@ -103,14 +103,7 @@ def check_calendar(
     if window.is_empty:
         raise InputError(f"the window {window} is empty", advice="Choose a start before the end, and both in the past.")
     settings = settings or load_settings()
-    universe = universe_of(settings)
-    instrument = universe.find_instrument(symbol)
-    if instrument is None:
-        raise InputError(
-            f"{symbol} is not in the universe",
-            doing=f"reading {settings.universe_path}",
-            advice=f"`ktrdr ib-load {symbol} 1d` looks it up at IB and adds it; or add it to that file.",
-        )
+    instrument = name_instrument(symbol, settings)
     with IBHistory(GatewayResource.of(settings).address()) as history:
         check = compare_with_ib(history, history.pin(instrument), window, now=now)
         if apply:

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from ktrdr_pipelines.commands.completion import completion
+from ktrdr_pipelines.commands.completion import (
+    complete_listed_timeframe,
+    complete_symbol,
+    complete_timeframe,
+    completion,
+)
 from ktrdr_pipelines.commands.ib import ib_commands
 from ktrdr_pipelines.commands.output import as_one_line, complain, json_option, show
 from ktrdr_pipelines.commands.universe import universe_commands
@@ -44,8 +49,8 @@ def cli() -> None:
 
 
 @cli.command("ib-load")
-@click.argument("symbol")
-@click.argument("timeframe")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
 @click.option(
     "--mode",
     type=click.Choice(["tail", "backfill", "full"]),
@@ -131,8 +136,8 @@ def ib_load(
 
 
 @cli.command("gaps")
-@click.argument("symbol", required=False)
-@click.argument("timeframe", required=False)
+@click.argument("symbol", required=False, shell_complete=complete_symbol)
+@click.argument("timeframe", required=False, shell_complete=complete_listed_timeframe)
 @json_option
 def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
     """Show what is held, what is missing and why, and what was proven not to exist.
@@ -176,8 +181,8 @@ def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
 
 
 @cli.command("adopt")
-@click.argument("symbol")
-@click.argument("timeframe")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--assume-utc", is_flag=True, help="Read timestamps without a time zone as UTC.")
 @json_option
@@ -206,7 +211,7 @@ def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bo
 
 
 @cli.command("calendar")
-@click.argument("symbol")
+@click.argument("symbol", shell_complete=complete_symbol)
 @click.option("--start", help="First instant to compare, ISO 8601; without it a year back.")
 @click.option("--end", help="End of what is compared, not included; without it now.")
 @click.option("--apply", is_flag=True, help="Make IB's word count, for every series of the same calendar.")

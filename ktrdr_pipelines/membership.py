@@ -19,6 +19,7 @@ from ktrdr_pipelines.series import Hours, Instrument, Series, file_symbol, forma
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines.universe import Entry, add_series, remove_series, universe_of
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ _NAMING = ("sec_type", "exchange", "primary_exchange", "currency", "ib_symbol", 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One series of the universe, and what is held of it. Times are bar opens; ``problem`` when its files cannot be read."""
+    """One series of the universe, and what is held of it. Times are bar opens. ``problem`` when its files cannot be read; the
+    rest is None then, which is not the same as nothing."""
 
     series: Series
-    rows: int
+    rows: int | None
     first: datetime | None
     last: datetime | None
     problem: KtrdrError | None = None
@@ -90,17 +92,22 @@ def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
         InputError: no such timeframe, or the universe names no such instrument.
     """
     wanted = parse_timeframe(timeframe)
-    return Series(_find_known(symbol, settings, f"`ktrdr ib-load {symbol} {timeframe}`"), wanted)
+    return Series(name_instrument(symbol, settings, timeframe=timeframe), wanted)
 
 
-def _find_known(symbol: str, settings: Settings, command: str) -> Instrument:
+def name_instrument(symbol: str, settings: Settings, *, timeframe: str = "1d") -> Instrument:
+    """The instrument that the universe calls ``symbol``; IB is not asked.
+
+    Raises:
+        InputError: it names none; ``timeframe`` is that of the load which would look it up.
+    """
     file_symbol(symbol)
     instrument = universe_of(settings).find_instrument(symbol)
     if instrument is None:
         raise InputError(
             f"{symbol} is not in the universe",
             doing=f"reading {settings.universe_path}",
-            advice=f"{command} looks it up at IB and adds it; or add it to that file.",
+            advice=f"`ktrdr ib-load {symbol} {timeframe}` looks it up at IB and adds it; or add it to that file.",
         )
     return instrument
 
@@ -114,22 +121,18 @@ def list_series(settings: Settings | None = None) -> list[Listed]:
     settings = settings or load_settings()
     now = datetime.now(UTC)
     store = open_store(settings.data_dir)
-    found = []
-    for series in universe_of(settings):
-        try:
-            with peek(store, series, now=now) as (view, _):
-                extent = view.extent(series)
-                rows = view.read_sidecar(series).rows if extent else 0
-        except KtrdrError as error:
-            found.append(Listed(series, 0, None, None, error))
-            continue
-        first, last = (
-            (datetime.fromtimestamp(extent.first_open_s, UTC), datetime.fromtimestamp(extent.last_open_s, UTC))
-            if extent
-            else (None, None)
-        )
-        found.append(Listed(series, rows, first, last))
-    return found
+    return [look_at(series, store, now) for series in universe_of(settings)]
+
+
+def look_at(series: Series, store: Store, now: datetime) -> Listed:
+    """What is held of one series."""
+    try:
+        with peek(store, series, now=now) as (view, _):
+            extent = view.extent(series)
+            rows = view.read_sidecar(series).rows if extent else 0
+    except KtrdrError as error:
+        return Listed(series, None, None, None, error)
+    return Listed(series, rows, extent.first if extent else None, extent.last if extent else None)
 
 
 def add_to_universe(

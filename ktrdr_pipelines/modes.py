@@ -6,7 +6,7 @@ Pure. How people write times is in `series.py`; which bars of the window are mis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 
 from ktrdr_pipelines.errors import InputError
@@ -39,7 +39,7 @@ class Held:
         """From the store's extent and sidecar; None without a CSV or without a row in it."""
         if extent is None:
             return None
-        first, last = (datetime.fromtimestamp(s, UTC) for s in (extent.first_open_s, extent.last_open_s))
+        first, last = extent.first, extent.last
         return cls(max(first, sidecar.unfinished_until or first), min(last, sidecar.unfinished_from or last))
 
 

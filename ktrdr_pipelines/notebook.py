@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -156,8 +156,8 @@ def read_bars(
                 f"nothing is held of {series}",
                 advice=f"Load it first: ktrdr.load({series.instrument.symbol!r}, {series.timeframe.name!r}).",
             )
-        begin = first or datetime.fromtimestamp(extent.first_open_s, UTC)
-        window = Window(begin, max(last or datetime.fromtimestamp(extent.last_open_s + 1, UTC), begin))
+        begin = first or extent.first
+        window = Window(begin, max(last or extent.last + timedelta(seconds=1), begin))
         bars = store.read_bars(series, window)
         lacking = 0 if missing == "ignore" else _count_missing(series, window, store, now)
     if lacking:

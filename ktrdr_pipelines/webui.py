@@ -18,9 +18,9 @@ import click
 
 from ktrdr_pipelines.errors import InputError, TransientError
 from ktrdr_pipelines.orchestration.dead_runs import reap_dead_runs
-from ktrdr_pipelines.orchestration.instance import open_instance
+from ktrdr_pipelines.orchestration.instance import open_instance, provided_file
 from ktrdr_pipelines.reloading import UniverseWatch
-from ktrdr_pipelines.settings import PROJECT_ROOT, as_environment, load_settings
+from ktrdr_pipelines.settings import as_environment, load_settings
 
 READY_WITHIN_S = 120
 LOOK_EVERY_S = 1.0
@@ -39,7 +39,7 @@ def serve_ui(host: str, port: int) -> int:
         "dagster",
         "dev",
         "-w",
-        str(PROJECT_ROOT / "workspace.yaml"),
+        str(provided_file("workspace.yaml")),
         "-h",
         host,
         "-p",

@@ -15,10 +15,12 @@ import dagster as dg
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+from ktrdr_pipelines_tests.ledger_tools import LOGIN, HandClock
 from ktrdr_pipelines_tests.load_forks import ForkServer, LoadForks
 
 # Two shared cores: a slow moment is no failure.
@@ -97,6 +99,20 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     home.mkdir()
     with dg.DagsterInstance.local_temp(str(home)) as made:
         yield made
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    """A clock that only the test moves."""
+    return HandClock()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, clock: HandClock) -> Iterator[Ledger]:
+    """A pacing ledger of that clock, in a folder of the test's own."""
+    opened = open_ledger(tmp_path, LOGIN, clock)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

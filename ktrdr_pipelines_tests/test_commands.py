@@ -75,14 +75,57 @@ def test_completion_prints_a_script_for_the_shell(say: Say, shell: str) -> None:
     assert f"_KTRDR_COMPLETE={shell}_complete" in out
 
 
-def test_a_shell_is_told_what_may_come_next(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the bash script asks."""
-    for words, at, wanted in (("ktrdr univ", "1", "universe"), ("ktrdr ib-load AAPL 1h --mode b", "5", "backfill")):
-        monkeypatch.setenv("_KTRDR_COMPLETE", "bash_complete")
-        monkeypatch.setenv("COMP_WORDS", words)
-        monkeypatch.setenv("COMP_CWORD", at)
-        _, out, _ = say()
-        assert out.strip() == f"plain,{wanted}"
+UNIVERSE_TO_COMPLETE = "series:\n- {symbol: BRK B, timeframes: [1h, 1w]}\n- {symbol: AAPL, timeframes: [1d]}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "at", "wanted"),
+    [
+        ("ktrdr univ", 1, ["universe"]),
+        ("ktrdr ib-load AAPL 1h --mode b", 5, ["backfill"]),
+        ("ktrdr ib-load ", 2, ["BRK\\ B", "AAPL"]),
+        ("ktrdr calendar aa", 2, ["AAPL"]),
+        ("ktrdr ib ranges AAPL b", 4, ["BRK\\ B"]),
+        ("ktrdr ib-load AAPL 30", 3, ["30s", "30m"]),
+        ("ktrdr ib ranges --timeframe 8", 4, ["8h"]),
+        ("ktrdr gaps BRK\\ B ", 3, ["1h", "1w"]),
+        ("ktrdr universe remove AAPL ", 4, ["1d"]),
+        ("ktrdr universe add NEW 1mo", 4, ["1mo"]),
+    ],
+)
+def test_a_shell_is_told_what_may_come_next(
+    say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, at: int, wanted: list[str]
+) -> None:
+    """As the bash script asks: commands, options, symbols of the universe, timeframes. A universe file that cannot be read is
+    nothing to complete, and no noise on the line that is being typed."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "universe.yaml").write_text(UNIVERSE_TO_COMPLETE)
+    monkeypatch.setenv("_KTRDR_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(at))
+    _, out, err = say()
+    assert (out.splitlines(), err) == ([f"plain,{each}" for each in wanted], "")
+    (tmp_path / "data" / "universe.yaml").write_text("series: [")
+    _, out, err = say()
+    assert err == ""
+    assert "AAPL" not in out
+
+
+@pytest.mark.slow
+def test_completing_imports_nothing_heavy(tmp_path: Path) -> None:
+    """It happens with every press of the key."""
+    code = (
+        "import sys\nfrom ktrdr_pipelines.cli import cli\n"
+        "try: cli.main(prog_name='ktrdr')\nexcept SystemExit: pass\n"
+        "heavy = {'dagster', 'pandas', 'numpy', 'pandera', 'ib_insync', 'sqlalchemy', 'fastapi', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    asked = {"_KTRDR_COMPLETE": "bash_complete", "COMP_WORDS": "ktrdr gaps MS", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked | {"KTRDR_DATA_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["plain,MSFT", "[]"]
 
 
 # -- the universe ----------------------------------------------------------------------------------------------------------

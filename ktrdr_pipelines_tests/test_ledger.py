@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,19 +31,6 @@ from ktrdr_pipelines_tests.ledger_tools import (
     wish,
 )
 from ktrdr_pipelines_tests.ledger_worker import LOGIN
-
-
-@pytest.fixture
-def clock() -> HandClock:
-    return HandClock()
-
-
-@pytest.fixture
-def ledger(tmp_path: Path, clock: HandClock) -> Iterator[Ledger]:
-    opened = open_ledger(tmp_path, LOGIN, clock)
-    yield opened
-    opened.close()
-
 
 # -- grants
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,17 +29,21 @@ from ktrdr_pipelines_tests.ledger_tools import (
 )
 from ktrdr_pipelines_tests.ledger_worker import LOGIN
 
+WITH_A_LEDGER = (
+    "import resource, sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
+    "from ktrdr_pipelines.errors import StoreError; from ktrdr_pipelines_tests.ledger_tools import wish, fill, LOGIN\n"
+    "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN)\n"
+)
+ASK_THRICE = (
+    "for _ in range(3):\n"
+    "    try: print('granted', ledger.acquire(wish()))\n"
+    "    except StoreError as error: print('refused:', error)\n"
+)
 
-@pytest.fixture
-def clock() -> HandClock:
-    return HandClock()
 
-
-@pytest.fixture
-def ledger(tmp_path: Path, clock: HandClock) -> Iterator[Ledger]:
-    opened = open_ledger(tmp_path, LOGIN, clock)
-    yield opened
-    opened.close()
+def assert_refused_thrice(lines: list[str]) -> None:
+    assert len(lines) == 3
+    assert all(line.startswith("refused: pacing ledger") for line in lines), lines
 
 
 def test_a_damaged_file_is_kept_and_the_pause_explained(tmp_path: Path, clock: HandClock) -> None:
@@ -75,39 +78,24 @@ def test_an_unusable_directory_is_one_clear_error(tmp_path: Path, clock: HandClo
 def test_a_full_disk_grants_nothing(tmp_path: Path) -> None:
     """When the ledger cannot be written the answer is an error, never a grant; once there is room again all goes on."""
     code = (
-        "import resource, sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
-        "from ktrdr_pipelines.errors import StoreError; from ktrdr_pipelines_tests.ledger_tools import wish, fill, LOGIN\n"
-        "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN); fill(ledger, 10)\n"
+        f"{WITH_A_LEDGER}fill(ledger, 10)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))\n"
-        "for _ in range(3):\n"
-        "    try: print('granted', ledger.acquire(wish()))\n"
-        "    except StoreError as error: print('refused:', error)\n"
+        f"{ASK_THRICE}"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
         "print(ledger.snapshot().used); fill(ledger, 50); print(ledger.snapshot().used)\n"
     )
     with start_python("-c", code, tmp_path) as child:
         *refusals, before, after = child.stdout.read().decode().splitlines()
-    assert len(refusals) == 3
-    assert all(line.startswith("refused: pacing ledger") for line in refusals), refusals
+    assert_refused_thrice(refusals)
     assert (before, after) == ("10", "60")
 
 
 @pytest.mark.slow
 def test_a_first_start_on_a_full_disk_leaves_nothing_half_made(tmp_path: Path) -> None:
     """Where not even an empty ledger fits, the answer is an error each time, and no pieces pile up."""
-    code = (
-        "import resource, sys, pathlib; from ktrdr_pipelines.ib.ledger import open_ledger;"
-        "from ktrdr_pipelines.errors import StoreError; from ktrdr_pipelines_tests.ledger_tools import wish, LOGIN\n"
-        "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
-        "for _ in range(3):\n"
-        "    try: print('granted', ledger.acquire(wish()))\n"
-        "    except StoreError as error: print('refused:', error)\n"
-    )
+    code = f"{WITH_A_LEDGER}resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n{ASK_THRICE}"
     with start_python("-c", code, tmp_path) as child:
-        refusals = child.stdout.read().decode().splitlines()
-    assert len(refusals) == 3
-    assert all(line.startswith("refused: pacing ledger") for line in refusals), refusals
+        assert_refused_thrice(child.stdout.read().decode().splitlines())
     assert [path.name for path in tmp_path.iterdir()] == [ledger_path(tmp_path, LOGIN).name + ".lock"]
 
 

@@ -27,11 +27,6 @@ from ktrdr_pipelines_tests.ledger_worker import LOGIN
 from ktrdr_pipelines_tests.postgres_server import throw_away_cluster
 
 
-@pytest.fixture
-def clock() -> HandClock:
-    return HandClock()
-
-
 @pytest.mark.slow
 def test_many_processes_break_no_rule_and_use_the_budget(tmp_path: Path) -> None:
     """Eight processes, some killed and some stopped at any instant: no rule broken, all of the budget used, in order."""

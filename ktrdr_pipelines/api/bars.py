@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import islice
 
@@ -16,7 +16,8 @@ from fastapi.responses import Response
 
 from ktrdr_pipelines.api import models
 from ktrdr_pipelines.bars import COLUMNS, empty_bars, opens_of
-from ktrdr_pipelines.errors import InputError, KtrdrError
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.membership import look_at
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.series import Series, Window, format_instant
 from ktrdr_pipelines.settings import Settings
@@ -127,32 +128,14 @@ def _to_arrow(bars: pd.DataFrame) -> bytes:
 def list_held(settings: Settings, limit: int, offset: int) -> models.HeldList:
     """A page of the universe's series, with what is held of each."""
     universe = list(universe_of(settings))
-    store = open_store(settings.data_dir)
+    store, now = open_store(settings.data_dir), utc_now()
     chosen = universe[offset : offset + limit]
     more = offset + limit if offset + limit < len(universe) else None
-    return models.HeldList(series=[_look_at(store, each) for each in chosen], total=len(universe), next_offset=more)
-
-
-def _look_at(store: Store, series: Series) -> models.Held:
-    rows, first, last, problem = None, None, None, None
-    try:
-        with peek(store, series, now=utc_now()) as (view, _):
-            extent = view.extent(series)
-            rows = view.read_sidecar(series).rows if extent else 0
-            if extent:
-                first, last = (_stamp(at) for at in (extent.first_open_s, extent.last_open_s))
-    except KtrdrError as error:
-        problem = str(error)
-    return models.Held(
-        symbol=series.instrument.symbol,
-        timeframe=series.timeframe.name,
-        file=str(store.csv_path(series)),
-        rows=rows,
-        first=first,
-        last=last,
-        problem=problem,
+    return models.HeldList(
+        series=[
+            models.Held.model_validate({**look_at(each, store, now).as_dict(), "file": str(store.csv_path(each))})
+            for each in chosen
+        ],
+        total=len(universe),
+        next_offset=more,
     )
-
-
-def _stamp(open_s: int) -> str:
-    return format_instant(datetime.fromtimestamp(0, UTC) + timedelta(seconds=open_s))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ktrdr_pipelines.commands.completion import complete_symbol, complete_timeframe
 from ktrdr_pipelines.commands.output import complain, json_option, show
 
 if TYPE_CHECKING:
@@ -98,8 +99,15 @@ def config(as_json: bool) -> None:
 
 
 @ib_commands.command("ranges")
-@click.argument("symbols", nargs=-1)
-@click.option("--timeframe", "timeframes", multiple=True, metavar="TIMEFRAME", help="Of these only. Repeatable.")
+@click.argument("symbols", nargs=-1, shell_complete=complete_symbol)
+@click.option(
+    "--timeframe",
+    "timeframes",
+    multiple=True,
+    metavar="TIMEFRAME",
+    help="Of these only. Repeatable.",
+    shell_complete=complete_timeframe,
+)
 @json_option
 def ranges(symbols: tuple[str, ...], timeframes: tuple[str, ...], as_json: bool) -> None:
     """Show where IB's history of SYMBOLS begins and ends, and what is held; without SYMBOLS of the universe.
@@ -150,7 +158,7 @@ def cleanup(as_json: bool) -> None:
 
 
 @ib_commands.command("symbols")
-@click.argument("symbol")
+@click.argument("symbol", shell_complete=complete_symbol)
 @json_option
 def symbols(symbol: str, as_json: bool) -> None:
     """Show every contract that a bare SYMBOL may mean to IB. Nothing is added to the universe.

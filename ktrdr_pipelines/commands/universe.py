@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ktrdr_pipelines.commands.completion import complete_listed_timeframe, complete_symbol, complete_timeframe
 from ktrdr_pipelines.commands.output import complain, json_option, show
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def list_all(as_json: bool) -> None:
 
 
 @universe_commands.command("add")
-@click.argument("symbol")
-@click.argument("timeframes", nargs=-1, required=True, metavar="TIMEFRAME...")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframes", nargs=-1, required=True, metavar="TIMEFRAME...", shell_complete=complete_timeframe)
 @click.option("--sec-type", type=click.Choice(SECURITY_TYPES), help="Kind of instrument; with it IB is not asked.")
 @click.option("--exchange", metavar="NAME", help="IB's name of the exchange, SMART for stocks.")
 @click.option("--primary-exchange", metavar="NAME", help="Where a stock is listed, when its symbol is ambiguous.")
@@ -89,8 +90,8 @@ def add(symbol: str, timeframes: tuple[str, ...], as_json: bool, **said: object)
 
 
 @universe_commands.command("remove")
-@click.argument("symbol")
-@click.argument("timeframes", nargs=-1, metavar="[TIMEFRAME]...")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframes", nargs=-1, metavar="[TIMEFRAME]...", shell_complete=complete_listed_timeframe)
 @json_option
 def remove(symbol: str, timeframes: tuple[str, ...], as_json: bool) -> None:
     """Take SYMBOL out of the universe, at each TIMEFRAME or altogether. Its files stay, and come back into use when added again.

@@ -119,8 +119,8 @@ def data_ranges(
                         timeframe.name,
                         earliest,
                         latest,
-                        datetime.fromtimestamp(held.first_open_s, UTC) if held else None,
-                        datetime.fromtimestamp(held.last_open_s, UTC) if held else None,
+                        held.first if held else None,
+                        held.last if held else None,
                         why,
                     )
                 )

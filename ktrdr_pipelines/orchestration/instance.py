@@ -18,6 +18,8 @@ from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
 ORIGIN_TAG = "ktrdr/origin"
 
+_BROUGHT_ALONG = Path(__file__).parent / "home"
+
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
     """The instance in the settings' Dagster home; a fresh home gets the project's `dagster.yaml`.
@@ -53,10 +55,14 @@ def explain_database(error: DBAPIError, home: Path) -> StoreError:
     )
 
 
+def provided_file(path: str) -> Path:
+    """The project's file at ``path``; where the package is installed without its project (in a container), the copy that
+    it brings along."""
+    ours = PROJECT_ROOT / path
+    return ours if ours.exists() else _BROUGHT_ALONG / ours.name
+
+
 def _provide_config(home: Path) -> None:
-    target, ours = home / "dagster.yaml", PROJECT_ROOT / "dagster_home" / "dagster.yaml"
+    target = home / "dagster.yaml"
     if not target.exists():
-        if ours.exists():
-            shutil.copyfile(ours, target)
-        else:
-            target.touch()
+        shutil.copyfile(provided_file("dagster_home/dagster.yaml"), target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,16 @@ class Extent:
 
     first_open_s: int
     last_open_s: int
+
+    @property
+    def first(self) -> datetime:
+        """The first open as an instant."""
+        return datetime.fromtimestamp(self.first_open_s, UTC)
+
+    @property
+    def last(self) -> datetime:
+        """The last open as an instant."""
+        return datetime.fromtimestamp(self.last_open_s, UTC)
 
 
 @dataclass(frozen=True, slots=True)

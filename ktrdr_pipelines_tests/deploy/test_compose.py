@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -159,6 +161,24 @@ def test_the_image_starts_and_checks_what_the_compose_file_does(services: dict[s
     extras = {words[i + 1] for i, word in enumerate(words) if word == "--extra"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"deploy"} <= extras <= set(project["optional-dependencies"]) - {"dev", "demo"}
+
+
+def test_a_package_without_its_project_brings_what_a_home_and_the_ui_need(tmp_path: Path) -> None:
+    """As in the image, where nothing but the package is installed: `ktrdr ui` finds its workspace, and a home that is begun there
+    is configured as the project's own. What is brought along is in the wheel, and the same as the project's files."""
+    shutil.copytree(ROOT / "ktrdr_pipelines", tmp_path / "site" / "ktrdr_pipelines")
+    code = "from ktrdr_pipelines.orchestration.instance import provided_file as f; print(f('workspace.yaml')); "
+    code += "print(f('dagster_home/dagster.yaml'))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    brought = [Path(line) for line in found.stdout.splitlines()]
+    assert [path.is_relative_to(tmp_path) for path in brought] == [True, True], found.stderr
+    for path, ours in zip(brought, ("workspace.yaml", "dagster_home/dagster.yaml"), strict=True):
+        assert yaml.safe_load(path.read_text()) == yaml.safe_load((ROOT / ours).read_text())
+    (pattern,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "ktrdr_pipelines"
+    ]
+    assert set(brought) == set((tmp_path / "site" / "ktrdr_pipelines").glob(pattern))
 
 
 def test_no_secret_and_no_data_can_get_into_the_image() -> None:

@@ -23,7 +23,6 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.address import HOLD_PATIENCE_S
-from ktrdr_pipelines.ib.clock import Reading
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.ib.leases import ClientIds, in_use, lease_client_id
 from ktrdr_pipelines.ib.ledger import open_ledger
@@ -34,6 +33,7 @@ from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, READY, TIME, ScriptedGateway, bars, error
 from ktrdr_pipelines_tests.ib.scripted_gateway import START as START_API
+from ktrdr_pipelines_tests.ledger_tools import HandClock
 
 SERIES = Series(stock("AAPL"), TIMEFRAMES["1h"])
 START, END = datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 3, 1, 21, tzinfo=UTC)
@@ -41,22 +41,16 @@ REQUEST = Request(Window(START, END), END, Duration(1, "D"))
 PACING = "Historical Market Data Service error message:Historical data request pacing violation"
 
 
-class FakeTime:
-    """A clock for the ledger that only the injected sleep moves; remembers the sleeps longer than the ledger's own polls."""
+class FakeTime(HandClock):
+    """Moved only by the injected sleep; remembers the sleeps longer than the ledger's own polls."""
 
     def __init__(self) -> None:
-        self.wall_s = 1_700_000_000.0
+        super().__init__()
         self.long_sleeps: list[float] = []
         self.on_sleep: Callable[[float], None] = lambda _: None
 
-    def now_s(self) -> float:
-        return self.wall_s
-
-    def read(self) -> Reading:
-        return Reading(self.wall_s, self.wall_s - 1_600_000_000, "boot")
-
     def sleep(self, seconds: float) -> None:
-        self.wall_s += seconds
+        super().sleep(seconds)
         if seconds > 1:
             self.long_sleeps.append(seconds)
         self.on_sleep(seconds)
@@ -305,10 +299,10 @@ def test_a_machine_that_slept_asks_before_it_trusts(bench: Bench) -> None:
         client = history.connect()
         assert history.connect() is client
         assert len(gateway.told(TIME)) == 1
-        bench.time.wall_s += 3600
+        bench.time.pass_by(3600)
         assert history.connect() is client
         assert len(gateway.told(TIME)) == 2
-        bench.time.wall_s -= 3600
+        bench.time.pass_by(-3600)
         assert len(history.fetch(SERIES, REQUEST)) == 1
         assert (gateway.connections, history.retries, len(gateway.told(HISTORY))) == (2, 0, 1)
         history.close()

@@ -16,23 +16,23 @@ import pytest
 
 from ktrdr_pipelines.errors import PacingError
 from ktrdr_pipelines.ib.client import GatewayClient
-from ktrdr_pipelines.ib.clock import Reading
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.series import TIMEFRAMES, Duration, Series, Window, stock
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.server import GatewayThread
+from ktrdr_pipelines_tests.ledger_tools import HandClock
 
 SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG", "AMZN", "NVDA", "IBM", "KO")
 BARS_A_DAY = 7
 OTHER_CLIENT_ID = 900
 
 
-class SharedLogin:
+class SharedLogin(HandClock):
     """Our program and the other one at one gateway, and the time they have in common."""
 
     def __init__(self, where: Path, gateway: GatewayThread, running: ExitStack) -> None:
-        self.wall_s = 1_700_000_000.0
+        super().__init__()
         self.gateway = gateway
         self.waits: list[Waiting] = []
         self.others_due_s: list[float] = []
@@ -42,14 +42,8 @@ class SharedLogin:
         self.other = running.enter_context(GatewayClient("127.0.0.1", gateway.port, OTHER_CLIENT_ID))
         self.others_number = 0
 
-    def now_s(self) -> float:
-        return self.wall_s
-
-    def read(self) -> Reading:
-        return Reading(self.wall_s, self.wall_s - 1_600_000_000, "boot")
-
     def sleep(self, seconds: float) -> None:
-        self.wall_s += seconds
+        super().sleep(seconds)
         while self.others_due_s and self.others_due_s[-1] <= self.wall_s:
             self.others_due_s.pop()
             self.let_other_ask()
