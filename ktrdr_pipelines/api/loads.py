@@ -141,7 +141,7 @@ class Loads:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the worker. A load that is going is interrupted, and goes on with the next server."""
+        """End the worker. A load that is going is interrupted, and goes on with the next server. Harmless when repeated."""
         with self._lock:
             self._is_stopping = True
             self._lock.notify_all()
