@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,19 @@ def test_only_a_universe_that_means_something_else_is_reloaded(
     assert "did not reload" in said
     assert watch.look() is None
     assert server.asked == 2
+    server.socket.close()
+
+
+def test_a_corrected_contract_is_reloaded(make_settings: Callable[..., Settings], unused_port: int) -> None:
+    """The series is the same, the contract that its bars are asked for is another."""
+    settings = make_settings(unused_port)
+    path = settings.universe_path
+    add_series(path, Series(replace(stock("AMBG"), con_id=900001), TIMEFRAMES["1d"]))
+    server = Refusing()
+    watch = UniverseWatch(settings, server.url)
+    path.write_text(path.read_text().replace("900001", "900002"))
+    assert "did not reload" in str(watch.look())
+    assert server.asked == 1
     server.socket.close()
 
 
