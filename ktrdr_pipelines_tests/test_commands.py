@@ -129,6 +129,14 @@ def test_completing_imports_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["plain,MSFT", "[]"]
 
 
+def test_a_contract_that_the_universe_does_not_name_is_refused(say: Say, tmp_path: Path) -> None:
+    """Like any other contradiction: the universe's words would be kept and those of the person lost without a word."""
+    code, out, err = say("universe", "add", "AAPL", "1w", "--con-id", "900003")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "AAPL is in the universe with con_id not given, not 900003" in err
+    assert not (tmp_path / "data" / "universe.yaml").exists()
+
+
 # -- the universe ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,10 +247,11 @@ class Refusing(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                self.socket.accept()[0].close()
+                connection, _ = self.socket.accept()
             except OSError:
                 return
-            self.asked += 1
+            self.asked += 1  # before anybody can know that it hung up
+            connection.close()
 
 
 def test_only_a_universe_that_means_something_else_is_reloaded(
