@@ -66,12 +66,8 @@ def mark_missing(
     ``held_opens`` (epoch seconds, sorted) reach `STAMP_SLACK_S` beyond ``expected`` on both sides where bars are held;
     ``first_held_s`` is the first bar of the whole file, None without one.
     """
-    empty = [Window(e.start, e.end) for e in sidecar.proven_empty]
-    if sidecar.sparse:
-        # IB leaves out the bars without trades of this series: what a verified answer lacks is known without a range of its
-        # own. An edited partition loses its answered windows (`store/intake.py`), so deleted rows are still missed.
-        empty += sidecar.answered_windows
-    missing = np.isin(expected.opens, missing_bars(expected, held_opens, empty, timeframe).opens, assume_unique=True)
+    lacking = missing_bars(expected, held_opens, sidecar.empty_windows, timeframe)
+    missing = np.isin(expected.opens, lacking.opens, assume_unique=True)
     start_s = valid_history_start_s(sidecar, first_held_s)
     if start_s is not None:
         missing &= expected.opens >= start_s

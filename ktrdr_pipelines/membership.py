@@ -198,7 +198,7 @@ def _agree(known: Instrument, said: Mapping[str, object], settings: Settings) ->
     """``known``, if what was said says the same."""
     for name, value in said.items():
         has = getattr(known, name)
-        if str(has) != str(value) and (name != "con_id" or has):
+        if str(has) != str(value):
             raise InputError(
                 f"{known.symbol} is in the universe with {name} {has or 'not given'}, not {value}",
                 advice=f"Change it in {settings.universe_path}, or remove it there first.",

@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.coverage import mark_missing, widen
 from ktrdr_pipelines.errors import DataError, InputError
 from ktrdr_pipelines.membership import name_series
-from ktrdr_pipelines.plan import missing_bars
 from ktrdr_pipelines.series import Series, Window, parse_range
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
@@ -167,7 +165,7 @@ def read_bars(
         begin = first or extent.first
         window = Window(begin, max(last or extent.last + timedelta(seconds=1), begin))
         bars = store.read_bars(series, window)
-        lacking = 0 if missing == "ignore" else _count_missing(series, window, store, now)
+        lacking = 0 if missing == "ignore" else _count_missing(series, window, store, extent.first_open_s, now)
     if lacking:
         text = f"{series} {window}: {lacking:,} expected bars are not held"
         advice = "`ktrdr gaps` says which and why; ktrdr.load(…, 'full') asks for them."
@@ -177,10 +175,11 @@ def read_bars(
     return bars
 
 
-def _count_missing(series: Series, window: Window, store: Store, now: datetime) -> int:
+def _count_missing(series: Series, window: Window, store: Store, first_held_s: int, now: datetime) -> int:
     expected = expected_bars(series, window, complete_at_s=int(now.timestamp()))
-    proven = [item.window for item in store.read_sidecar(series).proven_empty]
-    return len(missing_bars(expected, np.asarray(store.held_opens(series, window)), proven, series.timeframe))
+    held = store.held_opens(series, widen(window))
+    missing = mark_missing(expected, held, store.read_sidecar(series), first_held_s, series.timeframe)
+    return int(missing.sum())
 
 
 def _text(at: Time | None, what: str) -> str | None:

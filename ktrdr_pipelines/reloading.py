@@ -26,6 +26,8 @@ _MUTATION = """mutation Reload($name: String!) { reloadRepositoryLocation(reposi
   ... on UnauthorizedError { message } ... on PythonError { message } } }"""
 
 _Mark = tuple[int, int, int] | None
+_Shown = dict[Series, int]
+"""The series and the conId that each names: no part of a series' equality, but of what is asked of IB."""
 
 
 class UniverseWatch:
@@ -71,20 +73,27 @@ class UniverseWatch:
             return None
         return (state.st_mtime_ns, state.st_size, state.st_ino)
 
-    def _read(self) -> frozenset[Series] | str:
+    def _read(self) -> _Shown | str:
         try:
-            return frozenset(universe_of(self._settings))
+            return {series: series.instrument.con_id for series in universe_of(self._settings)}
         except InputError as error:
             return str(error)
 
 
-def _describe(before: frozenset[Series] | str, after: frozenset[Series]) -> str | None:
+def _describe(before: _Shown | str, after: _Shown) -> str | None:
     if before == after:
         return None
-    old = frozenset[Series]() if isinstance(before, str) else before
+    old = {} if isinstance(before, str) else before
     changes = [
-        f"{sign}{each}" for sign, some in (("+", after - old), ("-", old - after)) for each in sorted(map(str, some))
+        f"{sign}{each}"
+        for sign, some in (("+", after.keys() - old), ("-", old.keys() - after))
+        for each in sorted(map(str, some))
     ]
+    changes += sorted(
+        f"{each} by conId {con_id or 'that IB finds'}"
+        for each, con_id in after.items()
+        if old.get(each, con_id) != con_id
+    )
     shown = ", ".join(changes[:5]) + (", …" if len(changes) > 5 else "")
     return f"universe changed, {len(after)} series are shown now: {shown}"
 

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,14 @@ def test_a_server_that_is_told_to_end_has_not_failed(tmp_path: Path, unused_port
             assert (server.wait(30), "ktrdr: " in rest) == (0, False), rest
 
 
+def test_a_contract_that_the_universe_does_not_name_is_refused(say: Say, tmp_path: Path) -> None:
+    """Like any other contradiction: the universe's words would be kept and those of the person lost without a word."""
+    code, out, err = say("universe", "add", "AAPL", "1w", "--con-id", "900003")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "AAPL is in the universe with con_id not given, not 900003" in err
+    assert not (tmp_path / "data" / "universe.yaml").exists()
+
+
 # -- the universe ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,10 +263,11 @@ class Refusing(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                self.socket.accept()[0].close()
+                connection, _ = self.socket.accept()
             except OSError:
                 return
-            self.asked += 1
+            self.asked += 1  # before anybody can know that it hung up
+            connection.close()
 
 
 def test_only_a_universe_that_means_something_else_is_reloaded(
@@ -285,6 +295,19 @@ def test_only_a_universe_that_means_something_else_is_reloaded(
     assert "did not reload" in said
     assert watch.look() is None
     assert server.asked == 2
+    server.socket.close()
+
+
+def test_a_corrected_contract_is_reloaded(make_settings: Callable[..., Settings], unused_port: int) -> None:
+    """The series is the same, the contract that its bars are asked for is another."""
+    settings = make_settings(unused_port)
+    path = settings.universe_path
+    add_series(path, Series(replace(stock("AMBG"), con_id=900001), TIMEFRAMES["1d"]))
+    server = Refusing()
+    watch = UniverseWatch(settings, server.url)
+    path.write_text(path.read_text().replace("900001", "900002"))
+    assert "did not reload" in str(watch.look())
+    assert server.asked == 1
     server.socket.close()
 
 

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
 
-from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.errors import InputError, TransientError
 from ktrdr_pipelines.gateway_info.cleanup import cleanup
 from ktrdr_pipelines.gateway_info.config import gateway_config
 from ktrdr_pipelines.gateway_info.health import gateway_health
 from ktrdr_pipelines.gateway_info.ranges import data_ranges
 from ktrdr_pipelines.gateway_info.status import Farm, gateway_status, read_farms
-from ktrdr_pipelines.gateway_info.symbols import discover_symbol
+from ktrdr_pipelines.gateway_info.symbols import discover_symbol, look_up
 from ktrdr_pipelines.ib.leases import ClientIds, lease_client_id
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.settings import Settings
@@ -33,6 +34,19 @@ from ktrdr_pipelines.ib.leases import ClientIds, lease_client_id
 with lease_client_id(ClientIds.PERSON, Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
+"""
+
+HOLD_UNTIL_TOLD = """
+import sys, time
+from pathlib import Path
+from ktrdr_pipelines.ib.leases import ClientIds, lease_client_id
+with lease_client_id(ClientIds.PERSON, Path(sys.argv[1])):
+    try:
+        print("held", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        sys.stdin.readline()
 """
 
 
@@ -139,6 +153,50 @@ def test_discovery_asks_ib(start_gateway: StartGateway, make_settings: MakeSetti
     settings = make_settings(start_gateway().port)
     assert discover_symbol(settings, "gbp.usd").sec_type == "CASH"
     assert discover_symbol(settings, "AAPL").con_id > 0
+
+
+def test_while_the_link_is_down_questions_fail_at_once(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """Loads ride it out for minutes; whoever asks what a symbol means is told why there is no answer."""
+    settings = make_settings(start_gateway([FaultRule(kind="link_down", on="connect", seconds=600)]).port)
+    for ask in (lambda: discover_symbol(settings, "KO"), lambda: look_up(settings, "KO")):
+        with pytest.raises(TransientError, match="the link between the gateway and IB is down"):
+            ask()
+    (found,) = data_ranges(settings, ["KO"], ["1d"]).ranges
+    assert found.problem is not None
+    assert "is down" in found.problem.message
+    assert gateway_status(settings).connection.link_to_ib is False
+
+
+@pytest.mark.slow
+def test_cleanup_does_not_call_its_own_questions_disconnected(make_settings: MakeSettings) -> None:
+    """An id of this process that is given back meanwhile was not taken from anybody."""
+    settings = make_settings(1)
+    leases_dir = GatewayResource.of(settings).address().leases_dir
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_UNTIL_TOLD, str(leases_dir)], stdout=subprocess.PIPE, text=True,
+                              stdin=subprocess.PIPE)  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+
+    def finish_question() -> None:
+        assert holder.stdout.readline() == "interrupted\n"  # type: ignore[union-attr]
+        own.release()
+        print("go", file=holder.stdin, flush=True)
+
+    try:
+        assert holder.stdout.readline() == "held\n"
+        own = lease_client_id(ClientIds.PERSON, leases_dir)
+        with ThreadPoolExecutor(1) as thread:
+            finished = thread.submit(finish_question)
+            done = cleanup(settings)
+            finished.result(10)
+        assert [leased.pid for leased in done.disconnected] == [holder.pid]
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+        holder.stdin.close()
 
 
 @pytest.mark.slow

@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import ktrdr_pipelines as ktrdr
+from ktrdr_pipelines.bars import bars_from_columns
+from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, InputError, TransientError
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, stock
+from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines.store.series_store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway
+from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
 
 MakeSettings = Callable[..., Settings]
 
@@ -94,6 +102,70 @@ def test_holes_are_told_and_can_be_made_an_error(make_settings: MakeSettings, un
     assert len(ktrdr.read_bars("AAPL", "1h", "2024-01-02T15:00", "2024-01-02T16:00", settings=settings)) == 1
     assert len(ktrdr.read_bars("AAPL", "1h", missing="ignore", settings=settings)) == 3
     assert [path.name for path in settings.data_dir.iterdir()] == ["AAPL_1h.csv"]
+
+
+def load_all(store: Store, history: FakeHistory, series: Series, span: Window) -> None:
+    """As a run does it."""
+    now = utc("2024-06-15")
+    job = Load(
+        series,
+        span,
+        store=store,
+        history=lambda: history,
+        limits=HistoryLimits.CLASSIC,
+        now=lambda: now,
+        recheck_last=False,
+    )
+    assert list(job.run())
+
+
+def no_warning(settings: Settings, timeframe: str, start: str, end: str) -> int:
+    """How many bars are read of a window that lacks none."""
+    with warnings.catch_warnings(action="error"):
+        return len(ktrdr.read_bars("MSFT", timeframe, start, end, missing="raise", settings=settings))
+
+
+def test_what_a_load_calls_complete_is_complete_to_a_reader(make_settings: MakeSettings, unused_port: int) -> None:
+    """Before the start of history, and where IB leaves out the bars without trades, nothing is missing; a row that somebody
+    deletes is."""
+    settings = make_settings(unused_port)
+    store = Store(settings.data_dir)
+    daily = Series(stock("MSFT"), TIMEFRAMES["1d"])
+    young = FakeHistory.of(daily, window("2021-03-10", "2024-06-15"), head=utc("2021-03-10"))
+    load_all(store, young, daily, window("2015-01-01", "2024-06-15"))
+    assert no_warning(settings, "1d", "2015-01-01", "2024-06-15") == len(young.truth)
+
+    minutes, span = Series(stock("MSFT"), TIMEFRAMES["1m"]), window("2024-03-04", "2024-03-16")
+    thin = FakeHistory.of(minutes, span)
+    thin.truth = thin.truth[np.random.default_rng(0).random(len(thin.truth)) > 0.2]
+    load_all(store, thin, minutes, span)
+    assert store.read_sidecar(minutes).sparse
+    assert no_warning(settings, "1m", "2024-03-04", "2024-03-16") == len(thin.truth)
+
+    path = store.csv_path(minutes)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:100] + lines[101:]))
+    with pytest.raises(DataError, match="not held"):
+        no_warning(settings, "1m", "2024-03-04", "2024-03-16")
+
+
+@pytest.mark.parametrize("day", [0, 4, 6])
+def test_a_week_is_held_by_whatever_day_it_is_labelled(make_settings: MakeSettings, unused_port: int, day: int) -> None:
+    """Also at the edge of the window that is read, where its label lies outside."""
+    settings = make_settings(unused_port)
+    weekly = Series(stock("MSFT"), TIMEFRAMES["1w"])
+    opens = expected_bars(weekly, window("2023-01-01", "2024-01-01")).opens
+    mondays = opens - (opens // 86400 + 3) % 7 * 86400
+    one = np.ones(len(opens))
+    rows = bars_from_columns(mondays + day * 86400, one, one + 1, one - 0.5, one, one)
+    Store(settings.data_dir).write(weekly, rows, answered=None, source="paper", now=utc("2024-06-01"))
+    settings.universe_path.write_text("series:\n  - {symbol: MSFT, timeframes: [1w]}\n")
+    whole = no_warning(settings, "1w", "2023-02-01", "2023-12-01")
+    halves = [
+        no_warning(settings, "1w", "2023-02-01", "2023-06-14"),
+        no_warning(settings, "1w", "2023-06-14", "2023-12-01"),
+    ]
+    assert sum(halves) == whole > 40
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from ktrdr_pipelines.api import models, refusals, routes_data, routes_ib
-from ktrdr_pipelines.api.loads import QUEUE_LIMIT, Loads
+from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.api.security import Guard, check_binding
 from ktrdr_pipelines.api.sharing import Turnstile
 from ktrdr_pipelines.errors import InputError
@@ -27,16 +27,16 @@ Every failure has the shape `{"error": {"kind", "message", "advice"}}`.
 """
 
 
-def create_app(settings: Settings, *, queue_limit: int = QUEUE_LIMIT) -> FastAPI:
-    """The API without its guard. Loads are executed while its lifespan lasts."""
+def create_app(settings: Settings, loads: Loads) -> FastAPI:
+    """The API without its guard. Whoever makes it starts ``loads``, and learns why they cannot be; they end with its lifespan."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loads = Loads(settings, queue_limit=queue_limit)
-        loads.start()
         app.state.loads = loads
         # Few at a time: each connects, and client ids are few; or reads a whole file.
         app.state.gateway_questions = Turnstile(width=2, waiting=200)
+        # Bounded in time, and what is asked when other questions hang: they never wait for those.
+        app.state.state_questions = Turnstile(width=3, waiting=200)
         app.state.file_questions = Turnstile(width=2, waiting=200)
         try:
             yield
@@ -72,15 +72,18 @@ def serve(host: str, port: int) -> int:
     """Serve until interrupted.
 
     Raises:
-        InputError: the address cannot be used, or may not be without a token.
+        InputError: the address cannot be used, or may not be without a token, or another server uses this Dagster home.
+        StoreError: the Dagster home cannot be written.
     """
     settings = load_settings()
-    application = guarded(create_app(settings), host=host, token=settings.api_token)
+    loads = Loads(settings)
+    application = guarded(create_app(settings, loads), host=host, token=settings.api_token)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host.strip("[]"), port))
+        listener.listen()  # from here on the port is ours; until then another one could bind it too
     except (OSError, UnicodeError) as error:
         listener.close()
         raise InputError(
@@ -91,11 +94,26 @@ def serve(host: str, port: int) -> int:
     config = uvicorn.Config(
         application, log_level="info", server_header=False, timeout_graceful_shutdown=5, lifespan="on"
     )
-    server = uvicorn.Server(config)
     shown = f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{port}"
-    click.echo(f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
+    server = _Server(config, f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
     # A container's engine ends it with SIGTERM, a person with Ctrl-C; uvicorn ends in order and raises the signal once more.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
+        loads.start()
+        try:
+            server.run(sockets=[listener])
+        finally:
+            loads.stop()
     return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Says ``ready`` when it answers, and not before."""
+
+    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        click.echo(self._ready)

@@ -16,7 +16,8 @@ import threading
 import time
 import uuid
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ KEPT = 1000
 """How many finished loads are remembered."""
 RETRY_AFTER_S = 10
 END_PATIENCE_S = 15.0
+WORKER = (sys.executable, "-m", "ktrdr_pipelines.api.worker")
 
 
 class QueueFull(TransientError):
@@ -92,8 +94,11 @@ class LoadRecord:
 class Loads:
     """The queue and its worker. `start` before use, `stop` at the end; safe for threads."""
 
-    def __init__(self, settings: Settings, *, queue_limit: int = QUEUE_LIMIT) -> None:
+    def __init__(
+        self, settings: Settings, *, queue_limit: int = QUEUE_LIMIT, worker_command: Sequence[str] = WORKER
+    ) -> None:
         self._settings = settings
+        self._worker_command = worker_command
         self._limit = queue_limit
         self._folder = settings.dagster_home / "api_loads"
         self._lock = threading.Condition()
@@ -136,7 +141,7 @@ class Loads:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the worker. A load that is going is interrupted, and goes on with the next server."""
+        """End the worker. A load that is going is interrupted, and goes on with the next server. Harmless when repeated."""
         with self._lock:
             self._is_stopping = True
             self._lock.notify_all()
@@ -216,7 +221,7 @@ class Loads:
             self._keep_quietly(record)
             try:
                 self._execute(record)
-            except (OSError, ValueError) as error:  # the worker is gone, or talks nonsense
+            except Exception as error:  # noqa: BLE001 - the worker is gone or talks nonsense; those behind must not wait for ever
                 self._discard_worker()
                 with self._lock:
                     if self._must_stop():
@@ -242,6 +247,11 @@ class Loads:
         commands.flush()
         for line in events:
             event = json.loads(line)
+            if event["run_id"] != run_id:
+                log.error(
+                    "what the worker says of run %s is left out, run %s is going: %s", event["run_id"], run_id, line
+                )
+                continue
             with self._lock:
                 _note(record, event)
             if record.is_over:
@@ -262,7 +272,8 @@ class Loads:
             with suppress(OSError):
                 (self._folder / f"{run_id}.json").unlink(missing_ok=True)
         if ended is not None:
-            ended.set_result(None)
+            with suppress(InvalidStateError):  # whoever waited has cancelled it
+                ended.set_result(None)
 
     def _provide_worker(self) -> subprocess.Popen[str]:
         with self._lock:
@@ -273,7 +284,7 @@ class Loads:
             environment = {**os.environ, **as_environment(self._settings)}
             environment.pop("KTRDR_API_TOKEN", None)
             self._worker = subprocess.Popen(
-                [sys.executable, "-m", "ktrdr_pipelines.api.worker"],
+                self._worker_command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,

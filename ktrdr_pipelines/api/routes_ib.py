@@ -35,10 +35,14 @@ def _tools(request: Request) -> tuple[Settings, Turnstile]:
     return request.app.state.settings, request.app.state.gateway_questions
 
 
+def _state_tools(request: Request) -> tuple[Settings, Turnstile]:
+    return request.app.state.settings, request.app.state.state_questions
+
+
 @router.get("/status", response_model=models.Status, summary="Connection, client ids, pacing budget, farms")
 async def status(request: Request) -> Any:
     """Connects for a moment. An unreachable gateway is part of the answer: ``connection.connected`` is false then."""
-    settings, questions = _tools(request)
+    settings, questions = _state_tools(request)
     return (await questions.share("status", lambda: gateway_status(settings))).as_dict()
 
 
@@ -50,7 +54,7 @@ async def status(request: Request) -> Any:
 )
 async def health(request: Request) -> Any:
     """Asks the gateway for its time and a contract, and looks at farms, ledger and data folder, within seconds."""
-    settings, questions = _tools(request)
+    settings, questions = _state_tools(request)
     found = await questions.share("health", lambda: gateway_health(settings))
     if found.healthy:
         return found.as_dict()
@@ -91,7 +95,7 @@ async def ranges(
 async def cleanup(request: Request) -> Any:
     """Interrupts every process of this program that holds a client id, loads included (what they loaded is kept), and ends the
     runs of dead processes. Takes up to ten seconds."""
-    settings, questions = _tools(request)
+    settings, questions = _state_tools(request)
     return (await questions.share("cleanup", lambda: disconnect_everything(settings))).as_dict()
 
 

@@ -2,7 +2,10 @@
 
 A process of its own, because runs in threads of one process deadlock and would keep the API from answering. Commands come as
 JSON lines on stdin, events go as JSON lines to stdout; everything printed goes to stderr. When stdin ends, so does the process, a
-load included: what it loaded is kept. An interruption (SIGINT) ends the load only.
+load included: what it loaded is kept. An interruption (SIGINT) ends the load that is going, if one is, and nothing else.
+
+Every event carries the run id of its command, and to each command exactly one end is told, ``done`` or ``refused``, unless the
+process itself ends.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from types import FrameType
 from typing import Any, TextIO
 
 from ktrdr_pipelines.errors import KtrdrError
@@ -31,10 +36,12 @@ class Teller(Progress):
     def __init__(self, out: TextIO) -> None:
         super().__init__(enabled=False)
         self._out = out
+        self.run_id = ""
+        """Of the command that is executed."""
 
     def tell(self, event: str, **values: object) -> None:
         """One line."""
-        self._out.write(json.dumps({"event": event, **values}) + "\n")
+        self._out.write(json.dumps({"event": event, "run_id": self.run_id, **values}) + "\n")
         self._out.flush()
 
     def show_event(self, series: Series, event: Event) -> None:  # noqa: ARG002 - Progress's signature
@@ -50,8 +57,28 @@ class Teller(Progress):
         self.tell("waiting", until=until, reason=waiting.reason)
 
 
-def execute(command: dict[str, Any], teller: Teller) -> None:
-    """Load what ``command`` says and tell how it ended, whatever happens but an interruption."""
+End = tuple[str, dict[str, object]]
+"""The last event of a command, and its values."""
+
+
+def execute(command: dict[str, Any], teller: Teller, is_ending: threading.Event) -> None:
+    """Load what ``command`` says and tell how it ended, once, whatever happens; nothing if the process ends meanwhile."""
+    teller.run_id = command["run_id"]
+    try:
+        event, values = _load(command, teller, is_ending)
+    except KeyboardInterrupt:
+        if is_ending.is_set():
+            return
+        event, values = _refused(
+            "transient", "the load was interrupted; what was loaded is kept", "Ask again to go on."
+        )
+    teller.tell(event, **values)
+
+
+def _load(command: dict[str, Any], teller: Teller, is_ending: threading.Event) -> End:
+    """The only place where an interruption is heard: see `_interrupt`."""
+    if is_ending.is_set():
+        raise KeyboardInterrupt
     try:
         result = load_series(
             command["symbol"],
@@ -65,23 +92,42 @@ def execute(command: dict[str, Any], teller: Teller) -> None:
             run_id=command["run_id"],
         )
     except KtrdrError as error:
-        teller.tell("refused", **_describe(error))
+        return "refused", _describe(error)
     except Exception:  # noqa: BLE001 - a bug in one load must not end the others
         traceback.print_exc()
-        teller.tell(
-            "refused",
-            kind="bug",
-            message="the load ended with an unforeseen error",
-            advice="Its traceback is in the server's log and in the run's log in the Dagster UI. Please report it.",
-            code=None,
+        return _refused(
+            "bug",
+            "the load ended with an unforeseen error",
+            "Its traceback is in the server's log and in the run's log in the Dagster UI. Please report it.",
         )
-    else:
-        problem = _describe(result.report.failures[0].error) if result.report.failures else None
-        teller.tell("done", result=result.as_dict(), run_ids=result.run_ids, problem=problem)
+    problem = _describe(result.report.failures[0].error) if result.report.failures else None
+    return "done", {"result": result.as_dict(), "run_ids": result.run_ids, "problem": problem}
 
 
 def _describe(error: KtrdrError) -> dict[str, object]:
     return {"kind": error.family, "message": error.message, "advice": error.advice, "code": error.code}
+
+
+def _refused(kind: str, message: str, advice: str, code: int | None = None) -> End:
+    return "refused", {"kind": kind, "message": message, "advice": advice, "code": code}
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Interrupt the load that is going. By the frame, not by a flag: an interruption that comes right before or after a load
+    would else hit what takes the command or tells its end, and lose the one or double the other."""
+    if signum == signal.SIGTERM:  # Dagster has it handled like SIGINT from the first run on
+        raise SystemExit(128 + signum)
+    while frame is not None:
+        if frame.f_code is _load.__code__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+
+
+def serve(next_command: Callable[[], dict[str, Any] | None], teller: Teller, is_ending: threading.Event) -> None:
+    """Execute one command after the other until there is none, or the process is to end."""
+    signal.signal(signal.SIGINT, _interrupt)
+    while (command := next_command()) is not None and not is_ending.is_set():
+        execute(command, teller, is_ending)
 
 
 def main() -> int:
@@ -93,32 +139,16 @@ def main() -> int:
     is_ending = threading.Event()
 
     def read() -> None:
-        for line in sys.stdin:
-            commands.put(json.loads(line))
-        is_ending.set()
-        commands.put(None)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    teller = Teller(out)
-    threading.Thread(target=read, daemon=True, name="commands").start()
-    teller.tell("ready")
-    while not is_ending.is_set():
-        is_loading = False
         try:
-            command = commands.get()
-            if command is None:
-                break
-            is_loading = True
-            execute(command, teller)
-        except KeyboardInterrupt:
-            if is_loading and not is_ending.is_set():
-                teller.tell(
-                    "refused",
-                    kind="transient",
-                    message="the load was interrupted; what was loaded is kept",
-                    advice="Ask again to go on.",
-                    code=None,
-                )
+            for line in sys.stdin:
+                commands.put(json.loads(line))
+        finally:  # whatever it was: who reads no commands any more must not seem to wait for one
+            is_ending.set()
+            commands.put(None)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=read, daemon=True, name="commands").start()
+    serve(commands.get, Teller(out), is_ending)
     return 0
 
 

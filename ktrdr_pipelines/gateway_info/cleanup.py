@@ -21,7 +21,7 @@ class Cleanup:
     """The answer of ``ib cleanup``."""
 
     disconnected: tuple[LeasedId, ...]
-    """Client ids whose process was interrupted, as by Ctrl-C, and has let go."""
+    """Client ids of other processes that were interrupted, as by Ctrl-C, and have let go."""
     still_in_use: tuple[LeasedId, ...]
     """Those of processes that did not let go in time, belong to somebody else, or live on another machine."""
     runs_ended: tuple[str, ...] = field(default=())
@@ -42,20 +42,21 @@ def cleanup(settings: Settings) -> Cleanup:
     """
     leases_dir = quick_address(settings).leases_dir
     before = in_use(leases_dir)
-    for pid in {leased.pid for leased in before if leased.is_here and leased.pid != os.getpid()}:
+    others = [leased for leased in before if leased.pid != os.getpid()]  # our own questions end by themselves
+    for pid in {leased.pid for leased in others if leased.is_here}:
         try:
             os.kill(pid, signal.SIGINT)
         except (ProcessLookupError, PermissionError):
             continue
     deadline = time.monotonic() + CLEANUP_PATIENCE_S
     after = in_use(leases_dir)
-    while time.monotonic() < deadline and any(leased in before and leased.is_here for leased in after):
+    while time.monotonic() < deadline and any(leased in others and leased.is_here for leased in after):
         time.sleep(0.1)
         after = in_use(leases_dir)
     with open_instance(settings) as instance:
         ended = reap_dead_runs(instance)
     return Cleanup(
-        disconnected=tuple(leased for leased in before if leased not in after),
+        disconnected=tuple(leased for leased in others if leased not in after),
         still_in_use=tuple(leased for leased in before if leased in after),
         runs_ended=tuple(ended),
     )

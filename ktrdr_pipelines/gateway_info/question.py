@@ -27,7 +27,8 @@ class Problem:
 
 
 def quick_address(settings: Settings) -> GatewayAddress:
-    """The gateway, asked by somebody who waits for the answer: no retries, short time-outs."""
+    """The gateway, asked by somebody who waits for the answer: no retries, short time-outs, no waiting for a
+    link that is down."""
     address = GatewayResource.of(settings).address()
     return replace(
         address,
@@ -35,4 +36,5 @@ def quick_address(settings: Settings) -> GatewayAddress:
         request_timeout_s=min(address.request_timeout_s, QUICK_S),
         probe_timeout_s=min(address.probe_timeout_s, QUICK_S),
         retry_waits_s=(),
+        hold_patience_s=0.0,
     )

@@ -12,6 +12,7 @@ from ktrdr_pipelines.discovery import SHORT_BAR_HISTORY, discover
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError
 from ktrdr_pipelines.gateway_info.question import QUICK_S, Problem, quick_address
 from ktrdr_pipelines.ib import pacing
+from ktrdr_pipelines.ib.codes import Hold
 from ktrdr_pipelines.ib.history import IBHistory, describe_head
 from ktrdr_pipelines.ib.ledger import Grant, WaitCancelled
 from ktrdr_pipelines.series import Instrument, Series, Timeframe, Window, file_symbol, format_instant, parse_timeframe
@@ -160,6 +161,7 @@ def _find_head(
     try:
         pinned = history.pin(instrument) if instrument else discover(symbol, history=history).instrument
         client = history.connect()
+        history.ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
         with _take_turn(history, describe_head(pinned), min(deadline, time.monotonic() + TURN_PATIENCE_S)) as grant:
             try:
                 head = client.head_timestamp(pinned, timeout_s=QUICK_S, sending=grant.sending)

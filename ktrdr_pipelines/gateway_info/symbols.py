@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ktrdr_pipelines.discovery import NO_CHOICE, discover, symbols_file
 from ktrdr_pipelines.errors import PermanentError
@@ -62,7 +62,7 @@ def look_up(settings: Settings, symbol: str) -> Found:
     file_symbol(symbol)
     contracts: dict[int, ContractInfo] = {}
     tried = []
-    with IBHistory(GatewayResource.of(settings).address()) as history:
+    with IBHistory(replace(GatewayResource.of(settings).address(), hold_patience_s=0.0)) as history:
         for candidate in list_candidates(symbol):
             tried.append(" ".join(filter(None, (candidate.sec_type, candidate.ib_symbol, candidate.currency))))
             for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ktrdr_pipelines.ib.leases import ClientIds
 
+HOLD_PATIENCE_S = 300.0
+"""How long requests wait in all for a link or farm that the gateway calls broken. Then they are sent anyway: its notices may
+be out of date, and an answer of a broken farm is not believed (`codes.classify`). The nightly restart takes minutes."""
 RETURN_PATIENCE = 5.0
 """A gateway that was there and is gone is waited for this many times the sum of all retry waits: 525 s by default. The nightly
 restart takes minutes, which the retries of one request (105 s) need not outlast."""
@@ -24,6 +27,8 @@ class GatewayAddress:
     request_timeout_s: float = 120.0
     probe_timeout_s: float = 10.0
     retry_waits_s: tuple[float, ...] = (15.0, 30.0, 60.0)
+    hold_patience_s: float = HOLD_PATIENCE_S
+    """0: what needs a link or farm that is down fails at once."""
     state_dir: Path = Path()
     """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
     ledger_url: str = field(default="", repr=False)

@@ -188,9 +188,8 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
         raise AmbiguousSymbol(
             f"{instrument.symbol} is ambiguous: {'; '.join(d.describe() for d in candidates)}",
             candidates,
-            advice="Choose one by --con-id (or --sec-type, --exchange, --currency; in the REST API con_id and so on), or put its con_id "
-            + ("(or expiry)" if instrument.sec_type == "FUT" else "(or primary_exchange)")
-            + " in the universe file.",
+            advice="Choose one by --con-id (or --sec-type, --exchange, --currency; in the REST API con_id and so on), or put "
+            f"its con_id (or {'expiry' if instrument.sec_type == 'FUT' else 'primary_exchange'}) in the universe file.",
         )
     return next(iter(fitting.values()))
 

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 import tenacity
 
 from ktrdr_pipelines.calendars import Session
-from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError
+from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError, TransientError
 from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.answers import RawBars
 from ktrdr_pipelines.ib.client import GatewayClient, Sending
@@ -34,10 +34,6 @@ from ktrdr_pipelines.series import Instrument, Series, format_instant
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-HOLD_PATIENCE_S = 300.0
-"""How long requests wait in all for a link or farm that the gateway calls broken. Then they are sent anyway: its notices may
-be out of date, and an answer of a broken farm is not believed (`codes.classify`). The nightly restart takes minutes."""
 
 
 @dataclass
@@ -68,7 +64,7 @@ class IBHistory:
         self._ledger_opened: Ledger | None = None
         self._heads: dict[str, datetime | None] = {}  # asked once per connection: each counts as a history request
         self._pinned: dict[tuple[Instrument, int], Instrument] = {}
-        self._patience_s = HOLD_PATIENCE_S
+        self._patience_s = self.address.hold_patience_s
         self.requests_made = 0
         self.retries = 0
         self.pacing_wait_s = 0.0
@@ -237,7 +233,7 @@ class IBHistory:
 
         def ask() -> list[ContractInfo]:
             client = self.connect()
-            self._ride_out(client, frozenset((Hold.LINK, Hold.DEFINITIONS)))
+            self.ride_out(client, frozenset((Hold.LINK, Hold.DEFINITIONS)))
             with self._watch():
                 # Not a history request: not counted against the budget.
                 return client.contract_details(instrument)
@@ -247,7 +243,7 @@ class IBHistory:
     def _paced(self, ask: Ask, send: Callable[[GatewayClient, Sending], T]) -> T:
         """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
         client = self.connect()
-        self._ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
+        self.ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
         told: dict[str, float] = {}
 
         def waiting(seconds: float, rule: Rule, until_s: float) -> None:
@@ -300,10 +296,19 @@ class IBHistory:
         self.retry_wait_s += seconds
         self.sleep(seconds)
 
-    def _ride_out(self, client: GatewayClient, needed: frozenset[Hold]) -> None:
-        """Wait while the gateway says that something ``needed`` is down, at most as long as patience lasts."""
+    def ride_out(self, client: GatewayClient, needed: frozenset[Hold]) -> None:
+        """Wait while the gateway says that something ``needed`` is down, at most as long as patience lasts.
+
+        Raises:
+            TransientError: it is down, and the address has no patience at all.
+        """
         is_told = False
         while client.down.kinds & needed:
+            if self.address.hold_patience_s <= 0:
+                raise TransientError(
+                    f"the {client.down.describe(needed)} is down, says the gateway",
+                    advice="Ask again later: IB mends it; loads wait for it.",
+                )
             if self._patience_s <= 0 or not client.is_connected:
                 return
             if not is_told:
@@ -311,7 +316,7 @@ class IBHistory:
                 self._tell(f"the gateway says it is down: {client.down.describe(needed)}", self._patience_s)
             self._wait(1.0)
             self._patience_s -= 1.0
-        self._patience_s = HOLD_PATIENCE_S
+        self._patience_s = self.address.hold_patience_s
 
     def _retry(self, doing: str, attempt: Callable[[], T]) -> T:
         waits = self.address.retry_waits_s

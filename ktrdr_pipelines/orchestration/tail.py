@@ -144,10 +144,7 @@ class HeldEnds:
         if known is None or known[0] != mark:
             # A store of its own, because a store keeps every sidecar it has read: megabytes each, for thousands of series.
             sidecar = Store(self._data_dir).read_sidecar(series)
-            windows = [e.window for e in sidecar.proven_empty]
-            if sidecar.sparse:  # as `coverage.mark_missing` has it
-                windows += sidecar.answered_windows
-            known = (mark, [w for w in windows if w.end_s > after_s])
+            known = (mark, [window for window in sidecar.empty_windows if window.end_s > after_s])
             self._empty[series.name] = known
         return known[1]
 

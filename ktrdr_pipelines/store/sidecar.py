@@ -142,6 +142,16 @@ class Sidecar(_Model):
         return tuple(span.window for span in self.answered)
 
     @property
+    def empty_windows(self) -> tuple[Window, ...]:
+        """Where bars that are not held are known not to exist: the proven ranges, and of a sparse series all that IB answered
+        (what a verified answer lacks is known without a range of its own). In no order; they may overlap.
+
+        An edited partition loses its answered windows (`store/intake.py`), so deleted rows are still missed.
+        """
+        proven = tuple(item.window for item in self.proven_empty)
+        return proven + self.answered_windows if self.sparse else proven
+
+    @property
     def rows(self) -> int:
         """Rows of the whole CSV."""
         return sum(mark.rows for mark in self.partitions.values())

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from ktrdr_pipelines.api.app import create_app, guarded
+from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.settings import Settings, load_settings
 
 BASE = "http://127.0.0.1:8000"
@@ -42,7 +43,11 @@ def open_api(tmp_path: Path) -> Iterator[OpenApi]:
     with ExitStack() as running:
 
         def open_it(settings: Settings | None = None, *, host: str = "127.0.0.1", token: str = "") -> TestClient:
-            application = guarded(create_app(settings or settings_in(tmp_path)), host=host, token=token)
+            settings = settings or settings_in(tmp_path)
+            loads = Loads(settings)
+            application = guarded(create_app(settings, loads), host=host, token=token)
+            loads.start()
+            running.callback(loads.stop)
             return running.enter_context(TestClient(application, base_url=BASE, raise_server_exceptions=False))
 
         yield open_it
@@ -53,7 +58,9 @@ def serving(settings: Settings, *, queue_limit: int) -> Iterator[str]:
     """The API on a socket of this machine; yields the address of its routes."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    application = guarded(create_app(settings, queue_limit=queue_limit), host="127.0.0.1", token="")
+    loads = Loads(settings, queue_limit=queue_limit)
+    application = guarded(create_app(settings, loads), host="127.0.0.1", token="")
+    loads.start()
     server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -66,6 +73,7 @@ def serving(settings: Settings, *, queue_limit: int) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(40)
+        loads.stop()
         listener.close()
         assert not thread.is_alive()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import schemathesis
@@ -13,6 +14,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from ktrdr_pipelines.api.app import create_app
+from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines_tests.api.conftest import serving, settings_in
@@ -33,7 +35,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address.removesuffix("/api/v1")
 
 
-SCHEMA = schemathesis.openapi.from_dict(create_app(settings_in(Path("nowhere"))).openapi())
+def describe_api() -> dict[str, Any]:
+    """What the API says of itself."""
+    settings = settings_in(Path("nowhere"))
+    return create_app(settings, Loads(settings)).openapi()
+
+
+SCHEMA = schemathesis.openapi.from_dict(describe_api())
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
 
 
@@ -72,7 +80,7 @@ def test_the_description_is_kept(label: str, mode: GenerationMode, root: str) ->
 
 def test_every_route_is_described() -> None:
     """A summary, a text, and a model for the answer of each; examples for bodies."""
-    description = create_app(settings_in(Path("nowhere"))).openapi()
+    description = describe_api()
     operations = [op for path in description["paths"].values() for op in path.values()]
     assert len(operations) == 12
     for operation in operations:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
+import httpx
+
+from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
 from ktrdr_pipelines_tests.conftest import StartGateway
 
 DISCOVER = "/api/v1/ib/symbols/discover"
@@ -45,3 +51,23 @@ def test_what_was_discovered_is_remembered_and_can_be_filtered(
     assert [each["symbol"] for each in client.get(f"{listed}?instrument_type=futures").json()["symbols"]] == ["ESZ7"]
     assert "AAPL" in [each["symbol"] for each in client.get(listed).json()["symbols"]]
     assert len(gateway.requests) == asked
+
+
+def test_what_hangs_keeps_nobody_from_the_status_and_from_cleanup(start_gateway: StartGateway, tmp_path: Path) -> None:
+    """They are asked for when something hangs, and have turns of their own."""
+    gateway = start_gateway([FaultRule(kind="silent", on="head")])
+    with serving(settings_in(tmp_path, gateway.port), queue_limit=1) as address, ThreadPoolExecutor(2) as threads:
+        hanging = [
+            threads.submit(httpx.get, f"{address}/ib/ranges?symbols={symbol}&timeframes=1d", timeout=60)
+            for symbol in ("AAPL", "MSFT")
+        ]
+        deadline = time.monotonic() + 30
+        while len(gateway.requests) < len(hanging):
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.02)
+        status = httpx.get(f"{address}/ib/status", timeout=60)
+        assert not any(each.done() for each in hanging)
+        assert status.json()["connection"]["connected"]
+        assert httpx.post(f"{address}/ib/cleanup", timeout=60).status_code == 200
+        problems = [each.result().json()["ranges"][0]["problem"] for each in hanging]
+    assert [problem["kind"] for problem in problems] == ["timeout", "timeout"]

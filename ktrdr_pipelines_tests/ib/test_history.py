@@ -22,7 +22,8 @@ from ktrdr_pipelines.errors import (
     RequestTimeout,
     TransientError,
 )
-from ktrdr_pipelines.ib.history import HOLD_PATIENCE_S, GatewayAddress, IBHistory, Waiting
+from ktrdr_pipelines.ib.address import HOLD_PATIENCE_S
+from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.ib.leases import ClientIds, in_use, lease_client_id
 from ktrdr_pipelines.ib.ledger import open_ledger
 from ktrdr_pipelines.plan import Request
@@ -435,6 +436,21 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
         with pytest.raises(TransientError, match="while a farm is down"):
             history.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
         assert bench.time.wall_s - middle_s < 5
+        history.close()
+
+
+def test_without_patience_a_broken_link_is_said_at_once(bench: Bench) -> None:
+    """What somebody waits for is neither sent nor waited for while the gateway says that it has no link to IB."""
+    with ScriptedGateway({}) as gateway:
+        history = bench.connect_to(gateway.port, retry_waits_s=(), hold_patience_s=0.0)
+        client = history.connect()
+        gateway.say(*error(-1, 1100, "Connectivity between IB and Trader Workstation has been lost."))
+        client.probe()
+        begun_s = bench.time.wall_s
+        for ask in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(SERIES.instrument)):
+            with pytest.raises(TransientError, match="the link between the gateway and IB is down"):
+                ask()
+        assert (bench.time.wall_s, history.requests_made) == (begun_s, 0)
         history.close()
 
 
