@@ -29,8 +29,8 @@ def plan_to_now(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now
     """The one request for ``wanted`` bars (not empty), up to ``now_s`` (epoch seconds)."""
     reachable = wanted
     if _find_durations(series, wanted, limits, now_s) == []:
-        first_s = longest_back(series, now_s, HistoryLimits.CURRENT).start_s
-        reachable = wanted.take(wanted.opens >= first_s)
+        reach = reach_from_now(series, HistoryLimits.CURRENT, now_s)
+        reachable = wanted.take(wanted.opens >= reach.start_s)
     unreachable = wanted.take(slice(0, len(wanted) - len(reachable)))
     if not len(reachable):
         return PlannedToNow(None, unreachable)

@@ -12,13 +12,14 @@ import pytest
 
 from ktrdr_pipelines.bars import opens_of
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.durations import is_allowed
 from ktrdr_pipelines.errors import DataError, PermanentError
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.modes import Held, Mode, resolve_window
 from ktrdr_pipelines.scale import ScaleChanged
-from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Hours, Instrument, Series, stock
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Hours, Instrument, Series, Window, stock
 from ktrdr_pipelines.store.series_store import Store
-from ktrdr_pipelines.to_now import reach_from_now
+from ktrdr_pipelines.to_now import plan_to_now, reach_from_now
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, utc, window
 from ktrdr_pipelines_tests.test_load import load
 
@@ -239,6 +240,22 @@ def test_a_continuous_future_is_one_request_as_far_back_as_the_limits_reach(stor
         assert request.end == NOW
         assert opens_of(mine.read_bars(CONTINUOUS)).tolist() == expected_bars(CONTINUOUS, reach).opens.tolist()
     assert Held.of(mine.extent(CONTINUOUS), mine.read_sidecar(CONTINUOUS)) is not None
+
+
+@pytest.mark.parametrize("name", ["1h", "5m", "1d"])
+@pytest.mark.parametrize("series", [CONTINUOUS, ADJUSTED], ids=["CONTFUT", "ADJUSTED_LAST"])
+def test_at_every_hour_of_a_week_one_request_brings_what_it_can_reach(series: Series, name: str) -> None:
+    """Also when the market has been closed for a while, and the oldest bars lie further from now than from the last bar."""
+    mine = Series(series.instrument, TIMEFRAMES[name])
+    for hours in range(0, 168, 3):
+        now = utc("2024-06-10") + timedelta(hours=hours)
+        wanted = expected_bars(mine, Window(utc("2022-01-03"), now), complete_at_s=int(now.timestamp()))
+        planned = plan_to_now(mine, wanted, HistoryLimits.CLASSIC, int(now.timestamp()))
+        assert planned.request is not None
+        assert is_allowed(mine.timeframe, planned.request.duration, HistoryLimits.CURRENT)
+        brought = wanted.opens[len(planned.unreachable) :]
+        assert planned.request.window.start_s <= brought[0]
+        assert len(brought) > 20
 
 
 def test_the_history_of_a_continuous_future_grows_by_its_tail(store: Store) -> None:
