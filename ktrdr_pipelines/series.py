@@ -308,7 +308,8 @@ class Instrument:
 
     ``symbol`` is the project's name for it and the stem of its files (``AAPL``, ``EURUSD``, ``ESZ4``); ``ib_symbol`` and
     ``currency`` are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until IB has told it. ``what_to_show`` uses IB's words.
-    ``calendar`` names the exchange calendar where ``exchange`` does not tell it (see `calendars.py`).
+    ``last_trade_date`` (``20241220``) is what IB said of a future, empty until then. ``calendar`` names the exchange calendar
+    where ``exchange`` does not tell it (see `calendars.py`).
     """
 
     symbol: str
@@ -323,6 +324,7 @@ class Instrument:
     con_id: int = field(default=0, compare=False)
     time_zone: str = field(default="", compare=False)
     calendar: str = ""
+    last_trade_date: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         file_symbol(self.symbol)

@@ -42,6 +42,7 @@ from ktrdr_pipelines.scale import BARS_TO_SHOW_A_ROLL, RESTATED_KINDS, ScaleChan
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.source import History
 from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.sidecar import Pinned, Sidecar
 from ktrdr_pipelines.to_now import plan_to_now
 
 SCALE_TRUSTED = timedelta(hours=18)
@@ -132,7 +133,16 @@ class Load:
         held = self._store.held_opens(self.series, widen(span))
         sidecar, extent = self._store.read_sidecar(self.series), self._store.extent(self.series)
         first_held_s = extent.first_open_s if extent else None
+        if extent is None and self.series.instrument.sec_type == "FUT":
+            sidecar = self._learn_expiry(sidecar)
         return mark_missing(self._expected, held, sidecar, first_held_s, self.series.timeframe)
+
+    def _learn_expiry(self, sidecar: Sidecar) -> Sidecar:
+        """``sidecar`` as it will be once IB has said when a future that was never loaded expires: years may lie after that."""
+        with suppress(KtrdrError):  # who asks for the bars meets it again, and tells
+            pinned = self._open_history().pin(self.series.instrument)
+            return sidecar.model_copy(update={"instrument": Pinned.of(pinned)})
+        return sidecar
 
     def _indexes(self, window: Window) -> slice:
         """Where the expected bars that open in ``window`` stand."""

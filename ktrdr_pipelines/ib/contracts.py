@@ -254,12 +254,13 @@ def _words(instrument: Instrument) -> str:
 
 
 def pin_contract(instrument: Instrument, info: ContractInfo) -> Instrument:
-    """``instrument`` with what IB said of it: conId and time zone, which are no part of its identity. A continuous future has no
-    conId of its own: it may be that of the contract in front, which changes with each roll."""
+    """``instrument`` with what IB said of it: conId, zone and last trade date, which are no part of its identity. A continuous
+    future has no conId of its own: it may be that of the contract in front, which changes with each roll."""
     return replace(
         instrument,
         con_id=0 if instrument.sec_type == "CONTFUT" else info.con_id,
         time_zone=info.time_zone,
+        last_trade_date=info.expiry[:8] if instrument.sec_type == "FUT" else "",
     )
 
 

@@ -197,6 +197,8 @@ class Tails:
         newest_close_s = int(wanted.closes[-1])
         # Reading every sidecar that a run has just written would be most of a tick.
         is_news = self._held.changed_s(series) < newest_close_s
+        # What has expired brings no news.
+        is_news &= series.instrument.sec_type != "FUT"
         empty = [] if is_news else self._held.proven_empty(series, last_held_s)
         missing = missing_bars(wanted, np.array([last_held_s], dtype=np.int64), empty, timeframe)
         if not len(missing):

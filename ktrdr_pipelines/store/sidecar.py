@@ -12,7 +12,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
@@ -49,6 +49,8 @@ class Pinned(_Model):
     what_to_show: str
     hours: str
     volume_unit: VolumeUnit = "unknown"
+    last_trade_date: str = ""
+    """Of a future, as IB said last: ``20241220``."""
 
     @classmethod
     def of(cls, instrument: Instrument, volume_unit: VolumeUnit = "unknown") -> Pinned:
@@ -64,7 +66,19 @@ class Pinned(_Model):
             what_to_show=instrument.what_to_show,
             hours=str(instrument.hours),
             volume_unit=volume_unit if instrument.has_volume else "none",
+            last_trade_date=instrument.last_trade_date,
         )
+
+    @property
+    def after_expiry(self) -> Window | None:
+        """When a future trades no more, if IB said when: from the month after its last trade date on, so that the bar of that
+        month is expected, and a week at least, because closed exchanges move the date."""
+        try:
+            last = datetime.strptime(self.last_trade_date, "%Y%m%d").replace(tzinfo=UTC)
+        except ValueError:
+            return None
+        next_month = (last.replace(day=1) + timedelta(days=32)).replace(day=1)
+        return Window(max(next_month, last + timedelta(days=8)), datetime(2100, 1, 1, tzinfo=UTC))
 
 
 class HistoryStart(_Model):
@@ -144,12 +158,16 @@ class Sidecar(_Model):
     @property
     def empty_windows(self) -> tuple[Window, ...]:
         """Where bars that are not held are known not to exist: the proven ranges, and of a sparse series all that IB answered
-        (what a verified answer lacks is known without a range of its own). In no order; they may overlap.
+        (what a verified answer lacks is known without a range of its own), and what lies after the expiry of a future. In no
+        order; they may overlap.
 
         An edited partition loses its answered windows (`store/intake.py`), so deleted rows are still missed.
         """
         proven = tuple(item.window for item in self.proven_empty)
-        return proven + self.answered_windows if self.sparse else proven
+        if self.sparse:
+            proven += self.answered_windows
+        after = self.instrument.after_expiry if self.instrument else None
+        return proven if after is None else (*proven, after)
 
     @property
     def rows(self) -> int:
@@ -275,6 +293,7 @@ def pin(sidecar: Sidecar, series: Series, source: Source, volume_unit: VolumeUni
                 "con_id": held.con_id or offered.con_id,
                 "expiry": held.expiry or offered.expiry,
                 "volume_unit": unit,
+                "last_trade_date": offered.last_trade_date or held.last_trade_date,
             }
         )
     if sidecar.source is not None and (sidecar.source == "simulator") != (source == "simulator"):
