@@ -279,6 +279,7 @@ class Load:
             history = self._history = self._open_history()
             self._counted = _counts(history)
             pinned = Series(history.pin(self.series.instrument), self.series.timeframe)
+            self._store.check_identity(pinned, history.source)
             self._note_unfinished(requests)
         except KtrdrError as error:
             yield self._fail(everything, error)

@@ -776,3 +776,19 @@ def test_years_before_the_listing_are_settled_by_a_gateway_that_has_no_words_for
     asked = len(history.requests)
     load(store, history, AAPL_1D, span)
     assert len(history.requests) == asked
+
+
+def test_another_contract_under_the_name_is_told_before_a_bar_is_asked_for(tmp_path: Path) -> None:
+    """IB gave the symbol to another company: its prices say nothing, its conId does."""
+    store, span = Store(tmp_path / "data"), window("2024-03-01", "2024-04-01")
+    load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
+    before = store.csv_path(AAPL_1H).read_bytes()
+    history = FakeHistory.of(AAPL_1H, window("2024-03-01", "2024-06-01"))
+    pin = history.pin
+    history.pin = lambda instrument: replace(pin(instrument), con_id=99)  # type: ignore[method-assign]
+    job, _ = load(store, history, AAPL_1H, window("2024-03-01", "2024-06-01"))
+    (failure,) = job.report.failures
+    assert isinstance(failure.error, StoreError)
+    assert "the file holds conId 4711 (offered: 99)" in str(failure.error)
+    assert history.requests == []
+    assert store.csv_path(AAPL_1H).read_bytes() == before

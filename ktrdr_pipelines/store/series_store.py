@@ -204,6 +204,14 @@ class Store:
             probe.touch()
             probe.unlink()
 
+    def check_identity(self, series: Series, source: Source) -> None:
+        """Find out before IB is asked for bars whether they could go into the file: ``series`` as IB describes it now.
+
+        Raises:
+            StoreError: the file holds another conId, kind, currency or the like, or bars of a simulator (`sidecar.pin`).
+        """
+        pin(self.read_sidecar(series), series, source, None)
+
     def write(
         self,
         series: Series,
