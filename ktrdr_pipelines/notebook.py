@@ -85,7 +85,15 @@ def load(
         # In a thread of its own: Dagster cannot execute a run where an event loop is running, as in a notebook's cell.
         with ThreadPoolExecutor(1, "ktrdr-load") as thread:
             result = thread.submit(
-                load_series, symbol, timeframe, mode, start=begin, end=until, progress=shown, settings=settings
+                load_series,
+                symbol,
+                timeframe,
+                mode,
+                start=begin,
+                end=until,
+                progress=shown,
+                settings=settings,
+                origin="notebook",
             ).result()
     failures = result.report.failures
     if failures:

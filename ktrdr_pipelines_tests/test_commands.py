@@ -137,6 +137,22 @@ def test_a_contract_that_the_universe_does_not_name_is_refused(say: Say, tmp_pat
     assert not (tmp_path / "data" / "universe.yaml").exists()
 
 
+@pytest.mark.slow
+def test_a_server_that_is_told_to_end_has_not_failed(tmp_path: Path, unused_port: int) -> None:
+    """Ctrl-C at a terminal, SIGTERM from a container's engine: exit code 0, nothing said of an interruption."""
+    settings = {"KTRDR_DATA_DIR": str(tmp_path), "DAGSTER_HOME": str(tmp_path), "KTRDR_IN_CONTAINER": "false"}
+    for told in (signal.SIGINT, signal.SIGTERM):
+        with subprocess.Popen(
+            [sys.executable, "-m", "ktrdr_pipelines.cli", "serve", "--port", str(unused_port)],
+            env=os.environ | settings, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ) as server:  # fmt: skip
+            assert server.stderr is not None
+            assert any("startup complete" in line for line in server.stderr)
+            server.send_signal(told)
+            rest = server.stderr.read()
+            assert (server.wait(30), "ktrdr: " in rest) == (0, False), rest
+
+
 # -- the universe ----------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import click
+
 from ktrdr_pipelines import errors
 from ktrdr_pipelines.cli import cli
 from ktrdr_pipelines.series import TIMEFRAMES
@@ -36,8 +38,20 @@ def test_every_timeframe_and_command_is_named() -> None:
     """What can be typed stands in the README."""
     for name in TIMEFRAMES:
         assert re.search(rf"\b{name}\b", README), name
-    for command in cli.commands:
-        assert f"`ktrdr {command}" in README, command
+    for name, command in cli.commands.items():
+        assert f"`ktrdr {name}" in README, name
+        for inner in command.commands if isinstance(command, click.Group) else ():
+            assert f"ktrdr {name} {inner}" in README, inner
+
+
+def test_every_command_says_its_exit_codes() -> None:
+    """In the table by command, whole groups or each of their commands."""
+    rows = re.findall(r"^\| (`[a-z].*?) \|", README.split("### Exit codes")[1].split("## Settings")[0], re.MULTILINE)
+    named = set(re.findall(r"`([a-z-]+(?: [a-z]+)?)`", " ".join(rows)))
+    for name, command in cli.commands.items():
+        inner = [f"{name} {each}" for each in command.commands] if isinstance(command, click.Group) else [name]
+        # `universe add`, `remove`: a row names the group once.
+        assert all(each in named or each.partition(" ")[2] in named for each in inner), name
 
 
 def test_every_fault_and_habit_of_the_simulator_is_named() -> None:

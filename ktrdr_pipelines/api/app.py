@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
 import click
@@ -95,7 +96,9 @@ def serve(host: str, port: int) -> int:
     )
     shown = f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{port}"
     server = _Server(config, f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
-    with listener:
+    # A container's engine ends it with SIGTERM, a person with Ctrl-C; uvicorn ends in order and raises the signal once more.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with listener, suppress(KeyboardInterrupt):
         loads.start()
         try:
             server.run(sockets=[listener])

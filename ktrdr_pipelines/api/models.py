@@ -190,7 +190,9 @@ class RunProgress(BaseModel):
     status: Literal["queued", "running", "success", "partial", "failed", "canceled"] = Field(
         description="partial: failed after some partitions were completed."
     )
-    origin: str = Field(description="cli, notebook, api, a sensor's name; dagster for its UI and its own commands.")
+    origin: str = Field(
+        description="cli, notebook, api, sensor, schedule, reconcile; dagster for its UI and its own commands."
+    )
     mode: str
     series: list[RunSeries]
     partitions: Range

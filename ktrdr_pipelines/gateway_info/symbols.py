@@ -64,7 +64,7 @@ def look_up(settings: Settings, symbol: str) -> Found:
     tried = []
     with IBHistory(replace(GatewayResource.of(settings).address(), hold_patience_s=0.0)) as history:
         for candidate in list_candidates(symbol):
-            tried.append(f"{candidate.sec_type} {candidate.ib_symbol} {candidate.currency}")
+            tried.append(" ".join(filter(None, (candidate.sec_type, candidate.ib_symbol, candidate.currency))))
             for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
                 contracts.setdefault(info.con_id, info)
     if not contracts:
