@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from ktrdr_pipelines.calendars import calendar_of
-from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
+from ktrdr_pipelines.errors import BugError, GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.contracts import (
     Choice,
     ContractInfo,
+    NoContractTold,
     choose_contract,
     complete_instrument,
     list_candidates,
@@ -54,9 +55,14 @@ class Discovered:
 
 
 def symbols_file(history: IBHistory) -> KnownSymbols:
-    """What this gateway's login was told of symbols: one file for each, beside the pacing ledger."""
+    """What was told of symbols at this gateway's address: one file for each, beside the pacing ledger. For listing; what counts
+    for an account, `_known_to_account` tells."""
     key = "".join(c if c.isalnum() else "_" for c in history.address.login)
     return KnownSymbols(history.address.state_dir / "ib" / f"symbols_{key}.json", history.now)
+
+
+def _known_to_account(history: IBHistory) -> KnownSymbols:
+    return replace(symbols_file(history), account=history.account)
 
 
 def discover(
@@ -70,7 +76,7 @@ def discover(
         InputError: no symbol at all, or its conId is another instrument's. KtrdrError: IB could not be asked.
     """
     candidates = list_candidates(symbol, choice)
-    known = known or symbols_file(history)
+    known = known or _known_to_account(history)
     key = " ".join((candidates[0].symbol if candidates else symbol, choice.sec_type, choice.exchange, choice.currency,
                     str(choice.con_id or "")))  # fmt: skip
     before = known.find(key)
@@ -79,11 +85,19 @@ def discover(
     if before is not None:
         raise _unknown(symbol, candidates, [], f"asked {format_instant(before.asked_at)}, asked again after "
                        f"{format_instant(before.until)}")  # fmt: skip
+    doubts: list[KtrdrError] = []
     for candidate in candidates:
-        found = _try_candidate(symbol, candidate, history)
+        try:
+            found = _try_candidate(symbol, candidate, history)
+        except (NoContractTold, BugError) as error:
+            # What is no proper question for one kind (321) may be one for the next; but then nobody said that there is none.
+            doubts.append(error)
+            continue
         if found is not None:
             known.remember(key, found.instrument, found.contract)
             return found
+    if doubts:
+        raise doubts[-1]
     known.remember(key, None, None)
     raise _unknown(symbol, candidates, history.find_matching(symbol.strip()), "")
 
@@ -100,20 +114,7 @@ def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Di
         return None
     except KtrdrError as error:
         raise error.while_doing(doing) from None
-    instrument = complete_instrument(candidate, contract)
-    if candidate.con_id and not _is_named(candidate.symbol, contract):
-        raise InputError(
-            f"conId {contract.con_id} is {contract.describe()}, not {candidate.symbol}",
-            doing=doing,
-            advice="Write the symbol that belongs to the conId.",
-        )
-    return Discovered(_settle_calendar(instrument), contract)
-
-
-def _is_named(symbol: str, contract: ContractInfo) -> bool:
-    names = {contract.symbol, contract.local_symbol, contract.symbol + contract.currency}
-    plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
-    return "".join(c for c in symbol.upper() if c.isalnum()) in plain
+    return Discovered(_settle_calendar(complete_instrument(candidate, contract)), contract)
 
 
 def _settle_calendar(instrument: Instrument) -> Instrument:
@@ -231,8 +232,6 @@ def estimate_history_start(
     head = _find_head(pinned, history)
     if head is None:
         return earliest
-    if head > now:
-        raise InputError(f"IB says that {series} begins in the future ({head.isoformat()})", advice="Give --start.")
     if head <= earliest:
         return earliest
     first = _find_older(pinned, head, history)
@@ -240,10 +239,13 @@ def estimate_history_start(
 
 
 def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
-    known = symbols_file(history)
+    known = _known_to_account(history)
     if (before := known.find_head(pinned)) is not None:
         return before.head
     head = history.find_head(pinned)
+    if head is not None and head > history.now():
+        log.warning("IB says that %s begins in the future (%s): not believed", pinned.symbol, head.date())
+        return None
     if head is not None:
         known.remember_head(pinned, head)
     return head

@@ -23,8 +23,9 @@ RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
 LEAST_CHANGE = 0.02
 """Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
 
-LEAST_ROLL = 0.0005
-"""The same of continuous futures, which may be restated at a roll by the distance of two contracts; three bars have to agree."""
+BARS_TO_SHOW_A_ROLL = 3
+"""A continuous future may be restated at a roll by the distance of two contracts, however small: so many bars have to agree that
+it is no revision."""
 
 _PRICES = ("open", "high", "low", "close")
 
@@ -41,16 +42,25 @@ def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) ->
         return None
     old = held[list(_PRICES)].to_numpy(np.float64)[at]
     new = np.column_stack([np.asarray(getattr(answer, name), dtype=np.float64)[of_answer] for name in _PRICES])
-    least = LEAST_ROLL if may_roll and len(at) >= 3 else LEAST_CHANGE
     with np.errstate(all="ignore"):
         ratios = new / old
         ratio = np.median(ratios, axis=1)
         # Prices are rounded to ticks on both sides.
         is_uniform = (np.abs(new - old * ratio[:, None]) <= 0.005 * np.abs(new) + 0.011).all(axis=1)
-        has_moved = (np.abs(ratio - 1) > least) & (ratio > 0) & np.isfinite(ratio)
-        all_moved = (np.abs(ratios - 1) > least / 2).all(axis=1)
+        has_moved = (np.abs(ratio - 1) > LEAST_CHANGE) & (ratio > 0) & np.isfinite(ratio)
+        all_moved = (np.abs(ratios - 1) > LEAST_CHANGE / 2).all(axis=1)
     changed = is_uniform & has_moved & all_moved
+    if may_roll and len(at) >= BARS_TO_SHOW_A_ROLL:
+        changed |= _has_rolled(old, new)
     return float(np.median(ratio[changed])) if 2 * int(changed.sum()) >= len(at) else None
+
+
+def _has_rolled(old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Of each bar (a row of four prices): have all prices moved in one direction by about as much?"""
+    with np.errstate(all="ignore"):
+        moved = new - old
+        usual = np.median(moved, axis=1)[:, None]
+        return np.asarray((np.abs(moved - usual) <= np.abs(usual) / 2).all(axis=1) & (usual[:, 0] != 0))
 
 
 def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: float) -> ScaleChanged:
@@ -60,10 +70,12 @@ def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: floa
     stamp = format_instant(held["timestamp"].iloc[i].to_pydatetime())
     is_rolled = series.instrument.sec_type == "CONTFUT"
     why = "probably at the roll to another contract" if is_rolled else "probably for a split"
-    words = f"1:{1 / ratio:.4g}" if ratio < 1 else f"{ratio:.4g}:1"
+    words = f"by 1:{1 / ratio:.4g}" if ratio < 1 else f"by {ratio:.4g}:1"
+    if is_rolled:
+        words = f"by about {answer.close[j] - held['close'].iloc[i]:+.6g}"
     return ScaleChanged(
         f"IB restated the history of {series.instrument.symbol}, {why}: the bar {stamp} is held with close "
-        f"{held['close'].iloc[i]:g} and is {answer.close[j]:g} now (all four prices by {words})",
+        f"{held['close'].iloc[i]:g} and is {answer.close[j]:g} now (all four prices {words})",
         advice=f"Nothing was written: new bars do not go with the held ones. Move {series.name}.csv and {series.name}.meta.json "
         f"away and run `ktrdr ib-load {series.instrument.symbol!r} {series.timeframe} --mode full`.",
     )

@@ -38,7 +38,7 @@ from ktrdr_pipelines.partitions import Partition, partitions_in
 from ktrdr_pipelines.plan import Request, find_gaps, plan_requests
 from ktrdr_pipelines.refreshing import WholeAsker
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.scale import ScaleChanged, list_anchors
+from ktrdr_pipelines.scale import BARS_TO_SHOW_A_ROLL, RESTATED_KINDS, ScaleChanged, list_anchors
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
 from ktrdr_pipelines.source import History
 from ktrdr_pipelines.store.series_store import Store
@@ -160,7 +160,7 @@ class Load:
 
         requests = plan(self._with_last_held(asked), self._expected)
         extent = self._store.extent(self.series)
-        if self.series.instrument.sec_type != "STK" or extent is None or not len(asked):
+        if self.series.instrument.sec_type not in RESTATED_KINDS or extent is None or not len(asked):
             return requests
         known = self._all_expected.take(self._all_expected.closes <= self._now_s)
         if any(r.window.start_s <= extent.last_open_s < r.window.end_s for r in requests[:1]):
@@ -193,7 +193,10 @@ class Load:
             wanted = self._expected.take(self._expected.opens >= first_s)
         if not len(wanted):
             return [], None
-        planned = plan_to_now(self.series, wanted, self._limits, self._now_s)
+        compared = self._with_bars_to_compare(wanted)
+        planned = plan_to_now(self.series, compared, self._limits, self._now_s)
+        if len(planned.unreachable) and len(compared) > len(wanted):
+            planned = plan_to_now(self.series, wanted, self._limits, self._now_s)
         requests = [] if planned.request is None else [planned.request]
         if not len(planned.unreachable):
             return requests, None
@@ -213,6 +216,13 @@ class Load:
                 "what one request brings."
             )
         return requests, self._fail(window, error)
+
+    def _with_bars_to_compare(self, wanted: ExpectedBars) -> ExpectedBars:
+        """``wanted`` and the held bars right before it, as many as have to agree that a continuous future was restated."""
+        known = self._all_expected.take(self._all_expected.closes <= self._now_s)
+        held = match_held(known, self._store.held_opens(self.series, widen(self._span)), self.series.timeframe)
+        older = known.opens[held & (known.opens < wanted.opens[0])][-BARS_TO_SHOW_A_ROLL:]
+        return known.take(np.isin(known.opens, [*wanted.opens, *older]))
 
     def _report_touched(self, request: Request, rows: int, partitions: Sequence[Partition]) -> Iterator[Event]:
         """Report the partitions that ``request`` completed, and those complete before whose bars it changed; all that are

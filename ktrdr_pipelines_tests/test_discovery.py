@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from ktrdr_pipelines.discovery import discover, estimate_history_start, identify_series, symbols_file
-from ktrdr_pipelines.errors import InputError, PermanentError
-from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice
+from ktrdr_pipelines.errors import BugError, InputError, KtrdrError, PermanentError
+from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, NoContractTold
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.known_symbols import FOUND_KEPT, NONE_KEPT, KnownSymbols
 from ktrdr_pipelines.series import TIMEFRAMES, Instrument, Series, stock
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.listings import list_instruments
+from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.universe import DEFAULT_UNIVERSE, add_series, parse_universe, read_universe
 from ktrdr_pipelines_tests.fakes import MovingClock
@@ -140,6 +141,37 @@ def test_a_choice_that_cannot_be_meant_is_refused(choice: dict[str, Any]) -> Non
         Choice(**choice)
 
 
+@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
+def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, doubt: KtrdrError) -> None:
+    """GOOGLE has the form of a pair. What IB does with that question decides nothing about the stock."""
+    google = ContractInfo(1, "GOOGLE", "STK", "NASDAQ", "USD", valid_exchanges="SMART,NASDAQ")
+
+    def describe(instrument: Instrument, _: str) -> list[ContractInfo]:
+        if instrument.sec_type == "CASH":
+            raise doubt
+        return [google]
+
+    history.describe = describe  # type: ignore[method-assign]
+    assert discover("GOOGLE", history=history).contract == google
+
+
+@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
+def test_an_answer_that_says_nothing_is_no_proof_that_there_is_none(history: IBHistory, doubt: KtrdrError) -> None:
+    """Where IB knew none of the other kinds, the doubt is what is told, and it is not remembered."""
+
+    def describe(instrument: Instrument, _: str) -> list[ContractInfo]:
+        if instrument.sec_type == "STK":
+            raise doubt
+        return []
+
+    ask = history.describe
+    history.describe = describe  # type: ignore[method-assign]
+    with pytest.raises(type(doubt)):
+        discover("TSLA", history=history)
+    history.describe = ask  # type: ignore[method-assign]
+    assert discover("TSLA", history=history).instrument == stock("TSLA")
+
+
 # -- what is remembered -----------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +192,31 @@ def test_what_was_found_is_remembered_and_expires(start_gateway: Any, connect: C
     assert asked
     known.path.unlink()
     assert discover("TSLA", history=third, known=known).instrument == found.instrument
+
+
+def test_what_one_account_was_told_does_not_count_for_another(start_gateway: Any, connect: Connect, now: Now) -> None:
+    """The simulator today and IB tomorrow, at one address: TSLA's conId of the one is Coca-Cola's at the other."""
+    ids = {listing.symbol: listing.con_id for listing in list_instruments() if listing.currency == "USD"}
+    swapped = {ids["TSLA"]: ids["KO"], ids["KO"]: ids["TSLA"]}
+    elsewhere = tuple(replace(each, con_id=swapped.get(each.con_id, each.con_id)) for each in list_instruments())
+    with run_in_thread(SyntheticMarket(), judge=False) as simulator:
+        port = simulator.port
+        assert discover("TSLA", history=connect(port)).instrument.con_id == ids["TSLA"]
+    with run_in_thread(SyntheticMarket(listings=elsewhere), judge=False, account="DU1234567", port=port):
+        assert discover("TSLA", history=connect(port)).instrument.con_id == ids["KO"]
+
+
+def test_continuous_futures_are_remembered_side_by_side(history: IBHistory) -> None:
+    """They have no conId that could tell them apart."""
+    known = replace(symbols_file(history), account="DU1")
+    es, nq = (Instrument(symbol, "CONTFUT", "CME", "USD") for symbol in ("ES", "NQ"))
+    for future in (es, nq):
+        known.remember(future.symbol, future, None)
+    assert [each.instrument for each in symbols_file(history).list_found()] == [es, nq]
+    known.remember_head(es, NOON)
+    assert known.find_head(es) is not None
+    assert known.find_head(nq) is None
+    assert replace(known, account="DU2").find_head(es) is None
 
 
 def test_that_there_is_none_is_remembered_for_minutes_only(history: IBHistory, now: Now) -> None:
@@ -300,6 +357,20 @@ def test_bars_before_the_head_timestamp_move_the_start(start_gateway: Any, conne
     assert moved == datetime(2021, 3, 3, tzinfo=UTC)
     never = estimate_history_start(Series(stock("AAPL"), TIMEFRAMES["1h"]), history, earliest=EARLIEST, now=NOON)
     assert never == EARLIEST
+
+
+def test_a_head_timestamp_in_the_future_is_not_believed_and_not_remembered(
+    start_gateway: Any, connect: Connect, now: Now
+) -> None:
+    """A hint that cannot be true is as good as none; nobody but IB did anything wrong."""
+    market = SyntheticMarket()
+    true_head = market.head
+    market.head = lambda *_, **__: int(NOON.timestamp()) + 90 * 86400  # type: ignore[method-assign]
+    gateway = start_gateway(market=market, clock=lambda: now().timestamp())
+    rblx = Series(stock("RBLX"), TIMEFRAMES["1h"])
+    assert estimate_history_start(rblx, connect(gateway.port), earliest=EARLIEST, now=NOON) == EARLIEST
+    market.head = true_head  # type: ignore[method-assign]
+    assert estimate_history_start(rblx, connect(gateway.port), earliest=EARLIEST, now=NOON).year == 2021
 
 
 def test_without_an_answer_to_the_check_the_hint_stays_a_hint(start_gateway: Any, connect: Connect) -> None:

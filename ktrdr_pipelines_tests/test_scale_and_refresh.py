@@ -97,7 +97,6 @@ def test_the_held_bar_to_compare_with_costs_no_request_in_a_fresh_file(store: St
         assert job.report.status == "success"
         assert job.report.unexpected_bars == 0
         counts.append(len(history.requests))
-    print(counts)
     assert counts == [1, 2]
 
 
@@ -113,6 +112,38 @@ def test_a_revised_bar_is_no_split(store: Store) -> None:
     job, _ = load(store, history, AAPL_1H, window("2024-03-28T19:00", "2024-04-06"), recheck_last=True)
     assert job.report.status == "success"
     assert job.report.revised_bars == 1
+
+
+@pytest.mark.parametrize("recheck_last", [True, False], ids=["tail", "full"])
+@pytest.mark.parametrize("name", ["1m", "1h"])
+@pytest.mark.parametrize(
+    ("instrument", "factor"),
+    [
+        (
+            Instrument("AAPL", "CFD", "SMART", "USD", what_to_show="MIDPOINT", hours=Hours.EXTENDED, calendar="NYSE"),
+            0.25,
+        ),
+        (stock("AAPL"), 0.25),
+        (Instrument("ES", "CONTFUT", "CME", "USD", hours=Hours.EXTENDED), 0.25),
+        (Instrument("ES", "CONTFUT", "CME", "USD", hours=Hours.EXTENDED), 1.008),
+    ],
+    ids=["CFD", "STK", "CONTFUT", "CONTFUT that rolls"],
+)
+def test_whatever_is_restated_is_never_joined(
+    store: Store, instrument: Instrument, factor: float, name: str, recheck_last: bool
+) -> None:
+    """A session is missing and all of the history comes on another scale, in an answer that reaches no further than asked."""
+    series, friday, tuesday = Series(instrument, TIMEFRAMES[name]), utc("2024-06-07T22:30"), utc("2024-06-11T22:30")
+    span = window("2024-06-03", "2024-06-07T22:30")
+    load(store, FakeHistory.of(series, span), series, span, now=friday)
+    before = store.csv_path(series).read_bytes()
+    restated = FakeHistory.of(series, window("2024-06-03", "2024-06-11T22:30"), script=always(times(factor)))
+    restated.reaches_back_s = 0
+    job, _ = load(
+        store, restated, series, window("2024-06-03", "2024-06-11T22:30"), now=tuesday, recheck_last=recheck_last
+    )
+    assert [type(failure.error) for failure in job.report.failures] == [ScaleChanged]
+    assert store.csv_path(series).read_bytes() == before
 
 
 # -- adjusted prices ------------------------------------------------------------------------------------------------------
@@ -246,6 +277,38 @@ def test_a_roll_that_restates_a_continuous_future_is_noticed(store: Store) -> No
     job, _ = load(store, history, CONTINUOUS, window("2024-06-12T20:00", "2024-06-15"), recheck_last=True)
     assert store.csv_path(CONTINUOUS).read_bytes() == before
     assert "roll" in str(job.report.failures[0].error)
+
+
+@pytest.mark.parametrize("offset", [2.75, 0.03, -0.01])
+def test_a_roll_of_any_size_is_noticed(store: Store, offset: float) -> None:
+    """Contracts of a flat curve lie close together: every bar has moved by as much, however little."""
+    span = window("2024-06-03", "2024-06-13")
+    load(store, FakeHistory.of(CONTINUOUS, span), CONTINUOUS, span, now=utc("2024-06-13"))
+    before = store.csv_path(CONTINUOUS).read_bytes()
+
+    def move(raw: RawBars) -> RawBars:
+        return replace(raw, **{n: np.round(getattr(raw, n) + offset, 2) for n in ("open", "high", "low", "close")})
+
+    history = FakeHistory.of(CONTINUOUS, window("2024-06-03", "2024-06-15"), script=always(move))
+    job, _ = load(store, history, CONTINUOUS, window("2024-06-12T20:00", "2024-06-15"), recheck_last=True)
+    assert store.csv_path(CONTINUOUS).read_bytes() == before
+    assert f"by about {offset:+g}" in str(job.report.failures[0].error)
+
+
+def test_a_revised_bar_of_a_continuous_future_is_no_roll(store: Store) -> None:
+    """A settlement price that is corrected, in the last bar alone."""
+    span = window("2024-06-03", "2024-06-13")
+    load(store, FakeHistory.of(CONTINUOUS, span), CONTINUOUS, span, now=utc("2024-06-13"))
+
+    def revise(raw: RawBars) -> RawBars:
+        close = raw.close.copy()
+        close[raw.opens_s < utc("2024-06-13").timestamp()] += 0.01
+        return replace(raw, close=close, high=np.maximum(raw.high, close))
+
+    history = FakeHistory.of(CONTINUOUS, window("2024-06-03", "2024-06-15"), script=always(revise))
+    job, _ = load(store, history, CONTINUOUS, window("2024-06-12T20:00", "2024-06-15"), recheck_last=True)
+    assert job.report.status == "success"
+    assert job.report.revised_bars > 0
 
 
 def test_what_lies_before_the_reach_of_a_continuous_future_is_a_failure_not_a_gap_without_bars(store: Store) -> None:

@@ -17,7 +17,7 @@ from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.errors import KtrdrError, PermanentError, TransientError
 from ktrdr_pipelines.ib.answers import RawBars, columns_from_bars, read_contract, read_head, read_sample
 from ktrdr_pipelines.ib.codes import Hold
-from ktrdr_pipelines.ib.contracts import ContractInfo
+from ktrdr_pipelines.ib.contracts import ContractInfo, NoContractTold
 from ktrdr_pipelines.ib.conversation import (
     BARS,
     CONTRACT,
@@ -47,6 +47,7 @@ class GatewayClient(Conversation):
         """Every contract that fits ``instrument``; an empty list when IB knows none (200).
 
         Raises:
+            NoContractTold: neither a contract nor a word.
             RequestTimeout, TransientError, PermanentError: see `codes.py`.
         """
         contract = self._contract(instrument)
@@ -62,6 +63,12 @@ class GatewayClient(Conversation):
             if error.code == 200 and not error.retry_helps and "ambiguous" not in error.observed.lower():
                 return []
             raise
+        if not details:
+            raise NoContractTold(
+                "IB ended its answer without a contract and without a word that there is none",
+                doing=doing,
+                advice="Try again.",
+            )
         return [read_contract(each, doing) for each in details]
 
     def matching_symbols(self, pattern: str, timeout_s: float = 10.0) -> list[ContractInfo]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ktrdr_pipelines.errors import InputError, PermanentError
+from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
 from ktrdr_pipelines.series import (
     DEFAULT_EXCHANGES,
     DEFAULT_WHAT_TO_SHOW,
@@ -65,6 +65,13 @@ class AmbiguousSymbol(InputError):
         self.candidates = tuple(candidates)
 
 
+class NoContractTold(TransientError):
+    """IB ended its answer without a contract, and without the word (200) that there is none: no proof of anything. Not tried
+    again at once: where one gateway stumbles, another may always answer like this."""
+
+    retry_helps = False
+
+
 @dataclass(frozen=True, slots=True)
 class ContractInfo:
     """What IB's contract details say of one contract; strings as IB spells them, empty where it says nothing."""
@@ -95,6 +102,8 @@ class ContractInfo:
         where = self.primary_exchange or self.exchange
         code = self.local_symbol if self.sec_type == "FUT" else ""
         parts = [code or self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name]
+        if self.sec_type == "FUT":  # products of one name differ in these (silver: SI 5000, SIL 1000)
+            parts += [self.trading_class, self.multiplier and f"x {self.multiplier}"]
         parts.append(f"conId {self.con_id}")
         return " ".join(part for part in parts if part)
 
@@ -159,9 +168,15 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
 
     Raises:
         PermanentError: none fits.
-        InputError: several fit; the message lists each with its conId.
+        InputError: several fit; the message lists each with its conId. Or the conId belongs to another symbol.
     """
     fitting = {d.con_id: d for d in details if _fits(instrument, d)}
+    for found in fitting.values():
+        if instrument.con_id and not _is_named(instrument, found):
+            raise InputError(
+                f"conId {found.con_id} is {found.describe()}, not {instrument.ib_symbol}",
+                advice="Write the symbol that belongs to the conId, or the conId of the symbol (`ktrdr ib symbols` tells it).",
+            )
     if not fitting:
         offered = "; ".join(d.describe() for d in list(details)[:5]) or "nothing"
         raise PermanentError(
@@ -174,7 +189,8 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
             f"{instrument.symbol} is ambiguous: {'; '.join(d.describe() for d in candidates)}",
             candidates,
             advice="Choose one by --con-id (or --sec-type, --exchange, --currency; in the REST API con_id and so on), or put its "
-            "con_id (or primary_exchange) in the universe file.",
+            + ("con_id (or expiry)" if instrument.sec_type == "FUT" else "con_id (or primary_exchange)")
+            + " in the universe file.",
         )
     return next(iter(fitting.values()))
 
@@ -184,15 +200,30 @@ _KINDS = {"CONTFUT": ("CONTFUT", "FUT")}
 
 
 def _fits(instrument: Instrument, info: ContractInfo) -> bool:
-    if instrument.con_id:
-        return info.con_id == instrument.con_id
+    if instrument.con_id and info.con_id != instrument.con_id:
+        return False
+    fits = (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,))) and (
+        not info.currency or not instrument.currency or info.currency == instrument.currency
+    )
+    # A conId says which venue and expiry; but bars of another kind, or in another currency, must never get into the file.
+    return fits and (bool(instrument.con_id) or _fits_unpinned(instrument, info))
+
+
+def _fits_unpinned(instrument: Instrument, info: ContractInfo) -> bool:
     return (
-        (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,)))
-        and (not info.currency or not instrument.currency or info.currency == instrument.currency)
-        and (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
+        (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
         and (not instrument.expiry or _expires(info, instrument.expiry))
         and (not _is_meant_by_code(instrument) or info.local_symbol in ("", instrument.symbol))
     )
+
+
+def _is_named(instrument: Instrument, info: ContractInfo) -> bool:
+    """True if ``info`` can be called as ``instrument`` is: by its symbol, its local symbol or as a pair; signs do not matter."""
+    names = {info.symbol, info.local_symbol, info.symbol + info.currency}
+    if not (info.symbol or info.local_symbol):
+        return True  # this gateway tells no symbols
+    plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
+    return "".join(c for c in instrument.ib_symbol.upper() if c.isalnum()) in plain
 
 
 def _is_meant_by_code(instrument: Instrument) -> bool:
@@ -215,7 +246,9 @@ def _homes(info: ContractInfo) -> Sequence[str]:
 
 def _words(instrument: Instrument) -> str:
     if instrument.con_id:
-        return f"{instrument.sec_type} with conId {instrument.con_id}"
+        return f"{instrument.sec_type} with conId {instrument.con_id}" + (
+            f" in {instrument.currency}" if instrument.currency else ""
+        )
     return f"{instrument.sec_type} {instrument.ib_symbol}" + (
         f" in {instrument.currency}" if instrument.currency else ""
     )

@@ -93,6 +93,16 @@ class IBHistory:
         return "paper" if self._connection.account.startswith("D") else "live"
 
     @property
+    def account(self) -> str:
+        """The account behind the gateway, which is connected to for it.
+
+        Raises:
+            GatewayUnreachable: no gateway.
+        """
+        self.connect()
+        return self._connection.account
+
+    @property
     def clock_lag_s(self) -> float:
         """How many seconds the gateway's time is behind this machine's; 0 if it is not, or nobody asked yet."""
         return self._connection.clock_lag_s

@@ -1,5 +1,8 @@
 """What IB said of symbols and of the start of their history, remembered for a while in one small file.
 
+Each answer counts for the account that was told it: behind one address there may be the simulator today and IB tomorrow, and a
+conId of the one is another company's at the other.
+
 Only a saving: a file that is missing, damaged or cannot be written costs questions, never an answer. Found contracts are
 kept for a day (their trading hours are those of the next days), "there is none" for minutes, and not at all during the
 nightly reset, when valid contracts are unknown (`codes.in_nightly_reset`). What is asked, and when an answer counts as none,
@@ -56,21 +59,22 @@ _KNOWN, _HEAD = TypeAdapter(Known), TypeAdapter(KnownHead)
 
 @dataclass
 class KnownSymbols:
-    """The file at ``path``. Read anew at each question: other processes write it too."""
+    """The file at ``path``, and whose answers in it count. Read anew at each question: other processes write it too."""
 
     path: Path
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    account: str = ""
 
     def find(self, key: str) -> Known | None:
-        """What is known of ``key``, None when nothing is or it has expired."""
-        return self._entries("symbols", _KNOWN).get(key)
+        """What ``account`` was told of ``key``, None when nothing is known or it has expired."""
+        return self._entries("symbols", _KNOWN).get(self._mine(key))
 
     def list_found(self, sec_type: str = "") -> list[Known]:
-        """Every contract found and not expired, by symbol; only those of a kind when one is given."""
-        found = {}
+        """Every contract found by any account and not expired, by symbol; only those of a kind when one is given."""
+        found: dict[tuple[Instrument, int], Known] = {}
         for known in self._entries("symbols", _KNOWN).values():
             if known.instrument is not None and sec_type in ("", known.instrument.sec_type):
-                found[known.instrument.con_id] = known
+                found[known.instrument, known.instrument.con_id] = known  # continuous futures have no conId
         return sorted(found.values(), key=lambda k: k.instrument.symbol if k.instrument else "")
 
     def remember(self, key: str, instrument: Instrument | None, contract: ContractInfo | None) -> None:
@@ -79,20 +83,23 @@ class KnownSymbols:
         if instrument is None and in_nightly_reset(now):
             return
         known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract)
-        self._put("symbols", key, _KNOWN.dump_python(known, mode="json"))
+        self._put("symbols", self._mine(key), _KNOWN.dump_python(known, mode="json"))
 
     def forget(self, key: str) -> None:
         """Ask again next time."""
-        self._put("symbols", key, None)
+        self._put("symbols", self._mine(key), None)
 
     def find_head(self, instrument: Instrument) -> KnownHead | None:
         """The head timestamp of a pinned ``instrument``, None when it has to be asked."""
-        return self._entries("heads", _HEAD).get(_head_key(instrument))
+        return self._entries("heads", _HEAD).get(self._mine(_head_key(instrument)))
 
     def remember_head(self, instrument: Instrument, head: datetime) -> None:
         """Keep a head timestamp that IB just told. That it told none is not kept: it may tell one the next time."""
         known = KnownHead(self.now() + HEAD_KEPT, head)
-        self._put("heads", _head_key(instrument), _HEAD.dump_python(known, mode="json"))
+        self._put("heads", self._mine(_head_key(instrument)), _HEAD.dump_python(known, mode="json"))
+
+    def _mine(self, key: str) -> str:
+        return f"{self.account}: {key}"
 
     # -- the file -------------------------------------------------------------------------------------------------------
 
@@ -145,7 +152,8 @@ class KnownSymbols:
 
 def _head_key(instrument: Instrument) -> str:
     hours = "regular" if instrument.use_rth else "all"
-    return f"{instrument.con_id} {instrument.exchange} {instrument.what_to_show} {hours}"
+    contract = instrument.con_id or f"{instrument.sec_type} {instrument.ib_symbol} {instrument.currency}"
+    return f"{contract} {instrument.exchange} {instrument.what_to_show} {hours}"
 
 
 def describe_contract(contract: ContractInfo) -> dict[str, object]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ktrdr_pipelines.errors import InputError, PermanentError
+from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
 from ktrdr_pipelines.series import Instrument, forex, stock
 
@@ -105,6 +105,35 @@ def test_what_is_no_symbol_is_refused(symbol: str) -> None:
     """Nothing is asked of IB for what cannot be a symbol."""
     with pytest.raises(InputError):
         list_candidates(symbol)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (Instrument("AAPL", "STK", "SMART", "USD", con_id=2), "no STK with conId 2 in USD .*AAPL STK MEXI MXN"),
+        (Instrument("AAPL", "CFD", "SMART", "MXN", con_id=2), "no CFD with conId 2"),
+        (Instrument("KO", "STK", "SMART", "MXN", con_id=2), "conId 2 is AAPL STK MEXI MXN .*not KO"),
+        (Instrument("AAPL", "STK", "SMART", "MXN", con_id=3), "no STK with conId 3"),
+    ],
+)
+def test_a_con_id_of_another_instrument_is_refused(wanted: Instrument, words: str) -> None:
+    """It would bring bars in another currency, or of another company, under this one's name."""
+    with pytest.raises(KtrdrError, match=words):
+        choose_contract(wanted, [ContractInfo(2, "AAPL", "STK", "MEXI", "MXN", long_name="APPLE INC")])
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Instrument("AAPL-MX", "STK", "SMART", "MXN", ib_symbol="AAPL", con_id=2),
+        Instrument("AAPL", "STK", "MEXI", "", primary_exchange="ELSEWHERE", con_id=2),
+    ],
+)
+def test_a_con_id_decides_where_the_rest_leaves_it_open(wanted: Instrument) -> None:
+    info = ContractInfo(2, "AAPL", "STK", "MEXI", "MXN")
+    assert choose_contract(wanted, [info]) is info
+    nameless = replace(info, symbol="", sec_type="", currency="")  # a gateway that hardly says anything
+    assert choose_contract(wanted, [nameless]) is nameless
 
 
 def test_without_a_contract_month_the_last_day_tells_it() -> None:
