@@ -44,6 +44,8 @@ class Known:
     until: datetime
     instrument: Instrument | None = None
     contract: ContractInfo | None = None
+    similar: tuple[str, ...] = ()
+    """Where IB knew nothing: what it has that is like it, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,18 @@ class KnownSymbols:
                 found[known.instrument, known.instrument.con_id] = known  # continuous futures have no conId
         return sorted(found.values(), key=lambda k: k.instrument.symbol if k.instrument else "")
 
-    def remember(self, key: str, instrument: Instrument | None, contract: ContractInfo | None) -> None:
+    def remember(
+        self,
+        key: str,
+        instrument: Instrument | None,
+        contract: ContractInfo | None,
+        similar: tuple[str, ...] = (),
+    ) -> None:
         """Keep what IB just said of ``key``; that there is nothing only when it can be believed."""
         now = self.now()
         if instrument is None and in_nightly_reset(now):
             return
-        known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract)
+        known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract, similar)
         self._put("symbols", self._mine(key), _KNOWN.dump_python(known, mode="json"))
 
     def forget(self, key: str) -> None:
