@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,6 @@ class KnownSymbols:
         known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract, similar)
         self._put("symbols", self._mine(key), _KNOWN.dump_python(known, mode="json"))
 
-    def forget(self, key: str) -> None:
-        """Ask again next time."""
-        self._put("symbols", self._mine(key), None)
-
     def find_head(self, instrument: Instrument) -> KnownHead | None:
         """The head timestamp of a pinned ``instrument``, None when it has to be asked."""
         return self._entries("heads", _HEAD).get(self._mine(_head_key(instrument)))
@@ -142,9 +138,8 @@ class KnownSymbols:
                 tables: dict[str, Any] = {}
                 for name, kind in (("symbols", _KNOWN), ("heads", _HEAD)):
                     tables[name] = {k: kind.dump_python(v, mode="json") for k, v in self._entries(name, kind).items()}
-                tables[table].pop(key, None)
-                if value is not None:
-                    tables[table][key] = value
+                tables[table].pop(key, None)  # the newest stand last
+                tables[table][key] = value
                 for entries in tables.values():
                     for oldest in list(entries)[:-_MOST_ENTRIES]:
                         del entries[oldest]
@@ -162,8 +157,3 @@ def _head_key(instrument: Instrument) -> str:
     hours = "regular" if instrument.use_rth else "all"
     contract = instrument.con_id or f"{instrument.sec_type} {instrument.ib_symbol} {instrument.currency}"
     return f"{contract} {instrument.exchange} {instrument.what_to_show} {hours}"
-
-
-def describe_contract(contract: ContractInfo) -> dict[str, object]:
-    """Plain values for JSON."""
-    return asdict(contract)
