@@ -56,12 +56,13 @@ class Discovered:
 
 def symbols_file(history: IBHistory) -> KnownSymbols:
     """What was told of symbols at this gateway's address: one file for each, beside the pacing ledger. For listing; what counts
-    for an account, `_known_to_account` tells."""
+    for an account, `known_to_account` tells."""
     key = "".join(c if c.isalnum() else "_" for c in history.address.login)
     return KnownSymbols(history.address.state_dir / "ib" / f"symbols_{key}.json", history.now)
 
 
-def _known_to_account(history: IBHistory) -> KnownSymbols:
+def known_to_account(history: IBHistory) -> KnownSymbols:
+    """What the account behind this gateway was told."""
     return replace(symbols_file(history), account=history.account)
 
 
@@ -76,14 +77,14 @@ def discover(
         InputError: no symbol at all, or its conId is another instrument's. KtrdrError: IB could not be asked.
     """
     candidates = list_candidates(symbol, choice)
-    known = known or _known_to_account(history)
+    known = known or known_to_account(history)
     key = " ".join((candidates[0].symbol if candidates else symbol, choice.sec_type, choice.exchange, choice.currency,
                     str(choice.con_id or "")))  # fmt: skip
     before = known.find(key)
     if before is not None and before.instrument is not None and before.contract is not None:
         return Discovered(before.instrument, before.contract)
     if before is not None:
-        raise _unknown(symbol, candidates, [], f"asked {format_instant(before.asked_at)}, asked again after "
+        raise unknown_symbol(symbol, candidates, before.similar, f"asked {format_instant(before.asked_at)}, asked again after "
                        f"{format_instant(before.until)}")  # fmt: skip
     doubts: list[KtrdrError] = []
     for candidate in candidates:
@@ -98,8 +99,14 @@ def discover(
             return found
     if doubts:
         raise doubts[-1]
-    known.remember(key, None, None)
-    raise _unknown(symbol, candidates, history.find_matching(symbol.strip()), "")
+    similar = find_similar(symbol, history)
+    known.remember(key, None, None, similar)
+    raise unknown_symbol(symbol, candidates, similar)
+
+
+def find_similar(symbol: str, history: IBHistory) -> tuple[str, ...]:
+    """What IB has that is like ``symbol``, for people who may have misspelt it."""
+    return tuple(each.describe() for each in history.find_matching(symbol.strip())[:8])
 
 
 def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Discovered | None:
@@ -131,13 +138,15 @@ def _settle_calendar(instrument: Instrument) -> Instrument:
     return instrument if by_home and by_home != calendar(plain) else plain
 
 
-def _unknown(symbol: str, candidates: list[Instrument], offered: list[ContractInfo], remembered: str) -> PermanentError:
+def unknown_symbol(
+    symbol: str, candidates: list[Instrument], similar: tuple[str, ...], remembered: str = ""
+) -> PermanentError:
+    """What a person is told of a symbol that IB does not know."""
     tried = dict.fromkeys(" ".join(filter(None, (c.sec_type, c.ib_symbol, c.currency))) for c in candidates)
-    alike = "; ".join(each.describe() for each in offered[:8])
     return PermanentError(
         f"IB knows no {symbol} (tried as {', '.join(tried) or 'nothing'})"
         + (f" ({remembered})" if remembered else "")
-        + (f"; similar: {alike}" if alike else ""),
+        + (f"; similar: {'; '.join(similar)}" if similar else ""),
         doing="looking up a symbol",
         advice="Check the spelling; indices, crypto and continuous futures need --sec-type, futures often --exchange.",
         code=200,
@@ -239,7 +248,7 @@ def estimate_history_start(
 
 
 def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
-    known = _known_to_account(history)
+    known = known_to_account(history)
     if (before := known.find_head(pinned)) is not None:
         return before.head
     head = history.find_head(pinned)

@@ -18,7 +18,6 @@ from ktrdr_pipelines.ib.codes import (
     RequestLost,
     classify,
     in_nightly_reset,
-    known_codes,
     name_farm,
     to_error,
 )
@@ -26,6 +25,7 @@ from ktrdr_pipelines.ib.holds import Down
 
 NOON = datetime(2024, 3, 5, 17, 0, tzinfo=UTC)
 SERVICE = "Historical Market Data Service error message:"
+KNOWN_CODES = sorted({code for row in CODES for code in row.codes})
 
 # What IB says, word for word where it was seen, and what follows. Written from the facts, not from the table in the code.
 CASES = [
@@ -146,14 +146,14 @@ def test_the_table_of_the_facts_holds_in_every_language(
 @pytest.mark.parametrize("words", TONGUES)
 def test_words_we_do_not_know_never_prove_a_window_empty(words: str) -> None:
     """Whatever the code: "no data" in another language is a failure, and the advice says what a person can do about it."""
-    for code in {*known_codes(), 161, 2101, 99999}:
+    for code in {*KNOWN_CODES, 161, 2101, 99999}:
         assert not classify(code, words, now=NOON).proven_empty
     assert "Set the gateway's language to English" in str(to_error(162, words, now=NOON))
 
 
 def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
     """No text of a known code falls through the table, and no row is hidden behind one that takes every text."""
-    for code in known_codes():
+    for code in KNOWN_CODES:
         rows = [row for row in CODES if code in row.codes]
         assert [row.pattern is None for row in rows] == [False] * (len(rows) - 1) + [True]
 

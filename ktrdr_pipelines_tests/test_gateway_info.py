@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
 from ktrdr_pipelines.gateway_info.cleanup import cleanup
 from ktrdr_pipelines.gateway_info.config import gateway_config
 from ktrdr_pipelines.gateway_info.health import gateway_health
@@ -123,6 +123,34 @@ def test_ranges_tell_where_history_begins_and_ends(start_gateway: StartGateway, 
     assert daily.latest is not None
     assert seconds.earliest is not None
     assert (datetime.now(UTC) - seconds.earliest).days in (182, 183)
+
+
+def test_the_same_ranges_again_take_no_request(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+    """Within fifteen seconds IB would not answer it, and the start of a history hardly moves."""
+    settings = make_settings(start_gateway().port)
+    first, again = (data_ranges(settings, ["AAPL", "KO"], ["1d"]) for _ in range(2))
+    assert [each.problem for each in again.ranges] == [None, None]
+    assert [each.earliest for each in again.ranges] == [each.earliest for each in first.ranges]
+    assert None not in [each.earliest for each in again.ranges]
+    assert (first.requests_made, again.requests_made) == (2, 0)
+
+
+def test_a_symbol_that_ib_does_not_know_is_told_alike_at_every_door(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """What it was tried as and what is like it, also while that IB knows none is only remembered."""
+    settings = make_settings(start_gateway().port)
+    told = []
+    for ask in (discover_symbol, discover_symbol, look_up):
+        with pytest.raises(PermanentError) as caught:
+            ask(settings, "APPL")
+        told.append(str(caught.value))
+    assert told[0] == told[2]
+    assert "(tried as STK APPL USD" in told[0]
+    assert " )" not in told[0]
+    for text in told:
+        assert "; similar: AAPL STK" in text
+    assert "asked again after" in told[1]
 
 
 def test_a_head_timestamp_that_fails_is_a_problem_and_not_none(

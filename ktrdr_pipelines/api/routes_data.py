@@ -49,9 +49,8 @@ async def load(
     """
     if wait is not None and wanted.wait is not None and wait != wanted.wait:
         raise InputError("wait is said twice and differs", advice="Say it once.")
-    order = make_order(wanted, _settings(request))
-    loads = _loads(request)
-    record, _ = await asyncio.to_thread(loads.submit, order)
+    loads, settings = _loads(request), _settings(request)
+    record, _ = await asyncio.to_thread(lambda: loads.submit(make_order(wanted, settings)))
     if wait is False or wanted.wait is False:
         return _accepted(loads, record)
     over = asyncio.wrap_future(loads.ended(record))
@@ -168,7 +167,7 @@ def make_order(wanted: models.LoadRequest, settings: Settings) -> LoadOrder:
     refuse_before_partitions(timeframe, first, last, settings)
     choice = wanted.choice()
     return LoadOrder(
-        wanted.symbol,
+        _spell(wanted.symbol, settings),
         timeframe.name,
         str(wanted.mode),
         format_instant(first) if first else None,
@@ -178,6 +177,14 @@ def make_order(wanted: models.LoadRequest, settings: Settings) -> LoadOrder:
         choice.currency,
         choice.con_id,
     )
+
+
+def _spell(symbol: str, settings: Settings) -> str:
+    """``symbol`` as the universe spells it, else in capitals, as IB is asked for it."""
+    if symbol == symbol.upper() and "." not in symbol and "/" not in symbol:
+        return symbol  # `Universe.find_instrument` would try no other spelling
+    instrument = universe_of(settings).find_instrument(symbol)
+    return instrument.symbol if instrument else symbol.upper()
 
 
 def find_series(settings: Settings, symbol: str, timeframe: str) -> Series:

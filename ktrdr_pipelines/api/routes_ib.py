@@ -84,7 +84,8 @@ async def ranges(
         list[models.Timeframes] | None, Query(description="Repeated, or separated by commas.", max_length=_MOST_NAMES)
     ] = None,
 ) -> Any:
-    """Each symbol takes one request of the pacing budget. What IB did not answer is told as the ``problem`` of its series."""
+    """Each symbol takes one request of the pacing budget, unless it was asked within a week. What IB did not answer is told as
+    the ``problem`` of its series."""
     settings, questions = _tools(request)
     names, frames = _split(symbols, "symbols"), _split(timeframes, "timeframes")
     found = await questions.share(("ranges", names, frames), lambda: data_ranges(settings, names, frames))

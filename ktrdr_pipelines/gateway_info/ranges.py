@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.discovery import SHORT_BAR_HISTORY, discover
+from ktrdr_pipelines.discovery import SHORT_BAR_HISTORY, discover, known_to_account
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError
 from ktrdr_pipelines.gateway_info.question import QUICK_S, Problem, quick_address
 from ktrdr_pipelines.ib import pacing
@@ -78,8 +78,8 @@ def data_ranges(
     """Where the history of ``symbols`` begins by IB's head timestamps, and where it ends; without symbols those of the
     universe, without timeframes those that the universe lists (1d for a symbol that it does not name).
 
-    Each head timestamp is a history request and counts; one that has to wait long for its turn is told as a pacing problem of
-    its series instead of being waited for.
+    A head timestamp that was told a while ago is remembered (`known_symbols.HEAD_KEPT`). Each other one is a history request
+    and counts; one that has to wait long for its turn is told as a pacing problem of its series instead of being waited for.
 
     Raises:
         InputError: no such symbol or timeframe, or more than `RANGES_AT_ONCE` instruments.
@@ -160,6 +160,9 @@ def _find_head(
     pinned: Instrument | None = instrument
     try:
         pinned = history.pin(instrument) if instrument else discover(symbol, history=history).instrument
+        known = known_to_account(history)
+        if (before := known.find_head(pinned)) is not None:
+            return pinned, before.head, None
         client = history.connect()
         history.ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
         with _take_turn(history, describe_head(pinned), min(deadline, time.monotonic() + TURN_PATIENCE_S)) as grant:
@@ -173,6 +176,8 @@ def _find_head(
                 history.requests_made += grant.sent_at_s is not None
     except KtrdrError as error:
         return pinned, None, Problem.of(error)
+    if head is not None and head <= history.now():  # discovery believes none of the future
+        known.remember_head(pinned, head)
     return pinned, head, None
 
 

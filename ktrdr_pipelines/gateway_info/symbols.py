@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ktrdr_pipelines.discovery import NO_CHOICE, discover, symbols_file
-from ktrdr_pipelines.errors import PermanentError
+from ktrdr_pipelines.discovery import NO_CHOICE, discover, find_similar, symbols_file, unknown_symbol
 from ktrdr_pipelines.gateway_info.question import quick_address
 from ktrdr_pipelines.ib.contracts import Choice, ContractInfo, list_candidates
 from ktrdr_pipelines.ib.history import IBHistory
@@ -61,15 +60,11 @@ def look_up(settings: Settings, symbol: str) -> Found:
     """
     file_symbol(symbol)
     contracts: dict[int, ContractInfo] = {}
-    tried = []
+    candidates = list_candidates(symbol)
     with IBHistory(replace(GatewayResource.of(settings).address(), hold_patience_s=0.0)) as history:
-        for candidate in list_candidates(symbol):
-            tried.append(" ".join(filter(None, (candidate.sec_type, candidate.ib_symbol, candidate.currency))))
+        for candidate in candidates:
             for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
                 contracts.setdefault(info.con_id, info)
-    if not contracts:
-        raise PermanentError(
-            f"IB knows no {symbol} (tried as {', '.join(tried)})",
-            advice="Check the spelling, or add it with `ktrdr universe add --sec-type …`.",
-        )
+        if not contracts:
+            raise unknown_symbol(symbol, candidates, find_similar(symbol, history))
     return Found(symbol, tuple(contracts.values()))

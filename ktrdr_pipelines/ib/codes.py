@@ -9,7 +9,7 @@ added up in `holds.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, time
 from enum import StrEnum
@@ -371,8 +371,3 @@ def to_error(
 ) -> KtrdrError:
     """`classify` and `Outcome.to_error` in one: always a KtrdrError, never a bare exception."""
     return classify(code, text, now=now, during_history=during_history, held=held).to_error(doing)
-
-
-def known_codes() -> Iterator[int]:
-    """Every code that has a row, ascending, once."""
-    yield from sorted({code for row in CODES for code in row.codes})

@@ -52,10 +52,6 @@ class Choice:
         if not 0 <= self.con_id < 1 << 63:
             raise InputError(f"{self.con_id} is not a conId", advice="It is a positive number.")
 
-    @property
-    def is_empty(self) -> bool:
-        return self == Choice()
-
 
 class AmbiguousSymbol(InputError):
     """Several contracts fit; ``candidates`` are all of them. A person has to choose."""

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Known:
     until: datetime
     instrument: Instrument | None = None
     contract: ContractInfo | None = None
+    similar: tuple[str, ...] = ()
+    """Where IB knew nothing: what it has that is like it, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +79,19 @@ class KnownSymbols:
                 found[known.instrument, known.instrument.con_id] = known  # continuous futures have no conId
         return sorted(found.values(), key=lambda k: k.instrument.symbol if k.instrument else "")
 
-    def remember(self, key: str, instrument: Instrument | None, contract: ContractInfo | None) -> None:
+    def remember(
+        self,
+        key: str,
+        instrument: Instrument | None,
+        contract: ContractInfo | None,
+        similar: tuple[str, ...] = (),
+    ) -> None:
         """Keep what IB just said of ``key``; that there is nothing only when it can be believed."""
         now = self.now()
         if instrument is None and in_nightly_reset(now):
             return
-        known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract)
+        known = Known(now, now + (FOUND_KEPT if instrument is not None else NONE_KEPT), instrument, contract, similar)
         self._put("symbols", self._mine(key), _KNOWN.dump_python(known, mode="json"))
-
-    def forget(self, key: str) -> None:
-        """Ask again next time."""
-        self._put("symbols", self._mine(key), None)
 
     def find_head(self, instrument: Instrument) -> KnownHead | None:
         """The head timestamp of a pinned ``instrument``, None when it has to be asked."""
@@ -134,9 +138,8 @@ class KnownSymbols:
                 tables: dict[str, Any] = {}
                 for name, kind in (("symbols", _KNOWN), ("heads", _HEAD)):
                     tables[name] = {k: kind.dump_python(v, mode="json") for k, v in self._entries(name, kind).items()}
-                tables[table].pop(key, None)
-                if value is not None:
-                    tables[table][key] = value
+                tables[table].pop(key, None)  # the newest stand last
+                tables[table][key] = value
                 for entries in tables.values():
                     for oldest in list(entries)[:-_MOST_ENTRIES]:
                         del entries[oldest]
@@ -154,8 +157,3 @@ def _head_key(instrument: Instrument) -> str:
     hours = "regular" if instrument.use_rth else "all"
     contract = instrument.con_id or f"{instrument.sec_type} {instrument.ib_symbol} {instrument.currency}"
     return f"{contract} {instrument.exchange} {instrument.what_to_show} {hours}"
-
-
-def describe_contract(contract: ContractInfo) -> dict[str, object]:
-    """Plain values for JSON."""
-    return asdict(contract)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 
+from ktrdr_pipelines.api.models import LoadRequest
+from ktrdr_pipelines.api.routes_data import make_order
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
 from ktrdr_pipelines_tests.conftest import StartGateway
@@ -26,6 +28,21 @@ def test_several_contracts_are_listed_and_a_choice_decides(
     assert all(con_id in problem_of(refused)["message"] for con_id in ("900001", "900002"))
     chosen = client.post(DISCOVER, json={"symbol": "AMBG", "con_id": 900002})
     assert (chosen.status_code, chosen.json()["con_id"], chosen.json()["sec_type"]) == (200, 900002, "STK")
+
+
+def test_one_load_is_one_order_however_it_is_spelt(tmp_path: Path) -> None:
+    """As the universe spells its symbols, others in capitals; a name of one's own keeps its small letters."""
+    settings = settings_in(tmp_path)
+
+    def symbols_of(*names: str) -> set[str]:
+        return {make_order(LoadRequest(symbol=name, timeframe="1h"), settings).symbol for name in names}
+
+    assert symbols_of("aapl", "AAPL", "Aapl") == {"AAPL"}
+    assert symbols_of("eurusd", "EUR.USD", "eur/usd", "EURUSD") == {"EURUSD"}
+    assert symbols_of("tsla", "TSLA") == {"TSLA"}
+    settings.data_dir.mkdir()
+    settings.universe_path.write_text("series:\n  - {symbol: Spider, ib_symbol: SPY, timeframes: [1h]}\n")
+    assert symbols_of("Spider") == {"Spider"}
 
 
 def test_a_misspelt_symbol_is_not_found_and_similar_ones_are_offered(
