@@ -1,7 +1,8 @@
 """One planned request, from the question to the proof: fetch, cut, check, write, ask again for what is lacking.
 
 `series_load.py` decides which requests there are and what they complete; here each is settled: its bars are in the file, its
-holes are proven by two sources (two differently shaped answers, or an answer and IB's head timestamp), or it has failed.
+holes are proven (by `holes.py`, or by an answer and IB's head timestamp together), or it has failed. Which requests confirm a
+hole is chosen in `confirming.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import numpy as np
 
 from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held, period_keys
+from ktrdr_pipelines.confirming import Confirmation, confirm_holes
 from ktrdr_pipelines.coverage import bars_inside, widen
+from ktrdr_pipelines.durations import NOMINAL_S
 from ktrdr_pipelines.errors import DataError, TransientError
-from ktrdr_pipelines.plan import Request, find_gaps, refetch_requests
+from ktrdr_pipelines.holes import REASONS, Doubt, Heard, judge_holes
+from ktrdr_pipelines.plan import Request, find_gaps
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.scale import RESTATED_KINDS, find_ratio, report_split
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
@@ -32,6 +36,11 @@ MAX_CONFIRMATIONS = 5
 INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
 """Seconds. How long after its close the newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours);
 and how far back the run of newest bars that is late with it may reach."""
+
+MAX_FRUITLESS = 4
+"""How often holes are asked for again that one more answer in vain leaves in doubt."""
+
+_LEAST_AROUND_S = 12 * 86400  # longer than any holiday
 
 SPARSE_AFTER = 3
 """So many confirmations in a row that brought nothing new make a series sparse."""
@@ -77,6 +86,11 @@ class Asker:
         self._was_wordless = True
         self._arrived = np.empty(0, np.int64)
         """Opens of the bars that the answers to the request at hand brought."""
+        self._heard: list[Heard] = []
+        """The answers to the request at hand."""
+        self._complete = all_expected
+        self._whole = 0
+        self._unproven = expected.take(slice(0, 0))
         self._may_put_off = self._is_put_off = False
 
     @property
@@ -124,41 +138,54 @@ class Asker:
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         self._arrived = np.empty(0, np.int64)
+        self._look_around(request.window)
         answer = self._fetch(request, evidence)
         doubted = answer if self._contradicts_calendar(answer, wanted) else None
+        self._unproven = wanted.take(slice(0, 0))
         rows = self._write(request, answer) if doubted is None else 0
         # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
         expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
-        holes = self.find_holes(expected)
-        asked, poor, found = [request], 0, len(holes)
-        while len(holes) and (doubted is not None or not self._lie_before_head(holes, request, evidence)):
+        holes = doubtful = self.find_holes(expected)
+        asked, poor, fruitless, found = [request], 0, 0, len(holes)
+        while len(doubtful) and (doubted is not None or not self._lie_before_head(holes, request, evidence)):
             if poor > MAX_CONFIRMATIONS:
                 raise DataError(
                     f"{len(asked)} answers each brought a few other bars and {len(holes)} are still missing",
                     doing=f"loading {self._series} {request.window}",
                     advice="What arrived is in the file; run the load again.",
                 )
-            again = self._reshape(holes, asked)
+            again = self._reshape(doubtful, asked, fruitless)
             if doubted is None:
                 for other in again:
-                    rows += self._write(other, self._fetch(other, evidence))
+                    rows += self._write(other.request, self._fetch(other.request, evidence, from_s=other.from_s))
             else:
-                others = [(other, self._fetch(other, evidence)) for other in again]
+                others = [(o.request, self._fetch(o.request, evidence, from_s=o.from_s)) for o in again]
                 self._refuse_contradiction(request, doubted, [theirs for _, theirs in others])
                 rows += self._write(request, doubted)
                 holes, doubted = self.find_holes(holes), None
                 found = len(holes)
                 rows += sum(self._write(other, theirs) for other, theirs in others)
-            asked += again
+            asked += [other.request for other in again]
             before, holes = holes, self.find_holes(holes)
             poor += len(before) - len(holes) < len(before) / 10  # a gateway may send little at a time, and get there
-            if len(holes) == len(before):
-                if self._was_wordless and not self._lie_before_head(holes, request, evidence, is_repeated=True):
-                    raise TransientError(
-                        f"{len(asked)} answers without a bar, and without a word that there are none",
-                        advice="This is no proof of an empty window; run the load again.",
-                    )
-                break  # a second, differently shaped request agrees
+            if len(holes) < len(before):
+                fruitless, doubtful = 0, holes
+                continue
+            self._refuse_vanished(holes, request)
+            if self._was_wordless:
+                if self._lie_before_head(holes, request, evidence, is_repeated=True):
+                    break
+                raise TransientError(
+                    f"{len(asked)} answers without a bar, and without a word that there are none",
+                    advice="This is no proof of an empty window; run the load again.",
+                )
+            fruitless += 1
+            doubtful = self._find_doubtful(holes)
+            if self._are_newest(doubtful):
+                self._unproven = doubtful
+                break
+            if fruitless > MAX_FRUITLESS:
+                self._refuse_unproven(doubtful, request, len(asked))
         self._refuse_vanished(holes, request)
         if len(asked) > 1 and len(holes) < len(expected):
             self._learn_sparseness(agreed=len(holes) == found)
@@ -183,12 +210,68 @@ class Asker:
                 advice="Close the file there (an editor, a copy under way) and run the load again.",
             )
 
-    def _reshape(self, holes: ExpectedBars, asked: Sequence[Request]) -> list[Request]:
-        """Requests for ``holes`` of another shape than those ``asked``."""
+    def _reshape(self, holes: ExpectedBars, asked: Sequence[Request], fruitless: int) -> list[Confirmation]:
+        """Requests for ``holes`` of another shape than those ``asked``, the last ``fruitless`` of them in vain."""
         if self._series.instrument.ends_now:
-            return [reshape_to_now(self._series, holes, self._limits, self._own_now_s, previous=asked)]
-        return refetch_requests(
-            self._series.timeframe, holes, self._limits, previous=asked, attempt=len(asked), until_s=self._now_s
+            again = reshape_to_now(self._series, holes, self._limits, self._own_now_s, previous=asked)
+            return [Confirmation(again, again.window.start_s)]
+        return confirm_holes(
+            self._series.timeframe,
+            holes,
+            self._limits,
+            expected=self._complete,
+            heard=self._heard,
+            previous=asked,
+            attempt=len(asked),
+            until_s=self._now_s,
+            # Bars that have nothing newer after them can only be proven by IB's words; others, if bars on both sides do not help.
+            exactly=fruitless > 0 or self._are_newest(holes),
+        )
+
+    def _look_around(self, window: Window) -> None:
+        """Forget former answers, and know the complete bars as far around ``window`` as a request for it may reach."""
+        self._heard = []
+        longest = self._series.timeframe.longest_request(self._limits)
+        reach_s = max(_LEAST_AROUND_S, longest.count * NOMINAL_S[longest.unit])
+        near = bars_inside(
+            self._all_expected, Window.from_epoch(max(0, window.start_s - reach_s), window.end_s + reach_s)
+        )
+        self._complete = near.take(slice(0, int(np.searchsorted(near.closes, self._now_s, side="right"))))
+
+    def _find_doubtful(self, holes: ExpectedBars) -> ExpectedBars:
+        """Those of ``holes`` that the answers so far do not prove."""
+        return holes.take(np.flatnonzero(self._judge(holes) > 0))
+
+    def _judge(self, holes: ExpectedBars) -> IntArray:
+        extent = self._store.extent(self._series)
+        return judge_holes(
+            holes,
+            self._complete,
+            self._heard,
+            self._series.timeframe,
+            whole=self._whole,
+            whole_before_s=extent.last_open_s if extent is not None else 0,
+        ).doubts
+
+    def _are_newest(self, holes: ExpectedBars) -> bool:
+        """True if there are ``holes`` and nothing newer is known than any of them: they may only be late, or their market halted.
+        No answer can show that it was not cut right before them, so they are never proven but by IB's own words: they stay
+        missing and are asked for again with the next load, and the tail sensor waits longer each time (`orchestration/tail.py`).
+        """
+        extent = self._store.extent(self._series)
+        known_s = max((int(h.stamps[-1]) for h in self._heard if len(h.stamps)), default=0)
+        newest_s = max(known_s, extent.last_open_s if extent is not None else 0)
+        return len(holes) > 0 and newest_s < int(holes.opens[0])
+
+    def _refuse_unproven(self, doubtful: ExpectedBars, request: Request, answers: int) -> None:
+        """Raises DataError: bars are missing of which nobody knows whether they exist."""
+        doubts = self._judge(doubtful)
+        why = "; ".join(REASONS[Doubt(each)] for each in np.unique(doubts[doubts > 0]))
+        raise DataError(
+            f"{answers} answers lack {len(doubtful)} bars, the first {_instant(doubtful.opens[0])}, and do not prove that they "
+            f"do not exist: {why}",
+            doing=f"loading {self._series} {request.window}",
+            advice="The gateway may be cutting its answers. What arrived is in the file; run the load again later.",
         )
 
     def _check_scale(self, raw: Answer, request: Request) -> None:
@@ -256,8 +339,9 @@ class Asker:
                 advice="Nothing of this window was written; run the load again.",
             )
 
-    def _fetch(self, request: Request, evidence: list[Evidence]) -> NormalisedAnswer:
+    def _fetch(self, request: Request, evidence: list[Evidence], *, from_s: int | None = None) -> NormalisedAnswer:
         raw = self._history.fetch(self._series, request)
+        self._hear(raw, request, from_s)
         self._doubt_clock(raw.opens_s)
         self._check_scale(raw, request)
         answer = self._normalise(raw, request)
@@ -265,6 +349,17 @@ class Asker:
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
         evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
         return answer
+
+    def _hear(self, raw: Answer, request: Request, from_s: int | None = None) -> None:
+        """Keep what ``raw`` says about holes; it answers for ``from_s`` on, or the window of ``request``."""
+        end_s = int(request.end.timestamp())
+        stamps = np.unique(np.asarray(raw.opens_s, dtype=np.int64))
+        from_s = request.window.start_s if from_s is None else from_s
+        self._heard.append(Heard(from_s, end_s, stamps, bool(raw.no_data_text)))
+        complete = self._complete
+        owed = np.flatnonzero(complete.closes <= end_s)
+        if len(stamps) and len(owed) and match_held(complete.take(owed[-1:]), stamps, self._series.timeframe).all():
+            self._whole = max(self._whole, len(stamps))
 
     def _write(self, request: Request, answer: NormalisedAnswer) -> int:
         if not len(answer.bars):
@@ -366,14 +461,15 @@ class Asker:
         return pending
 
     def _split_pending(self, holes: ExpectedBars) -> tuple[ExpectedBars, ExpectedBars]:
-        """Holes that two answers can prove, and those that closed a moment ago with nothing newer held: IB may be late, and two
-        questions within a second agree about nothing but that."""
+        """Holes that answers can prove, and those that they cannot: closed a moment ago with nothing newer held (IB may be late,
+        and two questions within a second agree about nothing but that), or newest and without a word of IB's."""
         extent = self._store.extent(self._series)
         grace_s, run_s = INTRADAY_GRACE if self._series.timeframe.is_intraday else DAILY_GRACE
         is_newest = np.ones(len(holes), np.bool_) if extent is None else holes.opens > extent.last_open_s
         is_late = bool((is_newest & (holes.closes > self._now_s - grace_s)).any())
         is_pending = is_newest & (holes.closes > self._now_s - run_s) & is_late
         is_pending |= holes.closes > self._now_s
+        is_pending |= np.isin(holes.opens, self._unproven.opens)
         return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
     def _lie_before_head(

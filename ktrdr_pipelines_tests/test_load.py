@@ -362,7 +362,7 @@ def test_a_calendar_that_two_answers_disprove_costs_no_further_request(store: St
     """A closed day and a Saturday session: the answer waits for the second one that its holes need anyway."""
     span = window("2024-01-02", "2024-01-20")
     expected = expected_bars(AAPL_1H, span).opens
-    closed = (expected >= utc("2024-01-10").timestamp()) & (expected < utc("2024-01-11").timestamp())
+    closed = (expected >= utc("2024-01-09").timestamp()) & (expected < utc("2024-01-10").timestamp())
     saturday = int(utc("2024-01-06T15:00:00").timestamp())
     history = FakeHistory(np.sort(np.append(expected[~closed], saturday)))
     job, _ = load(store, history, AAPL_1H, span)
