@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
 from ktrdr_pipelines.durations import LOOSEST, Span, is_allowed, list_durations, reach_back
-from ktrdr_pipelines.holes import Heard, judge_holes
+from ktrdr_pipelines.holes import Doubt, Heard, judge_holes
 from ktrdr_pipelines.plan import Request, refetch_requests, split_runs
 from ktrdr_pipelines.series import Duration, HistoryLimits, Timeframe, Window
 
@@ -56,7 +57,8 @@ def confirm_holes(
         again = refetch_requests(timeframe, holes, limits, previous=previous, attempt=attempt, until_s=until_s)
         return [Confirmation(request, request.window.start_s) for request in again]
     found: list[Confirmation] = []
-    for run in split_runs(timeframe, holes, limits):
+    runs = _part_by_sides(timeframe, holes, expected, heard) if exactly else [holes]
+    for run in (part for each in runs for part in split_runs(timeframe, each, limits)):
         best = _choose(timeframe, run, limits, expected, heard, previous, exactly)
         if best is not None:
             found.append(best)
@@ -64,6 +66,16 @@ def confirm_holes(
         again = refetch_requests(timeframe, run, limits, previous=previous, attempt=attempt, until_s=until_s)
         found += [Confirmation(request, request.window.start_s) for request in again]
     return found
+
+
+def _part_by_sides(
+    timeframe: Timeframe, holes: ExpectedBars, expected: ExpectedBars, heard: Sequence[Heard]
+) -> list[ExpectedBars]:
+    """Holes with nothing older, those with nothing newer, and those between: only by itself can a range be called empty."""
+    doubts = judge_holes(holes, expected, heard, timeframe).doubts
+    sides = np.where(np.isin(doubts, (Doubt.OLDER, Doubt.NEWER)), doubts, Doubt.NONE)
+    bounds = [0, *(np.flatnonzero(np.diff(sides)) + 1).tolist(), len(holes)]
+    return [holes.take(slice(lo, hi)) for lo, hi in pairwise(bounds)]
 
 
 def _choose(

@@ -31,7 +31,7 @@ BoolArray = npt.NDArray[np.bool_]
 LONGEST_ROW = 64
 """Every n-th bar left out: the largest n that is thought of. A longer row has too few holes to be told from chance."""
 
-_FEWEST_IN_ROW = 3
+_FEWEST_IN_ROW = 5
 
 
 class Doubt(IntEnum):
@@ -187,15 +187,16 @@ def _add_rows(found: IntArray, older: IntArray, newer: IntArray, around: Sequenc
             if not len(possible):
                 continue
             count = np.zeros(len(possible), np.int64)
-            single = count.copy()
+            single, longest = count.copy(), count.copy()
             explained = np.ones(len(possible), np.bool_)
             for at, (gap, first, stop) in zip(mine[:, possible], sides, strict=True):
                 total, filled, ones = _count_rows(gap, first, stop, step)
                 explained &= filled[at % step] == total[at % step]
                 count += total[at % step]
+                longest = np.maximum(longest, total[at % step])
                 single += ones[at % step]
             # Mostly one bar is lacking at each place of the row: holes of all lengths are no such rule.
-            row = explained & (count >= _FEWEST_IN_ROW) & (2 * single >= count)
+            row = explained & (longest >= _FEWEST_IN_ROW) & (2 * single >= count)
             found[open_[possible[row]]] = Doubt.REGULAR
 
 
