@@ -37,6 +37,9 @@ INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
 """Seconds. How long after its close the newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours);
 and how far back the run of newest bars that is late with it may reach."""
 
+CLOCK_GRACE_S = 300
+"""Bars that are held back for longer by the gateway's clock make a load fail for them."""
+
 MAX_FRUITLESS = 4
 """How often holes are asked for again that one more answer in vain leaves in doubt."""
 
@@ -103,6 +106,18 @@ class Asker:
         """The earlier of this machine's time and the gateway's, epoch seconds: what is complete for us may still be forming
         there. Bars that open after the gateway's own time disprove its clock."""
         return self._own_now_s - (0 if self._is_clock_disproved else ceil(self._history.clock_lag_s))
+
+    def find_held_back(self) -> TransientError | None:
+        """What is to be said when bars that closed more than `CLOCK_GRACE_S` ago count as forming by the gateway's clock only."""
+        closes = self._expected.closes
+        held_back = int(((closes > self._now_s) & (closes <= self._own_now_s - CLOCK_GRACE_S)).sum())
+        if not held_back or not self._is_clock_told:
+            return None
+        return TransientError(
+            f"the gateway's clock is {self._own_now_s - self._now_s} s behind this machine's: {held_back} bars that are complete "
+            "by this one's may still be forming there, and were left out",
+            advice="Set the clock that is wrong, here or where the gateway runs, and run the load again.",
+        )
 
     def _doubt_clock(self, opens_s: IntArray) -> None:
         """See whether the gateway's clock agrees with the bars it just sent, and tell when it is behind or wrong."""
@@ -181,7 +196,7 @@ class Asker:
                 )
             fruitless += 1
             doubtful = self._find_doubtful(holes)
-            if self._are_newest(doubtful):
+            if self._are_newest(doubtful) or self._are_beyond_reach(doubtful):
                 self._unproven = doubtful
                 break
             if fruitless > MAX_FRUITLESS:
@@ -263,11 +278,21 @@ class Asker:
         newest_s = max(known_s, extent.last_open_s if extent is not None else 0)
         return len(holes) > 0 and newest_s < int(holes.opens[0])
 
+    def _are_beyond_reach(self, holes: ExpectedBars) -> bool:
+        """True if there are ``holes`` at the ends of answers of a series that IB tells only up to now: no other request can show
+        more of them. They stay missing."""
+        sides = (Doubt.OLDER, Doubt.NEWER)
+        return len(holes) > 0 and self._series.instrument.ends_now and bool(np.isin(self._judge(holes), sides).all())
+
     def _refuse_unproven(self, doubtful: ExpectedBars, request: Request, answers: int) -> None:
-        """Raises DataError: bars are missing of which nobody knows whether they exist."""
+        """Fail the window: bars are missing of which nobody knows whether they exist.
+
+        Raises:
+            TransientError: always.
+        """
         doubts = self._judge(doubtful)
         why = "; ".join(REASONS[Doubt(each)] for each in np.unique(doubts[doubts > 0]))
-        raise DataError(
+        raise TransientError(
             f"{answers} answers lack {len(doubtful)} bars, the first {_instant(doubtful.opens[0])}, and do not prove that they "
             f"do not exist: {why}",
             doing=f"loading {self._series} {request.window}",
@@ -431,10 +456,15 @@ class Asker:
         are not proven because they may only be late."""
         holes, pending = self._split_pending(holes)
         if len(pending):
+            extent = self._store.extent(self._series)
+            is_newest = extent is None or int(pending.opens[0]) > extent.last_open_s
             window = Window.from_epoch(window.start_s, max(window.start_s, int(pending.opens[0])))
             self._report.notices.append(
                 f"{len(pending)} of the newest bars are not there yet, from {_instant(pending.opens[0])}; "
                 "they are asked for again next time"
+                if is_newest
+                else f"{len(pending)} bars are missing, from {_instant(pending.opens[0])}, and IB does not prove that they do "
+                "not exist; they are asked for again next time. If history begins later, give a later --start"
             )
         # Of a sparse series the answered window says it all; a range for each minute without a trade would swamp the sidecar.
         runs = [] if self._store.read_sidecar(self._series).sparse else find_gaps(expected, holes)

@@ -307,6 +307,8 @@ class Load:
             if (head := asker.head) is not None and self._store.extent(self.series) is None:
                 skipped += [r for r in waiting if r.window.end <= head]
                 waiting = deque(r for r in waiting if r.window.end > head)
+        if (held_back := asker.find_held_back()) is not None:
+            yield self._fail(Window(requests[-1].window.start, everything.end), held_back)
 
     def _lacks(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""

@@ -722,8 +722,24 @@ def test_bars_that_form_by_the_gateways_clock_are_not_stored(store: Store) -> No
     assert not store.read_sidecar(series).proven_empty
     assert any("clock is 600 s behind" in notice for notice in job.report.notices)
     assert len(history.requests) == 1
+    assert job.report.status == "partial"
+    (failure,) = job.report.failures
+    assert "5 bars that are complete" in str(failure.error)
+    assert failure.error.retry_helps
+    assert not store.read_sidecar(series).proven_empty
     load(store, FakeHistory.of(series, span), series, span, now=now)
     assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())
+
+
+def test_a_gateways_clock_that_is_a_little_behind_fails_no_load(store: Store) -> None:
+    """Two minutes: the newest bars are left for the next load, with a word."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span, now = window("2024-06-14", "2024-06-15"), utc("2024-06-14T18:30:00")
+    history = FakeHistory.of(series, span, clock_lag_s=120.0)
+    history.script = {n: lambda raw: pick(raw, raw.opens_s <= int(now.timestamp()) - 120) for n in range(1, 9)}
+    job, _ = load(store, history, series, span, now=now)
+    assert (job.report.status, job.report.failures, job.report.missing_bars) == ("success", [], 2)
+    assert any("clock is 120 s behind" in notice for notice in job.report.notices)
 
 
 def test_a_gateways_clock_that_its_own_bars_disprove_is_not_believed(store: Store) -> None:
