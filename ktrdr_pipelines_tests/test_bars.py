@@ -255,7 +255,7 @@ def test_a_missing_volume_becomes_zero_and_is_flagged() -> None:
 
 @pytest.mark.parametrize("mark", [2.0**31 - 1, 2.0**63 - 1, 2.0**127 - 1, 1.7976931348623157e308])
 def test_marks_for_a_volume_that_is_not_set_are_none_where_none_is_expected(mark: float) -> None:
-    """Forex has no volume: however IB says so, it is 0 in the file. A share with such a mark is refused, not told to have none."""
+    """Forex has no volume: however IB says so, it is 0 in the file. A share with such a mark is refused."""
     raw = columns_of(minute_bars(2)) | {"volume": [mark, 0.0]}
     span = Window.from_epoch(T0, T0 + 600)
     pair = Series(forex("EURUSD"), parse_timeframe("1m"))
