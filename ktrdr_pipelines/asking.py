@@ -14,7 +14,14 @@ from math import ceil
 
 import numpy as np
 
-from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
+from ktrdr_pipelines.bars import (
+    LATEST_SESSION_END_S,
+    NormalisedAnswer,
+    empty_bars,
+    normalise_answer,
+    opens_of,
+    refuse_ambiguous_labels,
+)
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held, period_keys
 from ktrdr_pipelines.confirming import Confirmation, confirm_holes
 from ktrdr_pipelines.coverage import bars_inside, widen
@@ -411,6 +418,12 @@ class Asker:
     def _normalise(self, raw: Answer, request: Request) -> NormalisedAnswer:
         # A request that ends inside a bar brings that bar cut off at its end: only what closed by then is whole.
         until_s = min(self._now_s, request.end.timestamp()) if self._series.timeframe.is_intraday else self._now_s
+        refuse_ambiguous_labels(
+            raw.opens_s,
+            self._series,
+            end_s=request.end.timestamp(),
+            round_the_clock=self._all_expected.sessions_per_week > 5,
+        )
         window = self._period_window(request.window)
         columns = {"timestamp": raw.opens_s, "open": raw.open, "high": raw.high, "low": raw.low, "close": raw.close}
         return normalise_answer(

@@ -25,8 +25,9 @@ from ktrdr_pipelines.errors import (
 )
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.modes import Held, Mode, resolve_window
+from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
-from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Instrument, Series, Window, forex, stock
 from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.series_store import Store
@@ -542,6 +543,48 @@ def test_weeks_and_months_may_be_labelled_with_any_of_their_days(store: Store, n
     assert held(store, series) == expected
     again, _ = load(store, history, series, span, now=now)
     assert again.report.ib_requests_made == 0
+
+
+@pytest.mark.parametrize("name", ["1w", "1mo"])
+@pytest.mark.parametrize("label", ["before", "after"])
+def test_labels_that_fit_two_weeks_or_months_are_refused(store: Store, name: str, label: str) -> None:
+    """All on Sundays, or on the last days of months whatever their weekday: which period they mean cannot be told, so nothing is
+    stored; unless one lies after the request's end, for then it ends its period."""
+    series = Series(stock("AAPL"), TIMEFRAMES[name])
+    now, span = utc("2024-06-28T20:30:00"), window("2023-07-01", "2024-06-29")
+    periods = np.arange("2023-06", "2024-08", dtype="datetime64[M]").astype("datetime64[s]").astype(np.int64)
+    labels = periods - 86400
+    if name == "1w":
+        labels = np.arange(int(utc("2023-06-04").timestamp()), int(utc("2024-07-14").timestamp()), 7 * 86400)
+    history = FakeHistory(labels)
+    if label == "after":
+        # What the request asked for ends with the week or month of its last bar, which this label closes.
+        reach_s = {"1w": 7, "1mo": 31}[name] * 86400
+
+        def fetch(series: Series, request: Request) -> RawBars:
+            history.requests.append(request)
+            end_s = int(request.end.timestamp())
+            return raw_bars(labels[(labels < end_s + reach_s) & (labels > end_s - 366 * 86400)])
+
+        history.fetch = fetch  # type: ignore[method-assign]
+    job, _ = load(store, history, series, span, now=now)
+    if label == "before":
+        assert "cannot be told" in str(job.report.failures[0].error)
+        assert held(store, series) == []
+        assert not store.read_sidecar(series).proven_empty
+    else:
+        assert job.report.failures == []
+        assert len(held(store, series)) == len(expected_bars(series, span))
+
+
+def test_weeks_round_the_clock_end_on_sundays(store: Store) -> None:
+    """Where Sunday is a session it is the label of its week."""
+    series = Series(Instrument("BTC", "CRYPTO", "PAXOS", "USD"), TIMEFRAMES["1w"])
+    span = window("2023-07-03", "2024-06-01")
+    history = FakeHistory.of(series, span)
+    job, _ = load(store, history, series, span)
+    assert job.report.failures == []
+    assert held(store, series) == history.truth.tolist()
 
 
 def test_a_bar_cut_off_by_the_end_of_its_request_is_not_stored(store: Store) -> None:
