@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import ceil
 
 import numpy as np
 
@@ -25,9 +24,9 @@ from ktrdr_pipelines.bars import (
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held, period_keys
 from ktrdr_pipelines.confirming import Confirmation, confirm_holes
 from ktrdr_pipelines.coverage import bars_inside, widen
-from ktrdr_pipelines.durations import NOMINAL_S
 from ktrdr_pipelines.errors import DataError, TransientError
-from ktrdr_pipelines.holes import REASONS, Doubt, Heard, judge_holes
+from ktrdr_pipelines.gateway_clock import GatewayClock
+from ktrdr_pipelines.hearing import Hearing
 from ktrdr_pipelines.plan import Request, find_gaps
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.scale import RESTATED_KINDS, find_ratio, report_split
@@ -44,13 +43,8 @@ INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
 """Seconds. How long after its close the newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours);
 and how far back the run of newest bars that is late with it may reach."""
 
-CLOCK_GRACE_S = 300
-"""Bars that are held back for longer by the gateway's clock make a load fail for them."""
-
 MAX_FRUITLESS = 4
 """How often holes are asked for again that one more answer in vain leaves in doubt."""
-
-_LEAST_AROUND_S = 12 * 86400  # longer than any holiday
 
 SPARSE_AFTER = 3
 """So many confirmations in a row that brought nothing new make a series sparse."""
@@ -88,7 +82,7 @@ class Asker:
         forming. Counts go into ``report``."""
         self._series, self._store, self._history = series, store, history
         self._limits, self._now, self._own_now_s = limits, now, now_s
-        self._is_clock_told = self._is_clock_disproved = False
+        self._clock = GatewayClock(series, history, now_s, report)
         self._expected, self._all_expected, self._report = expected, all_expected, report
         self._head: datetime | None = None
         self._head_is_asked = False
@@ -96,10 +90,7 @@ class Asker:
         self._was_wordless = True
         self._arrived = np.empty(0, np.int64)
         """Opens of the bars that the answers to the request at hand brought."""
-        self._heard: list[Heard] = []
-        """The answers to the request at hand."""
-        self._complete = all_expected
-        self._whole = 0
+        self._hearing = Hearing(series, store=store, limits=limits, all_expected=all_expected)
         self._unproven = expected.take(slice(0, 0))
         self._may_put_off = self._is_put_off = False
 
@@ -110,41 +101,12 @@ class Asker:
 
     @property
     def _now_s(self) -> int:
-        """The earlier of this machine's time and the gateway's, epoch seconds: what is complete for us may still be forming
-        there. Bars that open after the gateway's own time disprove its clock."""
-        return self._own_now_s - (0 if self._is_clock_disproved else ceil(self._history.clock_lag_s))
+        return self._clock.now_s
 
     def find_held_back(self) -> TransientError | None:
-        """What is to be said when bars that closed more than `CLOCK_GRACE_S` ago count as forming by the gateway's clock only."""
-        closes = self._expected.closes
-        held_back = int(((closes > self._now_s) & (closes <= self._own_now_s - CLOCK_GRACE_S)).sum())
-        if not held_back or not self._is_clock_told:
-            return None
-        return TransientError(
-            f"the gateway's clock is {self._own_now_s - self._now_s} s behind this machine's: {held_back} bars that are complete "
-            "by this one's may still be forming there, and were left out",
-            advice="Set the clock that is wrong, here or where the gateway runs, and run the load again.",
-        )
-
-    def _doubt_clock(self, opens_s: IntArray) -> None:
-        """See whether the gateway's clock agrees with the bars it just sent, and tell when it is behind or wrong."""
-        lag_s = self._own_now_s - self._now_s
-        if not lag_s:
-            return
-        timeframe = self._series.timeframe
-        # A daily bar may begin on the evening before its date, a longer one may carry its last day.
-        slack_s = 0 if timeframe.is_intraday else timeframe.seconds + 86400
-        if len(opens_s) and opens_s.max() - slack_s > self._now_s:
-            self._is_clock_disproved = True
-            self._report.notices.append(
-                f"the gateway's clock is {lag_s} s behind this machine's, and it sends bars that open later than that: "
-                "its clock is not believed"
-            )
-        elif not self._is_clock_told:
-            self._is_clock_told = True
-            self._report.notices.append(
-                f"the gateway's clock is {lag_s} s behind this machine's: bars count as complete by the gateway's"
-            )
+        """See `GatewayClock.find_held_back`."""
+        forming = self._expected.take(self._expected.closes > self._now_s)
+        return self._clock.find_held_back(self.find_holes(forming))
 
     def load(self, request: Request, *, may_put_off: bool) -> Loaded:
         """Fetch, verify and write one planned request.
@@ -160,7 +122,7 @@ class Asker:
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         self._arrived = np.empty(0, np.int64)
-        self._look_around(request.window)
+        self._hearing.look_around(request.window, self._now_s)
         answer = self._fetch(request, evidence)
         doubted = answer if self._contradicts_calendar(answer, wanted) else None
         self._unproven = wanted.take(slice(0, 0))
@@ -202,12 +164,12 @@ class Asker:
                     advice="This is no proof of an empty window; run the load again.",
                 )
             fruitless += 1
-            doubtful = self._find_doubtful(holes)
-            if self._are_newest(doubtful) or self._are_beyond_reach(doubtful):
+            doubtful = self._hearing.find_doubtful(holes)
+            if self._hearing.are_newest(doubtful) or self._hearing.are_beyond_reach(doubtful):
                 self._unproven = doubtful
                 break
             if fruitless > MAX_FRUITLESS:
-                self._refuse_unproven(doubtful, request, len(asked))
+                self._hearing.refuse_unproven(doubtful, request, len(asked))
         self._refuse_vanished(holes, request)
         if len(asked) > 1 and len(holes) < len(expected):
             self._learn_sparseness(agreed=len(holes) == found)
@@ -241,69 +203,13 @@ class Asker:
             self._series.timeframe,
             holes,
             self._limits,
-            expected=self._complete,
-            heard=self._heard,
+            expected=self._hearing.complete,
+            heard=self._hearing.heard,
             previous=asked,
             attempt=len(asked),
             until_s=self._now_s,
             # Bars that have nothing newer after them can only be proven by IB's words; others, if bars on both sides do not help.
-            exactly=fruitless > 0 or self._are_newest(holes),
-        )
-
-    def _look_around(self, window: Window) -> None:
-        """Forget former answers, and know the complete bars as far around ``window`` as a request for it may reach."""
-        self._heard = []
-        longest = self._series.timeframe.longest_request(self._limits)
-        reach_s = max(_LEAST_AROUND_S, longest.count * NOMINAL_S[longest.unit])
-        near = bars_inside(
-            self._all_expected, Window.from_epoch(max(0, window.start_s - reach_s), window.end_s + reach_s)
-        )
-        self._complete = near.take(slice(0, int(np.searchsorted(near.closes, self._now_s, side="right"))))
-
-    def _find_doubtful(self, holes: ExpectedBars) -> ExpectedBars:
-        """Those of ``holes`` that the answers so far do not prove."""
-        return holes.take(np.flatnonzero(self._judge(holes) > 0))
-
-    def _judge(self, holes: ExpectedBars) -> IntArray:
-        extent = self._store.extent(self._series)
-        return judge_holes(
-            holes,
-            self._complete,
-            self._heard,
-            self._series.timeframe,
-            whole=self._whole,
-            whole_before_s=extent.last_open_s if extent is not None else 0,
-        ).doubts
-
-    def _are_newest(self, holes: ExpectedBars) -> bool:
-        """True if there are ``holes`` and nothing newer is known than any of them: they may only be late, or their market halted.
-        No answer can show that it was not cut right before them, so they are never proven but by IB's own words: they stay
-        missing and are asked for again with the next load, and the tail sensor waits longer each time (`orchestration/tail.py`).
-        """
-        extent = self._store.extent(self._series)
-        known_s = max((int(h.stamps[-1]) for h in self._heard if len(h.stamps)), default=0)
-        newest_s = max(known_s, extent.last_open_s if extent is not None else 0)
-        return len(holes) > 0 and newest_s < int(holes.opens[0])
-
-    def _are_beyond_reach(self, holes: ExpectedBars) -> bool:
-        """True if there are ``holes`` at the ends of answers of a series that IB tells only up to now: no other request can show
-        more of them. They stay missing."""
-        sides = (Doubt.OLDER, Doubt.NEWER)
-        return len(holes) > 0 and self._series.instrument.ends_now and bool(np.isin(self._judge(holes), sides).all())
-
-    def _refuse_unproven(self, doubtful: ExpectedBars, request: Request, answers: int) -> None:
-        """Fail the window: bars are missing of which nobody knows whether they exist.
-
-        Raises:
-            TransientError: always.
-        """
-        doubts = self._judge(doubtful)
-        why = "; ".join(REASONS[Doubt(each)] for each in np.unique(doubts[doubts > 0]))
-        raise TransientError(
-            f"{answers} answers lack {len(doubtful)} bars, the first {_instant(doubtful.opens[0])}, and do not prove that they "
-            f"do not exist: {why}",
-            doing=f"loading {self._series} {request.window}",
-            advice="The gateway may be cutting its answers. What arrived is in the file; run the load again later.",
+            exactly=fruitless > 0 or self._hearing.are_newest(holes),
         )
 
     def _check_scale(self, raw: Answer, request: Request) -> None:
@@ -373,25 +279,14 @@ class Asker:
 
     def _fetch(self, request: Request, evidence: list[Evidence], *, from_s: int | None = None) -> NormalisedAnswer:
         raw = self._history.fetch(self._series, request)
-        self._hear(raw, request, from_s)
-        self._doubt_clock(raw.opens_s)
+        self._hearing.hear(raw, request, from_s)
+        self._clock.doubt(raw.opens_s)
         self._check_scale(raw, request)
         answer = self._normalise(raw, request)
         self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
         evidence.append(Evidence(asked_at=self._now(), duration=str(request.duration), end=request.end, text=text))
         return answer
-
-    def _hear(self, raw: Answer, request: Request, from_s: int | None = None) -> None:
-        """Keep what ``raw`` says about holes; it answers for ``from_s`` on, or the window of ``request``."""
-        end_s = int(request.end.timestamp())
-        stamps = np.unique(np.asarray(raw.opens_s, dtype=np.int64))
-        from_s = request.window.start_s if from_s is None else from_s
-        self._heard.append(Heard(from_s, end_s, stamps, bool(raw.no_data_text)))
-        complete = self._complete
-        owed = np.flatnonzero(complete.closes <= end_s)
-        if len(stamps) and len(owed) and match_held(complete.take(owed[-1:]), stamps, self._series.timeframe).all():
-            self._whole = max(self._whole, len(stamps))
 
     def _write(self, request: Request, answer: NormalisedAnswer) -> int:
         if not len(answer.bars):
