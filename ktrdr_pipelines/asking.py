@@ -1,7 +1,8 @@
 """One planned request, from the question to the proof: fetch, cut, check, write, ask again for what is lacking.
 
 `series_load.py` decides which requests there are and what they complete; here each is settled: its bars are in the file, its
-holes are proven by two sources (two differently shaped answers, or an answer and IB's head timestamp), or it has failed.
+holes are proven (by `holes.py`, or by an answer and IB's head timestamp together), or it has failed. Which requests confirm a
+hole is chosen in `confirming.py`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import ceil
 
 import numpy as np
 
-from ktrdr_pipelines.bars import LATEST_SESSION_END_S, NormalisedAnswer, empty_bars, normalise_answer, opens_of
+from ktrdr_pipelines.bars import (
+    LATEST_SESSION_END_S,
+    NormalisedAnswer,
+    empty_bars,
+    normalise_answer,
+    opens_of,
+    refuse_ambiguous_labels,
+)
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held, period_keys
+from ktrdr_pipelines.confirming import Confirmation, confirm_holes
 from ktrdr_pipelines.coverage import bars_inside, widen
 from ktrdr_pipelines.errors import DataError, TransientError
-from ktrdr_pipelines.plan import Request, find_gaps, refetch_requests
+from ktrdr_pipelines.gateway_clock import GatewayClock
+from ktrdr_pipelines.hearing import Hearing
+from ktrdr_pipelines.plan import Request, find_gaps
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.scale import RESTATED_KINDS, find_ratio, report_split
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
@@ -32,6 +42,9 @@ MAX_CONFIRMATIONS = 5
 INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
 """Seconds. How long after its close the newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours);
 and how far back the run of newest bars that is late with it may reach."""
+
+MAX_FRUITLESS = 4
+"""How often holes are asked for again that one more answer in vain leaves in doubt."""
 
 SPARSE_AFTER = 3
 """So many confirmations in a row that brought nothing new make a series sparse."""
@@ -69,7 +82,7 @@ class Asker:
         forming. Counts go into ``report``."""
         self._series, self._store, self._history = series, store, history
         self._limits, self._now, self._own_now_s = limits, now, now_s
-        self._is_clock_told = self._is_clock_disproved = False
+        self._clock = GatewayClock(series, history, now_s, report)
         self._expected, self._all_expected, self._report = expected, all_expected, report
         self._head: datetime | None = None
         self._head_is_asked = False
@@ -77,6 +90,8 @@ class Asker:
         self._was_wordless = True
         self._arrived = np.empty(0, np.int64)
         """Opens of the bars that the answers to the request at hand brought."""
+        self._hearing = Hearing(series, store=store, limits=limits, all_expected=all_expected)
+        self._unproven = expected.take(slice(0, 0))
         self._may_put_off = self._is_put_off = False
 
     @property
@@ -86,29 +101,12 @@ class Asker:
 
     @property
     def _now_s(self) -> int:
-        """The earlier of this machine's time and the gateway's, epoch seconds: what is complete for us may still be forming
-        there. Bars that open after the gateway's own time disprove its clock."""
-        return self._own_now_s - (0 if self._is_clock_disproved else ceil(self._history.clock_lag_s))
+        return self._clock.now_s
 
-    def _doubt_clock(self, opens_s: IntArray) -> None:
-        """See whether the gateway's clock agrees with the bars it just sent, and tell when it is behind or wrong."""
-        lag_s = self._own_now_s - self._now_s
-        if not lag_s:
-            return
-        timeframe = self._series.timeframe
-        # A daily bar may begin on the evening before its date, a longer one may carry its last day.
-        slack_s = 0 if timeframe.is_intraday else timeframe.seconds + 86400
-        if len(opens_s) and opens_s.max() - slack_s > self._now_s:
-            self._is_clock_disproved = True
-            self._report.notices.append(
-                f"the gateway's clock is {lag_s} s behind this machine's, and it sends bars that open later than that: "
-                "its clock is not believed"
-            )
-        elif not self._is_clock_told:
-            self._is_clock_told = True
-            self._report.notices.append(
-                f"the gateway's clock is {lag_s} s behind this machine's: bars count as complete by the gateway's"
-            )
+    def find_held_back(self) -> TransientError | None:
+        """See `GatewayClock.find_held_back`."""
+        forming = self._expected.take(self._expected.closes > self._now_s)
+        return self._clock.find_held_back(self.find_holes(forming))
 
     def load(self, request: Request, *, may_put_off: bool) -> Loaded:
         """Fetch, verify and write one planned request.
@@ -124,41 +122,54 @@ class Asker:
         evidence: list[Evidence] = []
         self._was_wordless = True  # until a bar or IB's own "no data" arrives
         self._arrived = np.empty(0, np.int64)
+        self._hearing.look_around(request.window, self._now_s)
         answer = self._fetch(request, evidence)
         doubted = answer if self._contradicts_calendar(answer, wanted) else None
+        self._unproven = wanted.take(slice(0, 0))
         rows = self._write(request, answer) if doubted is None else 0
         # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
         expected = wanted.take(np.flatnonzero(wanted.closes <= self._now_s))
-        holes = self.find_holes(expected)
-        asked, poor, found = [request], 0, len(holes)
-        while len(holes) and (doubted is not None or not self._lie_before_head(holes, request, evidence)):
+        holes = doubtful = self.find_holes(expected)
+        asked, poor, fruitless, found = [request], 0, 0, len(holes)
+        while len(doubtful) and (doubted is not None or not self._lie_before_head(holes, request, evidence)):
             if poor > MAX_CONFIRMATIONS:
                 raise DataError(
                     f"{len(asked)} answers each brought a few other bars and {len(holes)} are still missing",
                     doing=f"loading {self._series} {request.window}",
                     advice="What arrived is in the file; run the load again.",
                 )
-            again = self._reshape(holes, asked)
+            again = self._reshape(doubtful, asked, fruitless)
             if doubted is None:
                 for other in again:
-                    rows += self._write(other, self._fetch(other, evidence))
+                    rows += self._write(other.request, self._fetch(other.request, evidence, from_s=other.from_s))
             else:
-                others = [(other, self._fetch(other, evidence)) for other in again]
+                others = [(o.request, self._fetch(o.request, evidence, from_s=o.from_s)) for o in again]
                 self._refuse_contradiction(request, doubted, [theirs for _, theirs in others])
                 rows += self._write(request, doubted)
                 holes, doubted = self.find_holes(holes), None
                 found = len(holes)
                 rows += sum(self._write(other, theirs) for other, theirs in others)
-            asked += again
+            asked += [other.request for other in again]
             before, holes = holes, self.find_holes(holes)
             poor += len(before) - len(holes) < len(before) / 10  # a gateway may send little at a time, and get there
-            if len(holes) == len(before):
-                if self._was_wordless and not self._lie_before_head(holes, request, evidence, is_repeated=True):
-                    raise TransientError(
-                        f"{len(asked)} answers without a bar, and without a word that there are none",
-                        advice="This is no proof of an empty window; run the load again.",
-                    )
-                break  # a second, differently shaped request agrees
+            if len(holes) < len(before):
+                fruitless, doubtful = 0, holes
+                continue
+            self._refuse_vanished(holes, request)
+            if self._was_wordless:
+                if self._lie_before_head(holes, request, evidence, is_repeated=True):
+                    break
+                raise TransientError(
+                    f"{len(asked)} answers without a bar, and without a word that there are none",
+                    advice="This is no proof of an empty window; run the load again.",
+                )
+            fruitless += 1
+            doubtful = self._hearing.find_doubtful(holes)
+            if self._hearing.are_newest(doubtful) or self._hearing.are_beyond_reach(doubtful):
+                self._unproven = doubtful
+                break
+            if fruitless > MAX_FRUITLESS:
+                self._hearing.refuse_unproven(doubtful, request, len(asked))
         self._refuse_vanished(holes, request)
         if len(asked) > 1 and len(holes) < len(expected):
             self._learn_sparseness(agreed=len(holes) == found)
@@ -183,12 +194,22 @@ class Asker:
                 advice="Close the file there (an editor, a copy under way) and run the load again.",
             )
 
-    def _reshape(self, holes: ExpectedBars, asked: Sequence[Request]) -> list[Request]:
-        """Requests for ``holes`` of another shape than those ``asked``."""
+    def _reshape(self, holes: ExpectedBars, asked: Sequence[Request], fruitless: int) -> list[Confirmation]:
+        """Requests for ``holes`` of another shape than those ``asked``, the last ``fruitless`` of them in vain."""
         if self._series.instrument.ends_now:
-            return [reshape_to_now(self._series, holes, self._limits, self._own_now_s, previous=asked)]
-        return refetch_requests(
-            self._series.timeframe, holes, self._limits, previous=asked, attempt=len(asked), until_s=self._now_s
+            again = reshape_to_now(self._series, holes, self._limits, self._own_now_s, previous=asked)
+            return [Confirmation(again, again.window.start_s)]
+        return confirm_holes(
+            self._series.timeframe,
+            holes,
+            self._limits,
+            expected=self._hearing.complete,
+            heard=self._hearing.heard,
+            previous=asked,
+            attempt=len(asked),
+            until_s=self._now_s,
+            # Bars that have nothing newer after them can only be proven by IB's words; others, if bars on both sides do not help.
+            exactly=fruitless > 0 or self._hearing.are_newest(holes),
         )
 
     def _check_scale(self, raw: Answer, request: Request) -> None:
@@ -256,9 +277,10 @@ class Asker:
                 advice="Nothing of this window was written; run the load again.",
             )
 
-    def _fetch(self, request: Request, evidence: list[Evidence]) -> NormalisedAnswer:
+    def _fetch(self, request: Request, evidence: list[Evidence], *, from_s: int | None = None) -> NormalisedAnswer:
         raw = self._history.fetch(self._series, request)
-        self._doubt_clock(raw.opens_s)
+        self._hearing.hear(raw, request, from_s)
+        self._clock.doubt(raw.opens_s)
         self._check_scale(raw, request)
         answer = self._normalise(raw, request)
         self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
@@ -291,6 +313,12 @@ class Asker:
     def _normalise(self, raw: Answer, request: Request) -> NormalisedAnswer:
         # A request that ends inside a bar brings that bar cut off at its end: only what closed by then is whole.
         until_s = min(self._now_s, request.end.timestamp()) if self._series.timeframe.is_intraday else self._now_s
+        refuse_ambiguous_labels(
+            raw.opens_s,
+            self._series,
+            end_s=request.end.timestamp(),
+            round_the_clock=self._all_expected.sessions_per_week > 5,
+        )
         window = self._period_window(request.window)
         columns = {"timestamp": raw.opens_s, "open": raw.open, "high": raw.high, "low": raw.low, "close": raw.close}
         return normalise_answer(
@@ -336,10 +364,15 @@ class Asker:
         are not proven because they may only be late."""
         holes, pending = self._split_pending(holes)
         if len(pending):
+            extent = self._store.extent(self._series)
+            is_newest = extent is None or int(pending.opens[0]) > extent.last_open_s
             window = Window.from_epoch(window.start_s, max(window.start_s, int(pending.opens[0])))
             self._report.notices.append(
                 f"{len(pending)} of the newest bars are not there yet, from {_instant(pending.opens[0])}; "
                 "they are asked for again next time"
+                if is_newest
+                else f"{len(pending)} bars are missing, from {_instant(pending.opens[0])}, and IB does not prove that they do "
+                "not exist; they are asked for again next time. If history begins later, give a later --start"
             )
         # Of a sparse series the answered window says it all; a range for each minute without a trade would swamp the sidecar.
         runs = [] if self._store.read_sidecar(self._series).sparse else find_gaps(expected, holes)
@@ -366,14 +399,15 @@ class Asker:
         return pending
 
     def _split_pending(self, holes: ExpectedBars) -> tuple[ExpectedBars, ExpectedBars]:
-        """Holes that two answers can prove, and those that closed a moment ago with nothing newer held: IB may be late, and two
-        questions within a second agree about nothing but that."""
+        """Holes that answers can prove, and those that they cannot: closed a moment ago with nothing newer held (IB may be late,
+        and two questions within a second agree about nothing but that), or newest and without a word of IB's."""
         extent = self._store.extent(self._series)
         grace_s, run_s = INTRADAY_GRACE if self._series.timeframe.is_intraday else DAILY_GRACE
         is_newest = np.ones(len(holes), np.bool_) if extent is None else holes.opens > extent.last_open_s
         is_late = bool((is_newest & (holes.closes > self._now_s - grace_s)).any())
         is_pending = is_newest & (holes.closes > self._now_s - run_s) & is_late
         is_pending |= holes.closes > self._now_s
+        is_pending |= np.isin(holes.opens, self._unproven.opens)
         return holes.take(np.flatnonzero(~is_pending)), holes.take(np.flatnonzero(is_pending))
 
     def _lie_before_head(

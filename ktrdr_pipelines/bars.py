@@ -40,6 +40,12 @@ Without a calendar's word, a daily bar counts as complete this long after its no
 _END_OF_TIME_S = 253_402_300_800
 """10000-01-01: stamps are written with four digits for the year."""
 
+MOST = 2.0**53
+"""No price or volume reaches it; whole numbers from here on are not exact. IB's marks for a value that is not set (the largest
+double, 2^63 - 1 and 2^127 - 1) lie above."""
+
+_UNSET_INTEGER = 2.0**31 - 1
+
 _SHOWN_ROWS = 10
 _SIGNED_KINDS = ("FUT", "CONTFUT", "IND")
 """Kinds that may trade at or below zero (crude oil on 2020-04-20, spreads, TICK-NYSE) and whose sessions may open off the
@@ -133,6 +139,12 @@ def _prices_are_finite(b: BarArrays) -> BoolArray:
     return np.isfinite(b.open) & np.isfinite(b.high) & np.isfinite(b.low) & np.isfinite(b.close)
 
 
+def _is_unset(volume: FloatArray) -> BoolArray:
+    """IB's marks for a volume that is not set, and what no market trades."""
+    unset: BoolArray = (volume >= MOST) | (volume == _UNSET_INTEGER)
+    return unset
+
+
 def _stamps_increase(b: BarArrays) -> BoolArray:
     return np.concatenate([np.ones(min(1, len(b.stamps_us)), np.bool_), np.diff(b.stamps_us) > 0])
 
@@ -158,10 +170,15 @@ def row_rules(
     rules: list[Rule] = [
         (f"timestamp is off the {timeframe.name} grid", is_on_grid),
         ("a price is not a finite number", _prices_are_finite),
+        (
+            "a price is IB's mark for none, or beyond all markets",
+            lambda b: ~(np.maximum(np.abs(b.high), np.abs(b.low)) >= MOST),
+        ),
         ("high is below open, close or low", lambda b: b.high >= np.maximum(np.maximum(b.open, b.close), b.low)),
         ("low is above open, close or high", lambda b: b.low <= np.minimum(np.minimum(b.open, b.close), b.high)),
         ("volume is not a finite number", lambda b: np.isfinite(b.volume)),
         ("volume is negative", lambda b: ~(b.volume < 0)),
+        ("volume is IB's mark for none, or beyond all markets", lambda b: ~_is_unset(b.volume)),
     ]
     if not allow_nonpositive:
         rules.append(
@@ -326,7 +343,7 @@ def normalise_answer(
     A bar is forming while its close lies after ``now_s``. Without ``closes`` an intraday bar closes at its open plus
     the timeframe's seconds (never too early: a session's short bars close before), a daily or longer one
     `LATEST_SESSION_END_S` after its nominal end. Rows outside the window and forming bars are dropped before their values
-    are judged. A volume of -1 becomes 0.
+    are judged. A volume of -1 becomes 0, and of an instrument without volume IB's marks for "not set" as well.
 
     Raises:
         DataError: a stamp is no whole second, two different bars carry one stamp, or a kept bar breaks the schema.
@@ -346,8 +363,12 @@ def normalise_answer(
     order = np.argsort(opens_s[complete], kind="stable")
     kept_opens, kept = opens_s[complete][order], values[complete][order]
 
-    volume_missing = bool((kept[:, 4] == -1).any())
-    kept[:, 4] = np.where(kept[:, 4] == -1, 0.0, kept[:, 4])
+    # -1 says that there is none. A mark for "not set" says so only where none is expected; else it is a fault of the bar.
+    is_none = kept[:, 4] == -1
+    if not series.instrument.has_volume:
+        is_none |= _is_unset(kept[:, 4]) & np.isfinite(kept[:, 4])
+    volume_missing = bool(is_none.any())
+    kept[:, 4] = np.where(is_none, 0.0, kept[:, 4])
     same_stamp = np.flatnonzero(np.diff(kept_opens) == 0)
     conflicts = [i for i in same_stamp.tolist() if not np.array_equal(kept[i], kept[i + 1], equal_nan=True)]
     if conflicts:
@@ -374,6 +395,30 @@ def normalise_answer(
         volume_missing=volume_missing,
         earliest_open_s=int(opens_s.min()) if len(opens_s) else None,
     )
+
+
+def refuse_ambiguous_labels(opens_s: Int64Array, series: Series, *, end_s: float, round_the_clock: bool) -> None:
+    """Refuse weeks labelled with Sundays and months with their calendar's last days where nothing trades then: whether such a
+    label ends its week or stands before it cannot be told, and a mistake would shift every bar by one. A label after the
+    request's end (``end_s``) tells: those labels end their weeks. All labels of an answer have to be like that, not one.
+
+    Raises:
+        DataError: the answer's labels are such.
+    """
+    if series.timeframe.name not in ("1w", "1mo") or round_the_clock or not len(opens_s):
+        return
+    days = opens_s // 86400
+    months = days.astype("datetime64[D]").astype("datetime64[M]")
+    is_sunday, is_weekend = (days + 3) % 7 == 6, (days + 3) % 7 >= 5
+    is_month_end = (days + 1).astype("datetime64[D]").astype("datetime64[M]") > months
+    is_odd = is_sunday.all() if series.timeframe.name == "1w" else is_month_end.all() and is_weekend.any()
+    if is_odd and opens_s.max() <= end_s:
+        raise DataError(
+            f"the {series.timeframe.name} bars are labelled with days on which nothing trades, the newest with "
+            f"{days.max().astype('datetime64[D]')}: whether with the day before their period or its last one cannot be told",
+            doing=describe_check(series, None),
+            advice="Nothing was written. Load daily bars; weeks and months can be made of them.",
+        )
 
 
 def latest_complete_open_s(timeframe: Timeframe, now_s: float) -> int:

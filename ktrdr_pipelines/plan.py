@@ -258,9 +258,14 @@ def refetch_requests(
     if not len(hole):
         raise BugError("no hole to ask for again")
     requests: list[Request] = []
-    for i, j in _split(timeframe, hole, limits, LOOSEST):
-        requests += _reshape(timeframe, hole.take(slice(i, j + 1)), limits, previous, attempt, until_s)
+    for run in split_runs(timeframe, hole, limits):
+        requests += _reshape(timeframe, run, limits, previous, attempt, until_s)
     return requests
+
+
+def split_runs(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits) -> list[ExpectedBars]:
+    """``bars`` in as few parts as possible that one request can cover each."""
+    return [bars.take(slice(i, j + 1)) for i, j in _split(timeframe, bars, limits, LOOSEST)]
 
 
 def _reshape(

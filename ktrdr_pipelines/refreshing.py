@@ -33,6 +33,7 @@ class WholeAsker(Asker):
         """
         evidence: list[Evidence] = []
         self._was_wordless = True
+        self._hearing.look_around(request.window, self._now_s)
         wanted = bars_inside(self._expected, request.window)
         held = self._store.read_bars(self._series)
         held_s = opens_of(held)
@@ -45,7 +46,9 @@ class WholeAsker(Asker):
             holes = expected.take(np.flatnonzero(~match_held(expected, opens_s, self._series.timeframe)))
             lost = held_s[~np.isin(held_s, opens_s)]
             lacking = {*holes.opens.tolist(), *lost.tolist()}
-            if not lacking or lacking == before or len(asked) >= MAX_ANSWERS:
+            doubtful = self._hearing.find_doubtful(holes)
+            is_clear = not len(doubtful) or self._hearing.are_beyond_reach(doubtful)
+            if not lacking or (lacking == before and is_clear) or len(asked) >= MAX_ANSWERS:
                 break
             before = lacking
             asked.append(
@@ -64,6 +67,10 @@ class WholeAsker(Asker):
                 advice="Adjusted bars of different days do not go together: the file was left as it is. Move it away to "
                 "begin anew with what IB has.",
             )
+        if not is_clear:
+            self._hearing.refuse_unproven(doubtful, request, len(asked))
+        head_s = self._find_head_s() if len(doubtful) else None
+        self._unproven = doubtful if head_s is None else doubtful.take(doubtful.opens >= head_s)
         rows = 0
         if len(bars):
             written = self._store.write(
@@ -81,7 +88,8 @@ class WholeAsker(Asker):
 
     def _fetch_whole(self, request: Request, planned: Request, evidence: list[Evidence]) -> pd.DataFrame:
         raw = self._history.fetch(self._series, request)
-        self._doubt_clock(raw.opens_s)
+        self._hearing.hear(raw, request)
+        self._clock.doubt(raw.opens_s)
         answer = self._normalise(raw, planned)
         self._was_wordless &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"

@@ -7,8 +7,8 @@ order of things:
 1. expected bar opens up to the last complete bar, minus held, minus proven empty: missing; nothing missing, nothing asked
 2. the fewest requests for what is missing
 3. each answer is cut, checked and written before the next request, so that an interruption loses one request at most
-4. an expected bar that an answer lacks is asked for again, in another shape; only a hole that two sources agree on (two
-   answers, or an answer and the head timestamp) is proven empty
+4. an expected bar that an answer lacks is asked for again, in another shape; a hole is proven empty only if no gateway that
+   cuts all its answers alike could have hidden it (`holes.py`), or an answer and the head timestamp agree
 5. a failed window does not stop the others; at the end all failures are listed
 """
 
@@ -328,6 +328,8 @@ class Load:
             if (head := asker.head) is not None and self._store.extent(self.series) is None:
                 skipped += [r for r in waiting if r.window.end <= head]
                 waiting = deque(r for r in waiting if r.window.end > head)
+        if (held_back := asker.find_held_back()) is not None:
+            yield self._fail(Window(requests[-1].window.start, everything.end), held_back)
 
     def _lacks(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""

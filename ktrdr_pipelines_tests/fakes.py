@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.durations import reach_back
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.ib.clock import Reading
 from ktrdr_pipelines.plan import Request
@@ -55,7 +56,7 @@ class FakeHistory:
     retry_wait_s: float = 0.0
     clock_lag_s: float = 0.0
     reaches_back_s: int = 86400
-    """How much further back an answer reaches than it was asked."""
+    """How much further back than its window an answer reaches at least; its duration may lead further."""
 
     @classmethod
     def of(cls, series: Series, span: Window, **more: object) -> FakeHistory:
@@ -76,7 +77,10 @@ class FakeHistory:
     def fetch(self, series: Series, request: Request) -> RawBars:
         self.requests.append(request)
         # Over-answers at the old end, as IB does; the forming bar is up to the truth.
-        start_s, end_s = request.window.start_s - self.reaches_back_s, int(request.end.timestamp())
+        end_s = int(request.end.timestamp())
+        start_s = reach_back(end_s, request.duration)
+        if request.duration.unit != "S":  # seconds are clock time, all else may count sessions
+            start_s = min(start_s, request.window.start_s - self.reaches_back_s)
         opens = self.truth[(self.truth >= start_s) & (self.truth < end_s)]
         answer = raw_bars(opens, no_data_text="" if len(opens) else "HMDS query returned no data")
         fault = self.script.get(len(self.requests))

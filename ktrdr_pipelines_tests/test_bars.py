@@ -89,6 +89,11 @@ def spoil(column: str, row: int, value: float) -> Callable[[pd.DataFrame], pd.Da
         (spoil("low", 1, 0.0), "a price is not positive"),
         (spoil("volume", 1, -1.0), "volume is negative"),
         (spoil("volume", 1, float("nan")), "volume is not a finite number"),
+        (spoil("volume", 1, 2.0**63 - 1), "volume is IB's mark for none"),
+        (spoil("volume", 1, 2.0**31 - 1), "volume is IB's mark for none"),
+        (spoil("volume", 1, 2.0**127 - 1), "volume is IB's mark for none"),
+        (spoil("volume", 1, 1.7976931348623157e308), "volume is IB's mark for none"),
+        (spoil("high", 1, 1.7976931348623157e308), "a price is IB's mark for none"),
         (lambda b: b.iloc[[0, 2, 1]].reset_index(drop=True), "strictly increase"),
         (lambda b: b.iloc[[0, 1, 1]].reset_index(drop=True), "strictly increase"),
         (lambda b: b.assign(timestamp=b["timestamp"] + pd.Timedelta(seconds=1)), "off the 1m grid"),
@@ -246,6 +251,19 @@ def test_a_missing_volume_becomes_zero_and_is_flagged() -> None:
     answer = normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
     assert answer.bars["volume"].tolist() == [0.0, 0.0]
     assert answer.volume_missing
+
+
+@pytest.mark.parametrize("mark", [2.0**31 - 1, 2.0**63 - 1, 2.0**127 - 1, 1.7976931348623157e308])
+def test_marks_for_a_volume_that_is_not_set_are_none_where_none_is_expected(mark: float) -> None:
+    """Forex has no volume: however IB says so, it is 0 in the file. A share with such a mark is refused."""
+    raw = columns_of(minute_bars(2)) | {"volume": [mark, 0.0]}
+    span = Window.from_epoch(T0, T0 + 600)
+    pair = Series(forex("EURUSD"), parse_timeframe("1m"))
+    answer = normalise_answer(raw, pair, span, now_s=T0 + 10_000)
+    assert answer.bars["volume"].tolist() == [0.0, 0.0]
+    assert answer.volume_missing
+    with pytest.raises(DataError, match="mark for none"):
+        normalise_answer(raw, AAPL_1M, span, now_s=T0 + 10_000)
 
 
 @pytest.mark.parametrize("name", COLUMNS[1:])

@@ -25,8 +25,9 @@ from ktrdr_pipelines.errors import (
 )
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.modes import Held, Mode, resolve_window
+from ktrdr_pipelines.plan import Request
 from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, Planned
-from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, forex, stock
+from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Instrument, Series, Window, forex, stock
 from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.series_store import Store
@@ -362,7 +363,7 @@ def test_a_calendar_that_two_answers_disprove_costs_no_further_request(store: St
     """A closed day and a Saturday session: the answer waits for the second one that its holes need anyway."""
     span = window("2024-01-02", "2024-01-20")
     expected = expected_bars(AAPL_1H, span).opens
-    closed = (expected >= utc("2024-01-10").timestamp()) & (expected < utc("2024-01-11").timestamp())
+    closed = (expected >= utc("2024-01-09").timestamp()) & (expected < utc("2024-01-10").timestamp())
     saturday = int(utc("2024-01-06T15:00:00").timestamp())
     history = FakeHistory(np.sort(np.append(expected[~closed], saturday)))
     job, _ = load(store, history, AAPL_1H, span)
@@ -544,6 +545,48 @@ def test_weeks_and_months_may_be_labelled_with_any_of_their_days(store: Store, n
     assert again.report.ib_requests_made == 0
 
 
+@pytest.mark.parametrize("name", ["1w", "1mo"])
+@pytest.mark.parametrize("label", ["before", "after"])
+def test_labels_that_fit_two_weeks_or_months_are_refused(store: Store, name: str, label: str) -> None:
+    """All on Sundays, or on the last days of months whatever their weekday: which period they mean cannot be told, so nothing is
+    stored; unless one lies after the request's end, for then it ends its period."""
+    series = Series(stock("AAPL"), TIMEFRAMES[name])
+    now, span = utc("2024-06-28T20:30:00"), window("2023-07-01", "2024-06-29")
+    periods = np.arange("2023-06", "2024-08", dtype="datetime64[M]").astype("datetime64[s]").astype(np.int64)
+    labels = periods - 86400
+    if name == "1w":
+        labels = np.arange(int(utc("2023-06-04").timestamp()), int(utc("2024-07-14").timestamp()), 7 * 86400)
+    history = FakeHistory(labels)
+    if label == "after":
+        # What the request asked for ends with the week or month of its last bar, which this label closes.
+        reach_s = {"1w": 7, "1mo": 31}[name] * 86400
+
+        def fetch(series: Series, request: Request) -> RawBars:
+            history.requests.append(request)
+            end_s = int(request.end.timestamp())
+            return raw_bars(labels[(labels < end_s + reach_s) & (labels > end_s - 366 * 86400)])
+
+        history.fetch = fetch  # type: ignore[method-assign]
+    job, _ = load(store, history, series, span, now=now)
+    if label == "before":
+        assert "cannot be told" in str(job.report.failures[0].error)
+        assert held(store, series) == []
+        assert not store.read_sidecar(series).proven_empty
+    else:
+        assert job.report.failures == []
+        assert len(held(store, series)) == len(expected_bars(series, span))
+
+
+def test_weeks_round_the_clock_end_on_sundays(store: Store) -> None:
+    """Where Sunday is a session it is the label of its week."""
+    series = Series(Instrument("BTC", "CRYPTO", "PAXOS", "USD"), TIMEFRAMES["1w"])
+    span = window("2023-07-03", "2024-06-01")
+    history = FakeHistory.of(series, span)
+    job, _ = load(store, history, series, span)
+    assert job.report.failures == []
+    assert held(store, series) == history.truth.tolist()
+
+
 def test_a_bar_cut_off_by_the_end_of_its_request_is_not_stored(store: Store) -> None:
     """A gateway that trades through the forex break sends a bar that stops where the request ends: it is not taken for whole."""
     series = Series(forex("EURUSD"), TIMEFRAMES["5m"])
@@ -722,8 +765,24 @@ def test_bars_that_form_by_the_gateways_clock_are_not_stored(store: Store) -> No
     assert not store.read_sidecar(series).proven_empty
     assert any("clock is 600 s behind" in notice for notice in job.report.notices)
     assert len(history.requests) == 1
+    assert job.report.status == "partial"
+    (failure,) = job.report.failures
+    assert "5 bars that are complete" in str(failure.error)
+    assert failure.error.retry_helps
+    assert not store.read_sidecar(series).proven_empty
     load(store, FakeHistory.of(series, span), series, span, now=now)
     assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())
+
+
+def test_a_gateways_clock_that_is_a_little_behind_fails_no_load(store: Store) -> None:
+    """Two minutes: the newest bars are left for the next load, with a word."""
+    series = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    span, now = window("2024-06-14", "2024-06-15"), utc("2024-06-14T18:30:00")
+    history = FakeHistory.of(series, span, clock_lag_s=120.0)
+    history.script = {n: lambda raw: pick(raw, raw.opens_s <= int(now.timestamp()) - 120) for n in range(1, 9)}
+    job, _ = load(store, history, series, span, now=now)
+    assert (job.report.status, job.report.failures, job.report.missing_bars) == ("success", [], 2)
+    assert any("clock is 120 s behind" in notice for notice in job.report.notices)
 
 
 def test_a_gateways_clock_that_its_own_bars_disprove_is_not_believed(store: Store) -> None:

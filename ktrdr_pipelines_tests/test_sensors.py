@@ -490,3 +490,13 @@ def test_a_run_that_finds_no_gateway_fails_and_is_asked_for_again_later(
     assert soon.requests == []
     again = tick(settings, [AAPL_1H], now + timedelta(minutes=5), attempts=first.attempts)
     assert again.requests[0].run_key != first.requests[0].run_key
+
+
+def test_a_series_that_stands_still_is_asked_for_four_times_a_day() -> None:
+    """Delisted or halted: every half hour at first, after five days and twenty tries in vain every six hours, never for nothing
+    every five minutes. A market that was only closed for a while is not meant."""
+    last = int(utc("2024-06-03T20:00:00").timestamp())
+    weeks_later, next_day = last + 15 * 86400, last + 86400
+    assert Attempt(last, 21, weeks_later).next_at_s - weeks_later > 5.9 * 3600
+    assert Attempt(last, 20, weeks_later).next_at_s - weeks_later <= 1800
+    assert Attempt(last, 40, next_day).next_at_s - next_day <= 1800

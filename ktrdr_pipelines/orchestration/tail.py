@@ -42,6 +42,10 @@ QUIET_S = 30
 FIRST_WAIT_S, LONGEST_WAIT_S = 300, 1800
 """After a request that brought nothing the same bar is asked for again this much later, twice as long after each try."""
 
+STANDSTILL_S, STANDSTILL_WAIT_S, STANDSTILL_TRIES = 5 * 86400, 6 * 3600, 20
+"""A series without a bar for so long, asked for so often in vain, is halted or delisted: four questions a day find out whether it
+trades again. Its missing bars are never called empty for want of newer ones (`asking.py`), so it stays due."""
+
 _JITTER_S = 60  # ticks come a little early or late
 _LOCK_TIMEOUT_S = 2.0  # adopting a foreign file takes the lock; a tick does not wait for a writer
 
@@ -286,6 +290,8 @@ class Attempt:
     def next_at_s(self) -> int:
         """When the next try may be made."""
         wait_s = min(FIRST_WAIT_S << min(self.tries - 1, 10), LONGEST_WAIT_S)
+        if self.tries > STANDSTILL_TRIES and self.asked_at_s - self.last_held_s > STANDSTILL_S:
+            wait_s = STANDSTILL_WAIT_S
         return self.asked_at_s + wait_s - _JITTER_S
 
 

@@ -254,6 +254,10 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     "drop_after": _deliver(lambda rule, delivery: replace(delivery, drop_after=rule.after_bytes)),
     "partial": _spoil(_take_part),
     "newest": _spoil(lambda rule, bars: bars.take(slice(-rule.rows, None))),
+    "oldest": _spoil(lambda rule, bars: bars.take(slice(0, rule.rows))),
+    "without_first": _spoil(lambda rule, bars: bars.take(slice(rule.rows, None))),
+    "without_last": _spoil(lambda rule, bars: bars.take(slice(0, max(0, len(bars) - rule.rows)))),
+    "every": _spoil(lambda rule, bars: bars.take(np.arange(len(bars)) % rule.rows != rule.rows - 1)),
     "empty": _spoil(lambda _, bars: bars.take(slice(0, 0))),
     "lag": _lag,
     "revise": _spoil(_revise),
@@ -267,7 +271,8 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     "shift": _shift,
     **dict.fromkeys(DISTURBANCES, _begin),
 }
-"""Every fault by name. Rows are taken from the middle of the answer, for ``newest`` and ``revise`` from its end; ``shift`` moves
+"""Every fault by name. Rows are taken from the middle of the answer, for ``newest`` and ``revise`` from its end, for ``oldest``
+from its begin; ``without_first`` and ``without_last`` leave out as many at an end, ``every`` each ``rows``-th; ``shift`` moves
 all stamps, or a head timestamp, by ``seconds``; ``lag`` leaves out bars that opened less than ``seconds`` ago;
 ``query_notice`` sends 165 before the answer, ``unknown_query`` 366 in place of it; ``empty`` is no bars without a word."""
 

@@ -21,11 +21,11 @@ _HEAD_SHIFTS_S = {"exact": 0, "early": -3653 * DAY_S, "late": 365 * DAY_S}
 
 @dataclass(frozen=True)
 class Habits:
-    """``periods``: weeks and months are dated with the "last" of their sessions, or the "first" of their days (Monday, the
-    1st). ``days``: daily bars are dated with the day on which their session ends ("close") or begins ("open": forex from
-    Sunday to Thursday). ``newest``: at most so many bars an answer, the newest (0: all). ``head``: the head timestamp is
-    "exact", ten years too "early", a year too "late", or "none" is known. ``empty``: a window without bars is "told" with
-    162, or answered "wordless" with no bars.
+    """``periods``: weeks and months are dated with the "last" of their sessions, the "first" of their days (Monday, the 1st),
+    or the day "before" it (Sunday, the last of the month before). ``days``: daily bars are dated with the day on which their
+    session ends ("close") or begins ("open": forex from Sunday to Thursday). ``newest``: at most so many bars an answer, the
+    newest (0: all). ``head``: the head timestamp is "exact", ten years too "early", a year too "late", or "none" is known.
+    ``empty``: a window without bars is "told" with 162, or answered "wordless" with no bars.
     """
 
     periods: str = "last"
@@ -39,10 +39,10 @@ class Habits:
         if size.unit == "day" and self.days == "open":
             at = np.searchsorted(sessions.day, bars.stamp // DAY_S)
             return replace(bars, stamp=(sessions.open[at] + sessions.offset[at]) // DAY_S * DAY_S)
-        if size.unit in ("week", "month") and self.periods == "first":
+        if size.unit in ("week", "month") and self.periods != "last":
             key = label_dates(bars.stamp // DAY_S, size.unit)
             days = key * 7 - 3 if size.unit == "week" else key.astype("datetime64[M]").astype("datetime64[D]")
-            return replace(bars, stamp=days.astype(np.int64) * DAY_S)
+            return replace(bars, stamp=(days.astype(np.int64) - (self.periods == "before")) * DAY_S)
         return bars
 
     def cut_answer(self, bars: Bars) -> Bars:
@@ -57,7 +57,7 @@ class Habits:
 USUAL = Habits()
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "periods": ("last", "first"),
+    "periods": ("last", "first", "before"),
     "days": ("close", "open"),
     "newest": (),
     "head": (*_HEAD_SHIFTS_S, "none"),

@@ -32,6 +32,13 @@ def test_weeks_and_months_are_dated_with_their_last_session_or_first_day(size, l
     assert stamps(Habits(periods="first"), **fields)[-3:] == first
 
 
+@pytest.mark.parametrize(("size", "before"), [("1W", ["20240218", "20240225"]), ("1M", ["20240131", "20240229"])])
+def test_weeks_and_months_can_be_dated_with_the_day_before_them(size, before):
+    """The Sunday, or the last day of the month before: a label that other gateways give the period before."""
+    fields = {"size": size, "duration": "3 M" if size == "1M" else "3 W"}
+    assert stamps(Habits(periods="before"), **fields)[-2:] == before
+
+
 def test_days_are_dated_with_their_end_or_beginning():
     """A forex week from Monday to Friday, or from Sunday to Thursday; stocks are the same either way."""
     week = {"contract": EURUSD, "what": "MIDPOINT", "size": "1 day", "duration": "5 D", "end": "20240301-22:00:00"}
