@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -45,6 +46,24 @@ StartGateway = Callable[..., GatewayThread]
 LoadAt = Callable[[int], LoadForks]
 Ktrdr = Callable[..., Ended]
 CommandEnvironment = Callable[..., dict[str, str]]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each worker's share, as `--dist worksteal` deals them out at first, begins with tests marked as long: begun late, one of
+    them keeps everybody waiting for it."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = iter([item for item in items if not item.get_closest_marker("long")])
+    if workers == 1 or len(items) < 100 * workers:
+        return
+    shares = [(len(items) + n) // workers for n in range(workers)]
+    first = [long[n::workers] for n in range(workers)]
+    items[:] = [
+        item
+        for mine, share in zip(first, shares, strict=True)
+        for item in (*mine, *itertools.islice(others, share - len(mine)))
+    ]
 
 
 @pytest.fixture(autouse=True)
