@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test ui bench soak matrix kills lint lock clients clean
+.PHONY: demo test ui bench soak matrix kills lint quick-lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -23,16 +23,21 @@ demo: $(READY)
 ui: $(READY)
 	@$(BIN)/python tools/demo.py --ui
 
-test: lint clients
+test: quick-lint clients
 ifeq ($(INITDB),)
 	@echo "No PostgreSQL on this machine: leaving out the tests of the pacing ledger in PostgreSQL."
 endif
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(if $(INITDB),,-m "not postgres")
+	@echo "$(BIN)/mypy beside $(BIN)/python -m pytest; what mypy finds comes last"
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
+	  $(BIN)/python -m pytest -n 3 --dist worksteal $(if $(INITDB),,-m "not postgres"); tests=$$?; \
+	  wait $$types; types=$$?; echo "mypy:"; cat $(VENV)/mypy.log; exit $$((tests || types))
 
-lint: $(READY)
+lint: quick-lint
+	$(BIN)/mypy
+
+quick-lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 bench: $(READY)

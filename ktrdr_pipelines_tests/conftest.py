@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from filelock import FileLock
 from hypothesis import settings as hypothesis_settings
 
 from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
@@ -21,15 +25,47 @@ from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines_tests.ledger_tools import LOGIN, HandClock
-from ktrdr_pipelines_tests.load_forks import ForkServer, LoadForks
+from ktrdr_pipelines_tests.load_forks import (
+    CommandForks,
+    Ended,
+    ForkServer,
+    LoadForks,
+    Ready,
+    make_ready,
+    outer_environment,
+)
 
 # Two shared cores: a slow moment is no failure.
 hypothesis_settings.register_profile("ktrdr", deadline=None)
 hypothesis_settings.load_profile("ktrdr")
 
+# A script's background job ignores these signals, and so would every process that a test starts: handlers are not handed on.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+
 StartGateway = Callable[..., GatewayThread]
 LoadAt = Callable[[int], LoadForks]
-Ktrdr = Callable[..., subprocess.CompletedProcess[str]]
+Ktrdr = Callable[..., Ended]
+CommandEnvironment = Callable[..., dict[str, str]]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each worker's share, as `--dist worksteal` deals them out at first, begins with tests marked as long: begun late, one of
+    them keeps everybody waiting for it."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = iter([item for item in items if not item.get_closest_marker("long")])
+    if workers == 1 or len(items) < 100 * workers:
+        return
+    shares = [(len(items) + n) // workers for n in range(workers)]
+    first = [long[n::workers] for n in range(workers)]
+    items[:] = [
+        item
+        for mine, share in zip(first, shares, strict=True)
+        for item in (*mine, *itertools.islice(others, share - len(mine)))
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +91,33 @@ def start_gateway() -> Iterator[StartGateway]:
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """A process whose children load, warm after its first one."""
-    folder = tmp_path_factory.mktemp("forks")
-    server = ForkServer(folder)
-    with run_in_thread(SyntheticMarket(), judge=False) as gateway:
-        first = LoadForks(server, gateway.port, folder)
-        assert first.wait(first.start("AAPL", "1h", "2024-02-05", "2024-02-10")) == 0
-    server.warm_up()
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """Made once, for all workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "ready"
+    with FileLock(shared / "ready.lock"):
+        if not folder.exists():
+            unfinished = tmp_path_factory.mktemp("ready")
+            with run_in_thread(SyntheticMarket(), judge=False) as gateway:
+                make_ready(unfinished, gateway.port)
+            unfinished.rename(folder)
+    return Ready(folder)
+
+
+@pytest.fixture(scope="session")
+def fork_server(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A process whose children load."""
+    server = ForkServer(tmp_path_factory.mktemp("forks"), ready.modules(ours=True))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def command_server(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A process whose children are commands."""
+    server = ForkServer(tmp_path_factory.mktemp("commands"), ready.modules(ours=False))
     yield server
     server.close()
 
@@ -93,10 +148,11 @@ def make_settings(tmp_path: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+def instance(ready: Ready, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     """A real Dagster instance on disk, thrown away after the test."""
     home = tmp_path / "instance"
-    home.mkdir()
+    for folder in ("history", "schedules"):  # to initialise them takes half a second
+        shutil.copytree(ready.home / folder, home / folder)
     with dg.DagsterInstance.local_temp(str(home)) as made:
         yield made
 
@@ -124,11 +180,11 @@ def unused_port() -> int:
 
 
 @pytest.fixture
-def ktrdr(tmp_path: Path, unused_port: int) -> Ktrdr:
-    """Run `ktrdr` in an empty folder; by default no gateway answers."""
+def command_environment(tmp_path: Path, unused_port: int) -> CommandEnvironment:
+    """What `ktrdr` finds in its environment: everything in the test's folder; by default no gateway answers."""
 
-    def run(*arguments: str, port: int = unused_port, **settings: str) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("IB_", "KTRDR_", "DAGSTER_"))} | {
+    def make(port: int = unused_port, **settings: str) -> dict[str, str]:
+        return outer_environment() | {
             "IB_PORT": str(port),
             "KTRDR_IN_CONTAINER": "false",
             "KTRDR_DATA_DIR": str(tmp_path / "data"),
@@ -136,7 +192,35 @@ def ktrdr(tmp_path: Path, unused_port: int) -> Ktrdr:
             "IB_RETRY_WAITS": "",
             **settings,
         }
+
+    return make
+
+
+@pytest.fixture
+def command_forks(command_server: ForkServer, tmp_path: Path) -> CommandForks:
+    """Commands in the test's folder, each in a process of its own that had its imports done, but for this project's."""
+    return CommandForks(command_server, tmp_path)
+
+
+@pytest.fixture
+def ktrdr(command_forks: CommandForks, command_environment: CommandEnvironment) -> Ktrdr:
+    """Run `ktrdr` in a process of its own."""
+
+    def run(*arguments: str, **options: Any) -> Ended:
+        return command_forks.run(*arguments, environment=command_environment(**options))
+
+    return run
+
+
+@pytest.fixture
+def started_ktrdr(command_environment: CommandEnvironment, tmp_path: Path) -> Ktrdr:
+    """Run `ktrdr` as a person does: the same, slower by seconds."""
+
+    def run(*arguments: str, **options: Any) -> Ended:
         command = [sys.executable, "-m", "ktrdr_pipelines.cli", *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(
+            command, env=command_environment(**options), cwd=tmp_path, capture_output=True, text=True, timeout=90
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -1,26 +1,32 @@
-"""Loads in processes that can be killed, without the seconds that a start of `ktrdr` takes: a server imports everything once
-and forks a child for each load.
+"""Loads and commands in processes of their own, without the seconds that a start of `ktrdr` takes: a server imports everything
+once and forks a child for each.
 
-`ForkServer` and `LoadForks` are the end for tests. The other end, ``python -m ktrdr_pipelines_tests.load_forks``, reads one JSON
-object a line: ``{"load": {...}}`` forks and answers with the pid, ``{"wait": pid}`` with its exit status, ``{"warm": 0}`` imports
-what a first load imported. It starts no thread and opens no database: a child of it is as good as a process of its own.
+`ForkServer`, `LoadForks` and `CommandForks` are the end for tests. The other end, ``python -m ktrdr_pipelines_tests.load_forks
+serve``, reads one JSON object a line: ``{"load": {...}}`` and ``{"command": {...}}`` fork and answer with the pid,
+``{"wait": pid}`` with its exit status. It starts no thread and opens no database: a child of it is as good as a process of its
+own. Before a command nothing of this project was imported but the clock, before a load all of it.
+
+What there is to import is learnt (``... load_forks learn``) from a load that was started like any other; see `Ready`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ktrdr_pipelines.ib.clock import Reading
 
@@ -46,35 +52,96 @@ class FastClock:
         time.sleep(seconds / self._speed)
 
 
-class ForkServer:
-    """The process whose children load; ``folder`` is its own."""
+@dataclass(frozen=True)
+class Ready:
+    """What one load imported, and a Dagster home that it found empty and initialised."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "ktrdr_pipelines_tests.load_forks"]
+    folder: Path
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "ready"
+
+    def modules(self, *, ours: bool) -> list[str]:
+        """Names to import in advance, in this order; ``ours``: this project's too."""
+        names = json.loads((self.folder / "imported.json").read_text())
+        return [name for name in names if ours or name.split(".")[0] != "ktrdr_pipelines"]
+
+
+def make_ready(folder: Path, port: int) -> None:
+    """Fill ``folder`` for `Ready`, with a load from the gateway on ``port``."""
+    environment = outer_environment() | {
+        "PYTHONPATH": str(ROOT), "IB_PORT": str(port), "KTRDR_DATA_DIR": str(folder / "data"),
+        "DAGSTER_HOME": str(folder / "home"), "KTRDR_IN_CONTAINER": "false",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "ktrdr_pipelines_tests.load_forks", "learn"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def outer_environment() -> dict[str, str]:
+    """This process's variables, but for those that are settings."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("IB_", "KTRDR_", "DAGSTER_"))}
+
+
+class ForkServer:
+    """The process whose children do the work, with these ``modules`` imported; ``folder`` is its own."""
+
+    def __init__(self, folder: Path, modules: Iterable[str]) -> None:
+        command = [sys.executable, "-m", "ktrdr_pipelines_tests.load_forks", "serve"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+        self.folder = folder
         self._process = subprocess.Popen(
             command, env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        assert self._read() == "ready"
+        assert self.ask({"import": list(modules)}) == 0
 
     def ask(self, what: Mapping[str, object]) -> int:
         """Send one line; the number answered."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
-        return int(self._read())
-
-    def warm_up(self) -> None:
-        """Import what a first load has imported meanwhile: later children start in half the time."""
-        self.ask({"warm": 0})
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         """End it, and with it nothing else: children are waited for by who started them."""
         self._process.communicate(timeout=30)
 
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+
+class Ended(NamedTuple):
+    """What is left of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class CommandForks:
+    """Runs `ktrdr` as a person does, each in a process of its own, in ``folder``."""
+
+    def __init__(self, server: ForkServer, folder: Path) -> None:
+        self._server = server
+        self._folder = folder
+        self._told: dict[int, list[Path]] = {}
+
+    def run(self, *arguments: str, environment: Mapping[str, str]) -> Ended:
+        """The command line ``ktrdr ARGUMENTS`` with exactly this environment, until it ends."""
+        return self.wait(self.start(*arguments, environment=environment))
+
+    def start(self, *arguments: str, environment: Mapping[str, str]) -> int:
+        """Begin it; the pid of its process."""
+        told = [self._server.folder / f"{name}{len(self._told)}" for name in ("out", "err")]
+        command = {"arguments": arguments, "environment": dict(environment), "folder": str(self._folder)}
+        pid = self._server.ask({"command": command | {"told": [str(path) for path in told]}})
+        self._told[pid] = told
+        return pid
+
+    def wait(self, pid: int) -> Ended:
+        """What it came to."""
+        code = self._server.ask({"wait": pid})
+        out, err = (path.read_text() for path in self._told[pid])
+        return Ended(code, out, err)
 
 
 class LoadForks:
@@ -92,6 +159,9 @@ class LoadForks:
     def wait(self, pid: int) -> int:
         """The exit status of a load: 0, 1 with failed windows, minus the signal that killed it."""
         return self._server.ask({"wait": pid})
+
+
+# ------------------------------------------------------------------------------------------------ the other end
 
 
 def run_load(job: Mapping[str, Any]) -> int:
@@ -133,30 +203,31 @@ def run_load(job: Mapping[str, Any]) -> int:
     return 1 if report.failures else 0
 
 
-def serve() -> None:
-    """Answer the lines of stdin until it ends."""
+def serve() -> Mapping[str, Any]:
+    """Answer the lines of stdin until it ends. In the child of a command: what is to be done."""
     asyncio.set_event_loop(asyncio.new_event_loop())
-    for name in ("loading", "orchestration.runs"):
-        importlib.import_module(f"ktrdr_pipelines.{name}")
-    known, learnt = set(sys.modules), Path("imported.json")
-    print("ready", flush=True)
     for line in sys.stdin:
         what = json.loads(line)
         if "wait" in what:
             answer = os.waitstatus_to_exitcode(os.waitpid(what["wait"], 0)[1])
-        elif "warm" in what:
+        elif "import" in what:
             answer = 0
-            for name in json.loads(learnt.read_text()):
+            for name in what["import"]:
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
+            gc.collect()
+            gc.freeze()  # children do not touch these pages
         else:
             answer = os.fork()
+            if not answer and "load" in what:
+                _load_in_child(what["load"])
             if not answer:
-                _run_child(what["load"], known, learnt)
+                return what["command"]  # type: ignore[no-any-return]
         print(answer, flush=True)
+    raise SystemExit
 
 
-def _run_child(job: Mapping[str, Any], known: set[str], learnt: Path) -> None:
+def _load_in_child(job: Mapping[str, Any]) -> None:
     code = 70
     signal.alarm(150)  # no child outlives a test that failed
     try:
@@ -164,10 +235,6 @@ def _run_child(job: Mapping[str, Any], known: set[str], learnt: Path) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = run_load(job)
-        if not learnt.exists():
-            # Not the client library: it must be imported in the thread that uses it.
-            names = [n for n in sys.modules if n not in known and n.split(".")[0] not in ("ib_insync", "eventkit")]
-            learnt.write_text(json.dumps(names))
     except BaseException:
         traceback.print_exc()
         raise
@@ -175,5 +242,45 @@ def _run_child(job: Mapping[str, Any], known: set[str], learnt: Path) -> None:
         os._exit(code)
 
 
+def become(command: Mapping[str, Any]) -> None:
+    """Make this process what the start of a command finds."""
+    signal.alarm(90)
+    for number, path in enumerate([os.devnull, *command["told"]]):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(command["environment"])
+    os.chdir(command["folder"])
+    sys.argv[1:] = command["arguments"]
+
+
+def learn() -> None:
+    """Load a week, and write down what that imported. The environment says from where and to where."""
+    from ktrdr_pipelines.cli import main
+    from ktrdr_pipelines.orchestration.instance import open_instance
+    from ktrdr_pipelines.settings import load_settings
+
+    with open_instance(load_settings()):
+        pass
+    shutil.copytree("home", "ready")
+    sys.argv[1:] = ["ib-load", "AAPL", "1h", "--mode", "full", "--start", "2024-02-05", "--end", "2024-02-10"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    # Not the client library: it must be imported in the thread that uses it.
+    left_out = ("ib_insync", "eventkit", "ktrdr_pipelines_tests", "__main__")
+    names = [name for name in sys.modules if name.split(".")[0] not in left_out]
+    Path("imported.json").write_text(json.dumps(names))
+
+
 if __name__ == "__main__":
-    serve()
+    if sys.argv[1] == "learn":
+        learn()
+    else:
+        become(serve())
+        from ktrdr_pipelines.cli import main
+
+        main()

@@ -1,6 +1,6 @@
 """Promises of the `ktrdr` command: bad input is one line and an exit code, nothing is lost, a load ends in the CSV.
 
-Each command is a process of its own, as a user starts it.
+Each command is a process of its own; those of `started_ktrdr` are started as a user does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import pytest
 
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines_tests.conftest import Ktrdr, StartGateway
+from ktrdr_pipelines_tests.load_forks import Ended
 
 pytestmark = pytest.mark.slow
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def assert_refused(done: Ended, code: int, *words: str) -> None:
     """One line on stderr with these words, this exit code, no traceback."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("ktrdr: ")]
     assert done.returncode == code, done.stderr
@@ -107,11 +108,11 @@ def test_a_data_folder_that_cannot_be_written_is_one_line(start_gateway: StartGa
 
 
 def test_a_load_ends_in_the_csv_and_a_tail_continues_it(
-    start_gateway: StartGateway, ktrdr: Ktrdr, tmp_path: Path
+    start_gateway: StartGateway, ktrdr: Ktrdr, started_ktrdr: Ktrdr, tmp_path: Path
 ) -> None:
     """full with a start and an end, then tail up to a later end: one gapless file, result fields as specified."""
     gateway = start_gateway()
-    first = ktrdr(
+    first = started_ktrdr(
         "ib-load",
         "MSFT",
         "1d",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines_tests.conftest import Ktrdr, StartGateway
 from ktrdr_pipelines_tests.fakes import window
+from ktrdr_pipelines_tests.load_forks import Ended
 from ktrdr_pipelines_tests.test_cli import assert_refused
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def photograph(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def said(done: subprocess.CompletedProcess[str]) -> str:
+def said(done: Ended) -> str:
     """What it printed, after a success."""
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -331,6 +331,7 @@ def wait_for(attempt: Callable[[], bool], running: subprocess.Popen[Any], second
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_series_added_while_the_ui_runs_appears_there_and_sensors_see_it(tmp_path: Path, unused_port: int) -> None:
     """The real web server, daemon and code server: nobody restarts anything."""
     environment = os.environ | {

@@ -35,6 +35,8 @@ from ktrdr_pipelines_tests.fault_matrix import (
 from ktrdr_pipelines_tests.test_assets import AAPL_1H, materialize
 
 CELLS = pick_cells()
+PATIENT = "head timestamp silent | full | RBLX 1d"
+"""Waits half a minute for the head timestamp, whose time-out is nobody's to set."""
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 pytestmark = pytest.mark.slow
@@ -46,7 +48,10 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("held")
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=[cell.name for cell in CELLS])
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, id=cell.name, marks=pytest.mark.long if cell.name == PATIENT else ()) for cell in CELLS],
+)
 def test_after_every_fault_the_file_is_exact_or_the_run_failed_and_the_next_one_makes_it_exact(
     cell: Cell, scratch: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from ktrdr_pipelines_tests.postgres_server import throw_away_cluster
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_processes_break_no_rule_and_use_the_budget(tmp_path: Path) -> None:
     """Eight processes, some killed and some stopped at any instant: no rule broken, all of the budget used, in order."""
     result = Trial(tmp_path, grants=900, incidents=8).run()

@@ -126,6 +126,7 @@ def held_slots(instance: dg.DagsterInstance) -> int:
 
 
 @pytest.mark.timeout(60 + 10 * KILLS)
+@pytest.mark.long
 def test_loads_killed_at_random_instants_lose_nothing(
     start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
 ) -> None:

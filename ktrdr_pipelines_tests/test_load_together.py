@@ -6,9 +6,6 @@ Real processes, a real Dagster instance, a simulated gateway on a real socket. K
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +22,10 @@ from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.store.series_store import Store
-from ktrdr_pipelines_tests.conftest import LoadAt, StartGateway
+from ktrdr_pipelines_tests.conftest import CommandEnvironment, LoadAt, StartGateway
 from ktrdr_pipelines_tests.fakes import window
 from ktrdr_pipelines_tests.ledger_tools import poll
-from ktrdr_pipelines_tests.load_forks import ROOT, ForkServer, LoadForks
+from ktrdr_pipelines_tests.load_forks import CommandForks, ForkServer, LoadForks
 
 MakeSettings = Callable[..., Settings]
 
@@ -182,25 +179,21 @@ def test_an_editor_that_saves_beside_a_load_costs_no_bar(
 
 
 def test_a_fresh_home_used_by_four_commands_at_once_works(
-    start_gateway: StartGateway, make_settings: MakeSettings, tmp_path: Path
+    start_gateway: StartGateway,
+    command_forks: CommandForks,
+    command_environment: CommandEnvironment,
+    make_settings: MakeSettings,
+    tmp_path: Path,
 ) -> None:
     """Four `ktrdr ib-load` of four series begin on an empty home at once: all of them succeed, no pacing rule is broken, and
     the home is good for a fifth."""
     gateway = start_gateway(judge=True)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "IB_PORT": str(gateway.port), "KTRDR_DATA_DIR": str(tmp_path / "data"),
-        "DAGSTER_HOME": str(tmp_path / "home"),
-    }  # fmt: skip
+    environment = command_environment(gateway.port)
     symbols = ("AAPL", "MSFT", "SPY", "GOOG")
-    command = [sys.executable, "-m", "ktrdr_pipelines.cli", "ib-load", "AAPL", "1h", "--mode", "full", "--start", "2024-02-05",
-               "--end", "2024-02-10"]  # fmt: skip
-    running = [
-        subprocess.Popen([*command[:4], symbol, *command[5:]], env=environment, cwd=tmp_path, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
-        for symbol in symbols
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0, 0], "\n".join(said)
+    more = ("1h", "--mode", "full", "--start", "2024-02-05", "--end", "2024-02-10")
+    running = [command_forks.start("ib-load", symbol, *more, environment=environment) for symbol in symbols]
+    ended = [command_forks.wait(pid) for pid in running]
+    assert [each.returncode for each in ended] == [0, 0, 0, 0], ended
     for symbol in symbols:
         with (tmp_path / "data" / f"{symbol}_1h.csv").open() as file:
             assert len(list(csv.reader(file))) == 1 + 5 * 7

@@ -201,6 +201,7 @@ def order(end: str) -> LoadOrder:
     return LoadOrder("SPY", "1d", "full", "2019-01-01T00:00:00Z", end)
 
 
+@pytest.mark.long
 def test_what_was_accepted_is_loaded_by_the_next_server(start_gateway: StartGateway, tmp_path: Path) -> None:
     """A server that ends in the middle of a load leaves it, and those behind it, to the next one. A worker that dies takes
     only its own load with it, which says so."""

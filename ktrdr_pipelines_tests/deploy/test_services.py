@@ -79,6 +79,7 @@ def count_in_ledger(stack: Stack) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.postgres
 def test_the_services_become_healthy_and_load_bars_together(tmp_path: Path) -> None:
     """The compose file's commands as processes, in the order of its conditions: each is ill before its start and healthy

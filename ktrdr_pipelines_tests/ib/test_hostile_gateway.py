@@ -143,13 +143,13 @@ def check_stored(rows: list[Row], raw: dict[str, Any], name: str) -> None:
 
 # -- bars on a connection that lasts ---------------------------------------------------------------------------------------
 
-CASES, SEEDS = 2600, 4
+CASES, SEEDS = 1300, 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_no_answer_is_taken_for_more_or_less_than_its_bytes_say(seed: int) -> None:
-    """2600 answers a seed on one connection: bars, "no data" or a `KtrdrError`, as an independent reading of the bytes has it.
+    """1300 answers a seed on one connection: bars, "no data" or a `KtrdrError`, as an independent reading of the bytes has it.
 
     None waits for its time-out, none ends the connection, and none leaves anything behind.
     """
