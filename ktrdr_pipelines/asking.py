@@ -292,6 +292,9 @@ class Asker:
         if not len(answer.bars):
             return 0
         self._arrived = np.union1d(self._arrived, opens_of(answer.bars))
+        if answer.volume_missing and self._series.instrument.has_volume:
+            said = "IB sent no volume (-1) for some of the bars; 0 is stored for it"
+            self._report.notices += [said] * (said not in self._report.notices)
         written = self._store.write(
             self._series,
             answer.bars,

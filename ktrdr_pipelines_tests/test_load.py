@@ -851,3 +851,23 @@ def test_another_contract_under_the_name_is_told_before_a_bar_is_asked_for(tmp_p
     assert "the file holds conId 4711 (offered: 99)" in str(failure.error)
     assert history.requests == []
     assert store.csv_path(AAPL_1H).read_bytes() == before
+
+
+def test_a_volume_that_ib_does_not_tell_is_stored_as_none_and_said_once(tmp_path: Path) -> None:
+    """-1 beside real volumes: a person who trusts in volumes has to know."""
+    store, span = Store(tmp_path / "data"), window("2024-01-01", "2024-04-01")
+
+    def untold(raw: RawBars) -> RawBars:
+        volume = raw.volume.copy()
+        volume[::5] = -1
+        return replace(raw, volume=volume)
+
+    history = FakeHistory.of(AAPL_1H, span, script=dict.fromkeys(range(1, 9), untold))
+    job, _ = load(store, history, AAPL_1H, span)
+    assert len(history.requests) > 1
+    assert (store.read_bars(AAPL_1H)["volume"] == 0).any()
+    assert sum("no volume" in notice for notice in job.report.notices) == 1
+    euro = Series(forex("EURUSD"), TIMEFRAMES["1h"])
+    pairs = FakeHistory.of(euro, span, script=dict.fromkeys(range(1, 9), untold))
+    job, _ = load(store, pairs, euro, span)
+    assert not any("no volume" in notice for notice in job.report.notices)
