@@ -266,7 +266,8 @@ def learn() -> None:
         pass
     shutil.copytree("home", "ready")
     sys.argv[1:] = ["ib-load", "AAPL", "1h", "--mode", "full", "--start", "2024-02-05", "--end", "2024-02-10"]
-    with contextlib.suppress(SystemExit):  # a load that fails leaves less to learn: tests are slower, and say what is wrong
+    # A load that fails leaves less to learn: tests are slower, and say what is wrong.
+    with contextlib.suppress(SystemExit):
         main()
     # Not the client library: it must be imported in the thread that uses it.
     left_out = ("ib_insync", "eventkit", "ktrdr_pipelines_tests", "__main__")
