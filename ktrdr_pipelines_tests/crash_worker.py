@@ -13,6 +13,7 @@ import random
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -110,18 +111,22 @@ def drain(reader: int) -> int:
 def run_kills(directory: Path, seed: int, count: int) -> dict[str, Any]:
     chance = random.Random(seed)
     Store(directory).write(SERIES, base_bars(), answered=None, source="simulator", now=NOW)
-    done, mid_write, failures = 0, 0, []
+    began = time.monotonic()
+    write_step(Store(directory), 0)
+    tempo_s = time.monotonic() - began  # of this machine, as busy as it is
+    done, mid_write, failures = 1, 0, []
     for _ in range(count):
 
         def work(tell: int, start: int = done) -> None:
             store = Store(directory)
+            os.write(tell, b"!")
             for step in range(start, start + 1000):
                 write_step(store, step)
                 os.write(tell, b".")
 
         pid, reader = fork(work)
-        deadline = chance.random() * 0.04
-        ended = select.select([], [], [], deadline)  # the wait before the blow; nothing is waited for
+        assert os.read(reader, 1) == b"!"
+        ended = select.select([], [], [], chance.random() * 4 * tempo_s)  # the wait before the blow
         assert ended == ([], [], [])
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
