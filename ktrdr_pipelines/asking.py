@@ -19,7 +19,6 @@ from ktrdr_pipelines.bars import (
     empty_bars,
     normalise_answer,
     opens_of,
-    refuse_ambiguous_labels,
 )
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held, period_keys
 from ktrdr_pipelines.confirming import Confirmation, confirm_holes
@@ -28,6 +27,11 @@ from ktrdr_pipelines.errors import DataError, TransientError
 from ktrdr_pipelines.gateway_clock import GatewayClock
 from ktrdr_pipelines.hearing import Hearing
 from ktrdr_pipelines.plan import Request, find_gaps
+from ktrdr_pipelines.plausibility import (
+    list_lacking_beside_unexpected,
+    refuse_ambiguous_labels,
+    refuse_disagreement,
+)
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.scale import RESTATED_KINDS, find_ratio, report_split
 from ktrdr_pipelines.series import HistoryLimits, Series, Window, format_instant
@@ -144,7 +148,9 @@ class Asker:
                     rows += self._write(other.request, self._fetch(other.request, evidence, from_s=other.from_s))
             else:
                 others = [(o.request, self._fetch(o.request, evidence, from_s=o.from_s)) for o in again]
-                self._refuse_contradiction(request, doubted, [theirs for _, theirs in others])
+                refuse_disagreement(
+                    self._series, request, self._expected, doubted.bars, [theirs.bars for _, theirs in others]
+                )
                 rows += self._write(request, doubted)
                 holes, doubted = self.find_holes(holes), None
                 found = len(holes)
@@ -240,42 +246,9 @@ class Asker:
             self._store.note(self._series, now=self._now(), sparse=True)
 
     def _contradicts_calendar(self, answer: NormalisedAnswer, wanted: ExpectedBars) -> bool:
-        """True if ``answer`` has bars where none is expected and, between its first and last, lacks some where one is expected: a
-        calendar that is wrong looks like that, and so does an answer that is shifted. It is asked for again anyway, for what it
-        lacks; until then it is not written."""
-        opens = opens_of(answer.bars)
-        if self._series.timeframe.seconds > 86400 or not find_unexpected(wanted, opens, self._series.timeframe).any():
-            return False
-        covered = wanted.take(np.flatnonzero((wanted.opens >= opens[0]) & (wanted.opens <= opens[-1])))
-        lacking = covered.take(np.flatnonzero(~match_held(covered, opens, self._series.timeframe)))
+        """True if ``answer`` may be shifted. It is asked for again anyway, for what it lacks; until then it is not written."""
+        lacking = list_lacking_beside_unexpected(opens_of(answer.bars), wanted, self._series.timeframe)
         return len(self.find_holes(lacking)) > 0
-
-    def _refuse_contradiction(
-        self, request: Request, doubted: NormalisedAnswer, others: Sequence[NormalisedAnswer]
-    ) -> None:
-        """``doubted`` stands if ``others`` repeat it where they overlap: the same bars where none is expected, the same prices.
-
-        Raises:
-            DataError: they do not, or there is nothing to compare; which of them is right cannot be told, and none is written.
-        """
-        ours = doubted.bars.set_index("timestamp")[["open", "high", "low", "close"]]
-        overlaps = False
-        for theirs in (other.bars.set_index("timestamp")[ours.columns] for other in others if len(other.bars)):
-            mine = ours.loc[(ours.index >= theirs.index[0]) & (ours.index <= theirs.index[-1])]
-            alien = find_unexpected(self._expected, opens_of(mine.reset_index()), self._series.timeframe)
-            both = mine.index.intersection(theirs.index)
-            overlaps |= len(both) > 0
-            differs = mine.loc[both].ne(theirs.loc[both]).any(axis=1).any()
-            if differs or not mine.index[alien].isin(theirs.index).all():
-                overlaps = False
-                break
-        if not overlaps:
-            raise DataError(
-                "an answer has bars where the calendar has none and lacks some that it has, and a second answer does not agree "
-                "with it",
-                doing=f"loading {self._series} {request.window}",
-                advice="Nothing of this window was written; run the load again.",
-            )
 
     def _fetch(self, request: Request, evidence: list[Evidence], *, from_s: int | None = None) -> NormalisedAnswer:
         raw = self._history.fetch(self._series, request)

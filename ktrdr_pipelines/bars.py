@@ -397,30 +397,6 @@ def normalise_answer(
     )
 
 
-def refuse_ambiguous_labels(opens_s: Int64Array, series: Series, *, end_s: float, round_the_clock: bool) -> None:
-    """Refuse weeks labelled with Sundays and months with their calendar's last days where nothing trades then: whether such a
-    label ends its week or stands before it cannot be told, and a mistake would shift every bar by one. A label after the
-    request's end (``end_s``) tells: those labels end their weeks. All labels of an answer have to be like that, not one.
-
-    Raises:
-        DataError: the answer's labels are such.
-    """
-    if series.timeframe.name not in ("1w", "1mo") or round_the_clock or not len(opens_s):
-        return
-    days = opens_s // 86400
-    months = days.astype("datetime64[D]").astype("datetime64[M]")
-    is_sunday, is_weekend = (days + 3) % 7 == 6, (days + 3) % 7 >= 5
-    is_month_end = (days + 1).astype("datetime64[D]").astype("datetime64[M]") > months
-    is_odd = is_sunday.all() if series.timeframe.name == "1w" else is_month_end.all() and is_weekend.any()
-    if is_odd and opens_s.max() <= end_s:
-        raise DataError(
-            f"the {series.timeframe.name} bars are labelled with days on which nothing trades, the newest with "
-            f"{days.max().astype('datetime64[D]')}: whether with the day before their period or its last one cannot be told",
-            doing=describe_check(series, None),
-            advice="Nothing was written. Load daily bars; weeks and months can be made of them.",
-        )
-
-
 def latest_complete_open_s(timeframe: Timeframe, now_s: float) -> int:
     """The latest second at which a bar may open and surely be complete at ``now_s``, knowing no calendar."""
     slack = 0 if timeframe.is_intraday else LATEST_SESSION_END_S
