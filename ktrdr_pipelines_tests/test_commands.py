@@ -266,7 +266,10 @@ class Refusing(threading.Thread):
             except OSError:
                 return
             self.asked += 1  # before anybody can know that it hung up
-            connection.close()
+            with connection:
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(4096):  # what is closed unread is a reset to the other side, and only at times
+                    pass
 
 
 def test_only_a_universe_that_means_something_else_is_reloaded(
