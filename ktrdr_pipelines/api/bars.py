@@ -94,7 +94,7 @@ def render_page(series: Series, page: Page, format: Format) -> Response:
     next_start = format_instant(page.next_start) if page.next_start else None
     headers = {"X-Next-Start": next_start} if next_start else {}
     if page.notices:
-        headers["X-Notice"] = "; ".join(page.notices).encode("ascii", "backslashreplace").decode()[:1000]
+        headers["X-Notice"] = _as_header("; ".join(page.notices))
     if format is Format.CSV:
         return Response(b"".join(render_file(page.bars)), media_type="text/csv", headers=headers)
     if format is Format.ARROW:
@@ -111,6 +111,12 @@ def render_page(series: Series, page: Page, format: Format) -> Response:
         "bars": rows,
     }
     return Response(json.dumps(body), media_type="application/json", headers=headers)
+
+
+def _as_header(text: str) -> str:
+    """``text`` as a header takes it: a damaged row may hold any byte."""
+    plain = "".join(c if c.isprintable() else " " for c in text[:1000])
+    return plain.encode("ascii", "backslashreplace").decode()[:1000]
 
 
 def _to_arrow(bars: pd.DataFrame) -> bytes:

@@ -6,11 +6,12 @@ import io
 import json
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pytest
 
 from ktrdr_pipelines.inspection import inspect_one
-from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
+from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
 
 ROUTE = "/api/v1/data/AAPL/1d"
 HEADER = "timestamp,open,high,low,close,volume\n"
@@ -92,6 +93,18 @@ def test_a_row_that_is_no_bar_is_left_out_with_a_word(open_api: OpenApi, csv: Pa
     if shape == "json":
         assert answer.json()["count"] == 5
         assert "1 refused" in " ".join(answer.json()["notices"])
+
+
+@pytest.mark.parametrize("byte", ["\0", "\x01", "\x1b", "\x7f", "\x85", "\u2028"])
+def test_a_row_with_any_byte_in_it_is_told_in_a_header(tmp_path: Path, csv: Path, byte: str) -> None:
+    """A machine that crashed leaves NULs; a header takes none, and the connection would be closed. On a socket, as served."""
+    bad = f"2022-02-03T00:00:00Z,10,9{byte},11,10,1\n".encode()
+    csv.write_bytes((HEADER + "".join(ROWS[:5])).encode() + bad)
+    with serving(settings_in(tmp_path), queue_limit=1) as base:
+        answer = httpx.get(f"{base}/data/AAPL/1d?limit=1", timeout=30)
+    assert answer.status_code == 200
+    assert "1 refused; line 7" in answer.headers["x-notice"]
+    assert "1 refused" in answer.json()["notices"][0]
 
 
 def test_a_file_that_is_none_is_a_failure_and_not_an_empty_answer(open_api: OpenApi, csv: Path) -> None:
