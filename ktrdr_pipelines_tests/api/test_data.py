@@ -77,6 +77,30 @@ def test_a_window_includes_its_start_and_not_its_end(
     assert (answer["count"], len(answer["bars"]), answer["next_start"]) == (count, count, None)
 
 
+@pytest.mark.parametrize("shape", ["json", "csv", "arrow"])
+def test_a_hole_is_told_and_does_not_look_like_no_data(open_api: OpenApi, csv: Path, shape: str) -> None:
+    """Bars of the window that nobody has asked for yet are counted, page by page; a window without any says nothing."""
+    client = open_api()
+
+    def told(**query: object) -> str:
+        answer = client.get(ROUTE, params={**query, "format": shape})
+        header: str = answer.headers.get("x-notice", "")
+        if shape == "json":
+            assert "; ".join(answer.json()["notices"]) == header
+        return header
+
+    csv.write_text(HEADER + "".join(f"2022-01-{day:02}T00:00:00Z,1,2,1,1,5\n" for day in (3, 4, 7, 10)))
+    assert told(start="2022-01-03", end="2022-01-05") == ""
+    assert told().startswith("AAPL 1d 2022-01-03..2022-01-10T00:00:01Z: 2 expected bars are not held; ")
+    assert "247 expected bars" in told(start="2021-01-01", end="2021-12-25")
+    assert told(limit=2).startswith("AAPL 1d 2022-01-03..2022-01-07: 2 expected")
+    assert told(start="2022-01-07", limit=2) == ""
+    csv.unlink()
+    assert told() == "nothing is held of AAPL 1d; POST /api/v1/data/load loads it"
+    assert "5 expected bars" in told(start="2022-01-03", end="2022-01-08")
+    assert told(start="2022-01-08", end="2022-01-10") == ""
+
+
 def test_nothing_held_is_an_empty_page_and_an_unknown_symbol_is_not_found(open_api: OpenApi) -> None:
     """Two different answers: the second may be a slip of the pen."""
     client = open_api()
