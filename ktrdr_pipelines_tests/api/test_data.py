@@ -144,6 +144,29 @@ def test_a_file_that_is_none_is_a_failure_and_not_an_empty_answer(open_api: Open
     assert listed["AAPL", "1h"]["rows"] == 0
 
 
+BROKEN = {
+    "no YAML": "series: [",
+    "nested": "[" * 3000,
+    "no such day": "series: 2024-13-45",
+    "unknown field": "series:\n- {symbol: AAPL, timeframes: [1d], colour: red}\n",
+    "no kind": "series:\n- {symbol: AAPL, timeframes: [7m]}\n",
+    "not text": "\0",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_universe_file_is_the_servers_trouble_and_not_the_questions(
+    open_api: OpenApi, csv: Path, content: str
+) -> None:
+    """A 5xx in the one shape that names the file: whoever asked has nothing to mend."""
+    (csv.parent / "universe.yaml").write_text(content)
+    client = open_api()
+    for route in ("/api/v1/data", ROUTE, f"{ROUTE}/gaps", "/api/v1/ib/symbols/discovered", "/api/v1/ib/ranges"):
+        answer = client.get(route)
+        assert (answer.status_code, problem_of(answer)["kind"]) == (503, "configuration"), route
+        assert "universe.yaml" in problem_of(answer)["message"]
+
+
 def test_the_list_tells_what_is_held(open_api: OpenApi, csv: Path) -> None:
     """Every series of the universe, in pages."""
     client = open_api()
