@@ -190,7 +190,8 @@ def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bo
     """Make FILE, a CSV of bars made by something else, part of the series SYMBOL TIMEFRAME.
 
     Columns timestamp (or date, datetime, or a nameless first one), open, high, low, close, volume, in any order. Bars that
-    are held already win. Rows that are no good bars are shown and left out. FILE stays as it is, except when it is the
+    are held already win. Rows that are no good bars, or lie outside the trading hours, are shown and left out. FILE stays as it
+    is, except when it is the
     series' own CSV: then it is converted where it is, and the original is kept beside it.
 
     \b

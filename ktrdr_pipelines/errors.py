@@ -3,6 +3,7 @@
 ```
 KtrdrError
 ├── InputError            what a person typed or configured is wrong             exit 2
+│   └── ConfigurationError    it stands in a file: whoever asks over REST is not to blame
 ├── PermanentError        IB refuses, and will again: no such contract, no permission     3
 ├── TransientError        IB or the way to it is in trouble; a retry may help             4
 │   ├── GatewayUnreachable    nothing usable answers at the configured host and port      5
@@ -65,6 +66,12 @@ class InputError(KtrdrError):
 
     exit_code = 2
     family = "input"
+
+
+class ConfigurationError(InputError):
+    """What the program is configured with cannot be meant: a person has to mend it, and not whoever asked."""
+
+    family = "configuration"
 
 
 class PermanentError(KtrdrError):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
-from ktrdr_pipelines.coverage import STAMP_SLACK_S, mark_missing
+from ktrdr_pipelines.coverage import STAMP_SLACK_S, mark_missing, widen
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.plan import GapReason
 from ktrdr_pipelines.series import Series, Window, format_instant
@@ -175,6 +175,29 @@ def inspect_series(
         notices=tuple(notices),
         damage=tuple(damage),
     )
+
+
+def count_missing(series: Series, store: Store, window: Window, now: datetime) -> int:
+    """How many bars of ``window``, complete at ``now``, are expected and neither held in ``store`` (settled) nor proven empty.
+
+    Costs as much as the window is long.
+
+    Raises:
+        InputError: no calendar is known for the instrument, or the window begins before calendars do. DataError, StoreError: the
+        files cannot be read.
+    """
+    window = Window(window.start, max(window.start, min(window.end, now)))
+    if window.is_empty:
+        return 0
+    expected = expected_bars(series, window, complete_at_s=int(now.timestamp()))
+    held, extent = store.held_opens(series, widen(window)), store.extent(series)
+    first_s = extent.first_open_s if extent else None
+    return int(mark_missing(expected, held, store.read_sidecar(series), first_s, series.timeframe).sum())
+
+
+def describe_missing(series: Series, window: Window, lacking: int) -> str:
+    """What is said on every door where the bars of ``window`` are read and some are missing."""
+    return f"{series} {window}: {lacking:,} expected bars are not held"
 
 
 def _asked_last(item: ProvenEmpty) -> tuple[datetime, datetime]:

@@ -12,15 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
-from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.coverage import mark_missing, widen
 from ktrdr_pipelines.errors import DataError, InputError
+from ktrdr_pipelines.gaps import count_missing, describe_missing
 from ktrdr_pipelines.membership import name_series
-from ktrdr_pipelines.series import Series, Window, parse_range
+from ktrdr_pipelines.series import Window, parse_range
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.corrections import open_store
 from ktrdr_pipelines.store.peek import peek
-from ktrdr_pipelines.store.series_store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,21 +163,14 @@ def read_bars(
         begin = first or extent.first
         window = Window(begin, max(last or extent.last + timedelta(seconds=1), begin))
         bars = store.read_bars(series, window)
-        lacking = 0 if missing == "ignore" else _count_missing(series, window, store, extent.first_open_s, now)
+        lacking = 0 if missing == "ignore" else count_missing(series, store, window, now)
     if lacking:
-        text = f"{series} {window}: {lacking:,} expected bars are not held"
+        text = describe_missing(series, window, lacking)
         advice = "`ktrdr gaps` says which and why; ktrdr.load(…, 'full') asks for them."
         if missing == "raise":
             raise DataError(text, advice=advice)
         warnings.warn(f"{text}. {advice}", IncompleteBars, stacklevel=2)
     return bars
-
-
-def _count_missing(series: Series, window: Window, store: Store, first_held_s: int, now: datetime) -> int:
-    expected = expected_bars(series, window, complete_at_s=int(now.timestamp()))
-    held = store.held_opens(series, widen(window))
-    missing = mark_missing(expected, held, store.read_sidecar(series), first_held_s, series.timeframe)
-    return int(missing.sum())
 
 
 def _text(at: Time | None, what: str) -> str | None:

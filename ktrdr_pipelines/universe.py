@@ -27,7 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ktrdr_pipelines.errors import InputError, StoreError
+from ktrdr_pipelines.errors import ConfigurationError, InputError, StoreError
 from ktrdr_pipelines.series import (
     DEFAULT_EXCHANGES,
     DEFAULT_WHAT_TO_SHOW,
@@ -180,7 +180,9 @@ def parse_universe(text: str, origin: str = "universe file") -> Universe:
     doing = f"reading {origin}"
     try:
         raw: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise InputError("nested too deeply", doing=doing, advice="Mend the file, or restore it.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that Python has no value for
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"not YAML{where}", doing=doing, advice="Mend the line, or restore the file.") from None
@@ -214,26 +216,31 @@ def read_universe(path: Path, *, must_exist: bool = False) -> Universe:
     """The universe of ``path``; the default universe when there is no such file, unless it ``must_exist`` (a person named it).
 
     Raises:
-        InputError: see `parse_universe`; or the file is missing and must not be.
+        ConfigurationError: see `parse_universe`; or the file is missing and must not be.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         if must_exist:
-            raise InputError(f"{path} does not exist", advice="Correct KTRDR_UNIVERSE, or make the file.") from None
+            raise ConfigurationError(
+                f"{path} does not exist", advice="Correct KTRDR_UNIVERSE, or make the file."
+            ) from None
         return DEFAULT_UNIVERSE
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
+        raise ConfigurationError(
             f"cannot be read: {error}", doing=f"reading {path}", advice="Mend or remove the file."
         ) from None
-    return parse_universe(text, str(path))
+    try:
+        return parse_universe(text, str(path))
+    except InputError as error:
+        raise ConfigurationError(error.observed, doing=error.doing, advice=error.advice) from None
 
 
 def universe_of(settings: Settings) -> Universe:
     """The universe of ``settings``; the default one where there is no file, unless a person named it.
 
     Raises:
-        InputError: see `read_universe`.
+        ConfigurationError: see `read_universe`.
     """
     return read_universe(settings.universe_path, must_exist=settings.universe_file is not None)
 

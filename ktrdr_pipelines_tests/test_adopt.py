@@ -11,13 +11,13 @@ import pytest
 
 from ktrdr_pipelines.bars import bars_from_columns, opens_of
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.series import TIMEFRAMES, Series, forex, parse_timeframe, stock
+from ktrdr_pipelines.series import TIMEFRAMES, Hours, Series, forex, parse_timeframe, stock
 from ktrdr_pipelines.store.adopt import read_foreign, read_stamp
 from ktrdr_pipelines.store.csvfile import HEADER, render_rows
 from ktrdr_pipelines.store.series_store import Store
 
 NOW = datetime(2025, 6, 1, 12, 30, tzinfo=UTC)
-MSFT_1H = Series(stock("MSFT"), parse_timeframe("1h"))
+MSFT_1H = Series(stock("MSFT", hours=Hours.EXTENDED), parse_timeframe("1h"))
 MSFT_1D = Series(stock("MSFT"), parse_timeframe("1d"))
 EURUSD_1H = Series(forex("EURUSD"), parse_timeframe("1h"))
 

@@ -262,3 +262,15 @@ def test_bytes_that_are_no_text_are_refused_by_a_real_process(
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(b"ktrdr: ")
     assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[" * 3000, "series: " + "{a: " * 3000, "series: 2024-13-45", "a: &a [*a]"])
+@pytest.mark.parametrize("command", [["universe", "list"], ["gaps"], ["ib-load", "AAPL", "1h", "--dry-run"]])
+def test_a_universe_file_that_yaml_chokes_on_is_one_line(
+    say: Say, tmp_path: Path, command: list[str], content: str
+) -> None:
+    """Nested without end, a date that is none, a list within itself."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "universe.yaml").write_text(content)
+    code, _, err = say(*command)
+    assert_one_line(code, err, "universe.yaml")

@@ -29,7 +29,7 @@ from ktrdr_pipelines_tests.test_bad_input import Say, every_command, say
 
 __all__ = ["say"]
 
-STAMPS = ("2024-01-02T14:30:00Z", "2024-01-02T15:00:00Z")
+STAMPS = ("2024-01-02T15:00:00Z", "2024-01-02T16:00:00Z")
 CSV = "timestamp,open,high,low,close,volume\n" + "".join(f"{stamp},1.0,2.0,0.5,1.5,100\n" for stamp in STAMPS)
 HEAVY = {"dagster", "pandas", "numpy", "pandera", "ib_insync", "sqlalchemy", "pydantic", "rich", "yaml", "asyncio"}
 

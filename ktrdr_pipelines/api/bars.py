@@ -17,6 +17,7 @@ from fastapi.responses import Response
 from ktrdr_pipelines.api import models
 from ktrdr_pipelines.bars import COLUMNS, empty_bars, opens_of
 from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.gaps import count_missing, describe_missing
 from ktrdr_pipelines.membership import look_at
 from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.series import Series, Window, format_instant
@@ -46,7 +47,8 @@ class Page:
     bars: pd.DataFrame
     next_start: datetime | None
     notices: tuple[str, ...] = ()
-    """What is wrong with the file and will be put right by the next load: rows that are no bars are not in ``bars``."""
+    """What is wrong with the file and will be put right by the next load (rows that are no bars are not in ``bars``), and how
+    many bars of the page's part of the window are expected and neither held nor proven empty."""
 
 
 def read_page(settings: Settings, series: Series, start: datetime | None, end: datetime | None, limit: int) -> Page:
@@ -55,16 +57,32 @@ def read_page(settings: Settings, series: Series, start: datetime | None, end: d
     Raises:
         DataError: the rows break the rules. StoreError: the disk refuses.
     """
-    with peek(open_store(settings.data_dir), series, now=utc_now()) as (store, pending):
+    now = utc_now()
+    with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
         notices = tuple(pending.describe())
         extent = store.extent(series)
         if extent is None:
-            return Page(empty_bars(), None, notices)
+            said = f"nothing is held of {series}; POST /api/v1/data/load loads it"
+            if start is not None:
+                said = _say_missing(series, store, Window(start, max(start, end or now)), now)
+            return Page(empty_bars(), None, (*notices, said) if said else notices)
         held = Window.from_epoch(extent.first_open_s, extent.last_open_s + 1)
         window = Window(max(held.start, start or held.start), max(held.start, start or held.start, end or held.end))
         common = held.intersect(window)
         page = _collect(store, series, common, limit) if common else Page(empty_bars(), None)
-        return replace(page, notices=notices)
+        begin = start or held.start
+        until = page.next_start or (end or held.end)
+        said = _say_missing(series, store, Window(begin, max(begin, until)), now)
+        return replace(page, notices=(*notices, said) if said else notices)
+
+
+def _say_missing(series: Series, store: Store, window: Window, now: datetime) -> str:
+    """A hole is not "no data": what `ktrdr_pipelines.read_bars` warns of."""
+    try:
+        lacking = count_missing(series, store, window, now)
+    except InputError as error:  # no calendar, or before calendars begin: the bars are shown all the same
+        return f"what is missing is not known: {error.message}"
+    return f"{describe_missing(series, window, lacking)}; the route /gaps says which and why" if lacking else ""
 
 
 def _collect(store: Store, series: Series, window: Window, limit: int) -> Page:
@@ -94,7 +112,7 @@ def render_page(series: Series, page: Page, format: Format) -> Response:
     next_start = format_instant(page.next_start) if page.next_start else None
     headers = {"X-Next-Start": next_start} if next_start else {}
     if page.notices:
-        headers["X-Notice"] = "; ".join(page.notices).encode("ascii", "backslashreplace").decode()[:1000]
+        headers["X-Notice"] = _as_header("; ".join(page.notices))
     if format is Format.CSV:
         return Response(b"".join(render_file(page.bars)), media_type="text/csv", headers=headers)
     if format is Format.ARROW:
@@ -111,6 +129,12 @@ def render_page(series: Series, page: Page, format: Format) -> Response:
         "bars": rows,
     }
     return Response(json.dumps(body), media_type="application/json", headers=headers)
+
+
+def _as_header(text: str) -> str:
+    """``text`` as a header takes it: a damaged row may hold any byte."""
+    plain = "".join(c if c.isprintable() else " " for c in text[:1000])
+    return plain.encode("ascii", "backslashreplace").decode()[:1000]
 
 
 def _to_arrow(bars: pd.DataFrame) -> bytes:

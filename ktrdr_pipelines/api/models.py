@@ -45,7 +45,7 @@ class Problem(BaseModel):
     """What failed and what to do about it."""
 
     kind: str = Field(
-        description="input, not_found, permanent, transient, gateway, pacing, timeout, data, store, busy, bug …"
+        description="input, configuration, not_found, permanent, transient, gateway, pacing, timeout, data, store, busy, bug …"
     )
     message: str
     advice: str

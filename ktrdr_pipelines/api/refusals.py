@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 STATUS_OF = {
     "input": 422,
+    "configuration": 503,
     "not_found": 404,
     "permanent": 404,
     "transient": 503,
@@ -30,7 +31,8 @@ STATUS_OF = {
     "error": 500,
 }
 """By `KtrdrError.family`. IB's refusals are about what was named (no such contract, no permission for it): 404. Trouble of IB or
-on the way to it is 503 or 504, bars that break the rules are 502, a disk that refuses is 507."""
+on the way to it is 503 or 504, bars that break the rules are 502, a disk that refuses is 507. A broken universe file is 503:
+the question was right."""
 
 _RETRY_AFTER = {"busy": 10, "pacing": 15, "transient": 15}
 _KIND_OF = {404: "not_found", 405: "input", 400: "input", 413: "input", 415: "input", 422: "input"}

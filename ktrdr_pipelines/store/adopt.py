@@ -23,6 +23,7 @@ from ktrdr_pipelines.bars import COLUMNS, BarArrays, bars_from_columns, find_fau
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.series import Series
 from ktrdr_pipelines.store.csvfile import RowFault, parse_number
+from ktrdr_pipelines.store.outside import Judge, why_outside
 
 _STAMP_NAMES = ("timestamp", "datetime", "date", "time", "")
 """Headers over the stamps, best first. An empty one counts only over the first column (a pandas index)."""
@@ -60,7 +61,13 @@ class _NaiveStamp(Exception):
 
 
 def read_foreign(
-    data: bytes, series: Series, name: str, *, assume_utc: bool = False, last_complete_s: int | None = None
+    data: bytes,
+    series: Series,
+    name: str,
+    *,
+    assume_utc: bool = False,
+    last_complete_s: int | None = None,
+    outside: Judge | None = None,
 ) -> AdoptedRows:
     """The bars in ``data``, the content of the file ``name``.
 
@@ -70,12 +77,13 @@ def read_foreign(
     date as written is the session date, in whatever zone its midnight is.
 
     ``last_complete_s`` (epoch seconds) is the last open whose bar is surely complete; later ones are dropped: half a bar would
-    stay wrong, and one of the future would make the tail believe that nothing is missing.
+    stay wrong, and one of the future would make the tail believe that nothing is missing. ``outside`` tells which opens the
+    series cannot have (`outside.py`); those bars are dropped too.
 
     Rows that break the rules are dropped and reported; of two different bars with one stamp neither is kept.
 
     Raises:
-        DataError: no bar file at all, stamps without a zone, or not one good row.
+        DataError: no bar file at all, stamps without a zone or of another one, or not one good row.
     """
     doing = f"adopting {name} as {series}"
     text = _decode(data, name, doing)
@@ -94,7 +102,24 @@ def read_foreign(
             doing=doing,
             advice=f"The file was left alone. Put it right, or move it away; the normal header is {','.join(COLUMNS)}.",
         )
-    return _settle_rows(rows, layout, series, lines, name, doing, last_complete_s)
+    strays = _find_strays(rows, outside, name, doing, assume_utc=assume_utc)
+    return _settle_rows(rows, layout, series, lines, name, doing, last_complete_s, strays)
+
+
+def _find_strays(rows: _Rows, outside: Judge | None, name: str, doing: str, *, assume_utc: bool) -> list[int]:
+    """The rows that the calendar has no room for. Most of them, in stamps that were said to be UTC: they are of another zone,
+    and the rest of such a file would be kept at wrong times."""
+    if outside is None:
+        return []
+    strays = np.flatnonzero(outside(np.array(rows.opens_s, dtype=np.int64))).tolist()
+    if assume_utc and rows.naive and len(strays) * 2 > len(rows.lines):
+        raise DataError(
+            f"{name}: {len(strays):,} of {len(rows.lines):,} bars lie outside the trading hours if their stamps are UTC",
+            doing=doing,
+            advice="The file was left alone: its stamps are of another zone. Write them with their offset, such as "
+            "2024-01-02 09:30:00-05:00, or as UTC.",
+        )
+    return strays
 
 
 class _Lines:
@@ -125,6 +150,7 @@ class _Rows:
         self.lines = array("q")
         self.opens_s = array("q")
         self.values = array("d")
+        self.naive = 0
         self.faults: list[RowFault] = []
 
 
@@ -226,6 +252,7 @@ def _read_row(
     except ValueError as failure:
         rows.faults.append(RowFault(line, text, str(failure)))
         return
+    rows.naive += assume_utc and series.timeframe.is_intraday and not has_zone(fields[layout.stamp].strip())
     numbers = [parse_number(fields[at].strip()) for at in layout.prices]
     volume = 0.0 if layout.volume < 0 else _read_volume(fields[layout.volume].strip(), series)
     rows.lines.append(line)
@@ -239,6 +266,12 @@ def _read_volume(text: str, series: Series) -> float:
         return 0.0
     volume = parse_number(text)
     return 0.0 if volume == -1 else volume
+
+
+def has_zone(text: str) -> bool:
+    """True if the stamp ``text`` says which zone it is in."""
+    match = _STAMP.fullmatch(text)
+    return match is not None and match[3] is not None
 
 
 def read_stamp(text: str, *, is_intraday: bool, assume_utc: bool) -> int:
@@ -276,6 +309,7 @@ def _settle_rows(
     name: str,
     doing: str,
     last_complete_s: int | None,
+    strays: Sequence[int],
 ) -> AdoptedRows:
     numbers = np.array(rows.lines, dtype=np.int64)
     opens_s = np.array(rows.opens_s, dtype=np.int64)
@@ -285,7 +319,8 @@ def _settle_rows(
         notices.append(f"columns left out: {', '.join(layout.ignored)}")
     if layout.volume < 0:
         notices.append("no volume column: volume is 0")
-    faults = find_faults(BarArrays(opens_s * 1_000_000, *values.T), rules_for(series))
+    faults = dict.fromkeys(strays, why_outside(series))
+    faults |= find_faults(BarArrays(opens_s * 1_000_000, *values.T), rules_for(series))
     if last_complete_s is not None:
         late = np.flatnonzero(opens_s > last_complete_s).tolist()
         faults = {**dict.fromkeys(late, "the bar is not complete yet"), **faults}

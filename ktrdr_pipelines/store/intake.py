@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from ktrdr_pipelines.bars import latest_complete_open_s, rules_for
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.series import Series, Timeframe, Window, require_utc
@@ -24,9 +26,12 @@ from ktrdr_pipelines.store.csvfile import (
     parse_rows,
     read_range,
     render_file,
+    render_stamps,
+    scan_opens,
 )
 from ktrdr_pipelines.store.disk import FileState, SourceChanged, keep_copy, replace_file, state_of
 from ktrdr_pipelines.store.files import SeriesFiles, is_as_written, mark_of, opened
+from ktrdr_pipelines.store.outside import Judge, is_outside, is_overlapping, why_outside
 from ktrdr_pipelines.store.sidecar import (
     FileMark,
     PartitionMark,
@@ -64,6 +69,8 @@ class Prepared:
     """Where the unreadable sidecar was kept; a new one was built from the CSV."""
     changed_partitions: tuple[str, ...] = ()
     """Partitions whose rows are not those we wrote: what is missing there counts as never asked."""
+    notices: tuple[str, ...] = ()
+    """What was left as it is and is odd."""
     csv_gone: bool = False
     """The sidecar knew of bars, but there is no CSV any more: everything counts as never asked."""
 
@@ -84,6 +91,7 @@ class Prepared:
             said.append(f"the sidecar was unreadable and was built anew; the old one is {self.corrupt_sidecar}")
         if self.changed_partitions:
             said.append(f"edited since the last load: {', '.join(self.changed_partitions)}")
+        said += self.notices
         if self.csv_gone:
             said.append("the CSV is gone; everything counts as never asked")
         return said
@@ -97,10 +105,15 @@ def settle(
     *,
     assume_utc: bool = False,
     recheck: bool = False,
+    made_elsewhere: bool = False,
 ) -> tuple[Sidecar, Prepared]:
     """Make the files of ``series`` normal and true to each other; the sidecar, and what had to be done.
 
     Costs two looks at file states when nobody touched the files, unless ``recheck`` asks to read them all the same.
+
+    A CSV without a sidecar was made by something else, and the calendar is asked about its bars (`outside.py`). If it is written
+    just as ours are it may be ours and have lost its sidecar, which shall never cost a bar: then only bars that would be
+    held twice are taken out, unless a person said that it was ``made_elsewhere``.
 
     Raises:
         DataError: the CSV is no bar file; it was left alone.
@@ -131,9 +144,24 @@ def settle(
         return sidecar, Prepared(corrupt_sidecar=corrupt, csv_gone=gone)
 
     adopted = None
+    notices: tuple[str, ...] = ()
+    is_first_use = corrupt is None and sidecar.file is None and not sidecar.partitions
+    outside = is_outside(series) if is_first_use else None
     marks = _check_csv(files, series, sidecar.partitions, now)
+    if marks is not None and is_first_use:
+        strays, doubled = _find_strays(files, series)
+        if doubled or (strays and made_elsewhere):
+            marks = None
+            outside = outside if made_elsewhere else is_overlapping(series)
+        elif strays:
+            notices = (
+                f"{len(strays):,} bars are {why_outside(series)}, the first {render_stamps(np.array(strays[:1]))[0]}: kept, "
+                "since IB may have sent them",
+            )
     if marks is None:
-        adopted = adopt_in_place(files, series, now, assume_utc=assume_utc, was_ours=bool(sidecar.partitions))
+        adopted = adopt_in_place(
+            files, series, now, assume_utc=assume_utc, was_ours=bool(sidecar.partitions), outside=outside
+        )
         marks = _check_csv(files, series, sidecar.partitions, now)
         if marks is None:
             raise changing_all_the_time(files.csv(series), doing)
@@ -147,11 +175,17 @@ def settle(
         )  # fmt: skip
     sidecar = sidecar.model_copy(update={"file": state_checked, "series": str(series), "updated_at": require_utc(now)})
     files.save_sidecar(series, sidecar)
-    return sidecar, Prepared(adopted, corrupt, changed)
+    return sidecar, Prepared(adopted, corrupt, changed, notices)
 
 
 def adopt_in_place(
-    files: SeriesFiles, series: Series, now: datetime, *, assume_utc: bool, was_ours: bool = False
+    files: SeriesFiles,
+    series: Series,
+    now: datetime,
+    *,
+    assume_utc: bool,
+    was_ours: bool = False,
+    outside: Judge | None = None,
 ) -> Adopted:
     """Turn the CSV of ``series``, whatever its layout, into a normal one; the original is kept beside it.
 
@@ -171,7 +205,9 @@ def adopt_in_place(
     if was_ours and not data.endswith(b"\n"):
         data, _, cut = data.rpartition(b"\n")
         data += b"\n"
-    rows = read_foreign(data, series, path.name, assume_utc=assume_utc, last_complete_s=last_complete_s)
+    rows = read_foreign(
+        data, series, path.name, assume_utc=assume_utc, last_complete_s=last_complete_s, outside=outside
+    )
     if cut:
         fault = RowFault(
             data.count(b"\n") + 1, cut.decode("utf-8", "replace"), "cut off: the file ends inside this line"
@@ -192,6 +228,15 @@ def adopt_in_place(
         path.name, len(rows.bars), len(rows.dropped), notices, backup.name,
     )  # fmt: skip
     return Adopted(len(rows.bars), rows.dropped, rows.notices, backup)
+
+
+def _find_strays(files: SeriesFiles, series: Series) -> tuple[list[int], int]:
+    """The opens of a normal CSV that the calendar has no room for, and how many of them would be held twice after a load."""
+    with opened(files.csv(series)) as file:
+        chunks = [opens_s for opens_s, _ in scan_opens(file[0], len(HEADER), file[1].size)] if file else []
+    opens_s = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+    strays = opens_s[is_outside(series)(opens_s)]
+    return strays.tolist(), int(is_overlapping(series)(strays).sum())
 
 
 def _check_csv(

@@ -37,6 +37,7 @@ from ktrdr_pipelines.store.csvfile import (
 from ktrdr_pipelines.store.disk import Disk, FileState, SourceChanged, state_of
 from ktrdr_pipelines.store.files import bad_rows, explained, fault_at, is_as_written, mark_of, opened
 from ktrdr_pipelines.store.intake import Adopted, Prepared, changing_all_the_time, settle
+from ktrdr_pipelines.store.outside import is_outside
 from ktrdr_pipelines.store.parsed import ParsedFiles
 from ktrdr_pipelines.store.results import Extent, Written
 from ktrdr_pipelines.store.sidecar import (
@@ -305,7 +306,8 @@ class Store:
 
         Without ``path`` the series' own CSV is converted where it is, the original kept as ``AAPL_1h.csv.bak-<time>``. With
         one, its bars are added to what is held, which wins where both have a stamp with different values (those rows are
-        reported as dropped); the file at ``path`` is left as it is. Nothing is claimed to be complete: gaps are gaps.
+        reported as dropped); the file at ``path`` is left as it is. Nothing is claimed to be complete: gaps are gaps. Bars that
+        the calendar has no room for are dropped.
 
         Raises:
             DataError: no bar file, stamps without a zone (unless ``assume_utc``), not one good row; it was left alone.
@@ -314,8 +316,9 @@ class Store:
         now = require_utc(now, "now")
         doing = f"adopting {(path or self.csv_path(series)).name} as {series}"
         with self._files.locked(series, doing):
-            _, prepared = settle(self._files, series, now, doing, assume_utc=assume_utc)
-            if path is None or path.resolve() == self.csv_path(series).resolve():
+            is_own = path is None or path.resolve() == self.csv_path(series).resolve()
+            _, prepared = settle(self._files, series, now, doing, assume_utc=assume_utc, made_elsewhere=is_own)
+            if path is None or is_own:
                 return prepared.adopted or Adopted(self._files.load_sidecar(series, doing).rows, (), (), None)
             with explained(path, doing):
                 found = read_foreign(
@@ -324,6 +327,7 @@ class Store:
                     path.name,
                     assume_utc=assume_utc,
                     last_complete_s=latest_complete_open_s(series.timeframe, now.timestamp()),
+                    outside=is_outside(series),
                 )
             if not len(found.bars):
                 return Adopted(0, found.dropped, found.notices, None)

@@ -6,11 +6,12 @@ import io
 import json
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pytest
 
 from ktrdr_pipelines.inspection import inspect_one
-from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
+from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
 
 ROUTE = "/api/v1/data/AAPL/1d"
 HEADER = "timestamp,open,high,low,close,volume\n"
@@ -76,6 +77,30 @@ def test_a_window_includes_its_start_and_not_its_end(
     assert (answer["count"], len(answer["bars"]), answer["next_start"]) == (count, count, None)
 
 
+@pytest.mark.parametrize("shape", ["json", "csv", "arrow"])
+def test_a_hole_is_told_and_does_not_look_like_no_data(open_api: OpenApi, csv: Path, shape: str) -> None:
+    """Bars of the window that nobody has asked for yet are counted, page by page; a window without any says nothing."""
+    client = open_api()
+
+    def told(**query: object) -> str:
+        answer = client.get(ROUTE, params={**query, "format": shape})
+        header: str = answer.headers.get("x-notice", "")
+        if shape == "json":
+            assert "; ".join(answer.json()["notices"]) == header
+        return header
+
+    csv.write_text(HEADER + "".join(f"2022-01-{day:02}T00:00:00Z,1,2,1,1,5\n" for day in (3, 4, 7, 10)))
+    assert told(start="2022-01-03", end="2022-01-05") == ""
+    assert told().startswith("AAPL 1d 2022-01-03..2022-01-10T00:00:01Z: 2 expected bars are not held; ")
+    assert "247 expected bars" in told(start="2021-01-01", end="2021-12-25")
+    assert told(limit=2).startswith("AAPL 1d 2022-01-03..2022-01-07: 2 expected")
+    assert told(start="2022-01-07", limit=2) == ""
+    csv.unlink()
+    assert told() == "nothing is held of AAPL 1d; POST /api/v1/data/load loads it"
+    assert "5 expected bars" in told(start="2022-01-03", end="2022-01-08")
+    assert told(start="2022-01-08", end="2022-01-10") == ""
+
+
 def test_nothing_held_is_an_empty_page_and_an_unknown_symbol_is_not_found(open_api: OpenApi) -> None:
     """Two different answers: the second may be a slip of the pen."""
     client = open_api()
@@ -94,6 +119,18 @@ def test_a_row_that_is_no_bar_is_left_out_with_a_word(open_api: OpenApi, csv: Pa
         assert "1 refused" in " ".join(answer.json()["notices"])
 
 
+@pytest.mark.parametrize("byte", ["\0", "\x01", "\x1b", "\x7f", "\x85", "\u2028"])
+def test_a_row_with_any_byte_in_it_is_told_in_a_header(tmp_path: Path, csv: Path, byte: str) -> None:
+    """A machine that crashed leaves NULs; a header takes none, and the connection would be closed. On a socket, as served."""
+    bad = f"2022-02-03T00:00:00Z,10,9{byte},11,10,1\n".encode()
+    csv.write_bytes((HEADER + "".join(ROWS[:5])).encode() + bad)
+    with serving(settings_in(tmp_path), queue_limit=1) as base:
+        answer = httpx.get(f"{base}/data/AAPL/1d?limit=1", timeout=30)
+    assert answer.status_code == 200
+    assert "1 refused; line 7" in answer.headers["x-notice"]
+    assert "1 refused" in answer.json()["notices"][0]
+
+
 def test_a_file_that_is_none_is_a_failure_and_not_an_empty_answer(open_api: OpenApi, csv: Path) -> None:
     """On each route that reads it; the list goes on with the others."""
     csv.write_text("<html>no bars</html>\n")
@@ -105,6 +142,29 @@ def test_a_file_that_is_none_is_a_failure_and_not_an_empty_answer(open_api: Open
     assert listed["AAPL", "1d"]["rows"] is None
     assert "AAPL_1d.csv" in listed["AAPL", "1d"]["problem"]
     assert listed["AAPL", "1h"]["rows"] == 0
+
+
+BROKEN = {
+    "no YAML": "series: [",
+    "nested": "[" * 3000,
+    "no such day": "series: 2024-13-45",
+    "unknown field": "series:\n- {symbol: AAPL, timeframes: [1d], colour: red}\n",
+    "no kind": "series:\n- {symbol: AAPL, timeframes: [7m]}\n",
+    "not text": "\0",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_universe_file_is_the_servers_trouble_and_not_the_questions(
+    open_api: OpenApi, csv: Path, content: str
+) -> None:
+    """A 5xx in the one shape that names the file: whoever asked has nothing to mend."""
+    (csv.parent / "universe.yaml").write_text(content)
+    client = open_api()
+    for route in ("/api/v1/data", ROUTE, f"{ROUTE}/gaps", "/api/v1/ib/symbols/discovered", "/api/v1/ib/ranges"):
+        answer = client.get(route)
+        assert (answer.status_code, problem_of(answer)["kind"]) == (503, "configuration"), route
+        assert "universe.yaml" in problem_of(answer)["message"]
 
 
 def test_the_list_tells_what_is_held(open_api: OpenApi, csv: Path) -> None:
