@@ -172,7 +172,7 @@ class Asker:
             fruitless += 1
             doubtful = self._hearing.find_doubtful(holes)
             if self._hearing.are_newest(doubtful) or self._hearing.are_beyond_reach(doubtful):
-                self._unproven = doubtful
+                self._unproven = self._hearing.leave_out_expired(doubtful, self._now_s)
                 break
             if fruitless > MAX_FRUITLESS:
                 self._hearing.refuse_unproven(doubtful, request, len(asked))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from ktrdr_pipelines.discovery import NO_CHOICE, symbols_file
+from ktrdr_pipelines.discovery import NO_CHOICE, known_to_account
 from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.forecast import Sending, forecast
 from ktrdr_pipelines.gaps import place
@@ -153,7 +153,7 @@ def plan_series(
 def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
     """That IB was asked where history starts, and what of it the load will ask again: IB's head timestamp is remembered, where
     IB told one; that there is nothing older is looked up each time."""
-    known = symbols_file(history).find_head(history.pin(series.instrument))
+    known = known_to_account(history).find_head(history.pin(series.instrument))
     is_told_now = known is not None and known.until - HEAD_KEPT >= since
     again = history.requests_made - is_told_now
     plural = "s" if history.requests_made > 1 else ""

@@ -20,6 +20,7 @@ from ktrdr_pipelines.source import Answer, IntArray
 from ktrdr_pipelines.store.series_store import Store
 
 _LEAST_AROUND_S = 12 * 86400  # longer than any holiday
+_EXPIRED_AFTER_S = 3 * 86400  # after its last trade date: bars may come late
 
 
 class Hearing:
@@ -66,6 +67,18 @@ class Hearing:
         known_s = max((int(h.stamps[-1]) for h in self.heard if len(h.stamps)), default=0)
         newest_s = max(known_s, extent.last_open_s if extent is not None else 0)
         return len(holes) > 0 and newest_s < int(holes.opens[0])
+
+    def leave_out_expired(self, holes: ExpectedBars, now_s: int) -> ExpectedBars:
+        """``holes`` but for those on or after the last trade date of a future that has expired: nothing newer will ever come that
+        could tell more, IB has said when it ends, and answers of two shapes agree."""
+        try:
+            last = datetime.strptime(self._series.instrument.last_trade_date, "%Y%m%d").replace(tzinfo=UTC)
+        except ValueError:
+            return holes
+        last_s = int(last.timestamp())
+        if now_s < last_s + _EXPIRED_AFTER_S:
+            return holes
+        return holes.take(np.flatnonzero(holes.begins < last_s))
 
     def are_beyond_reach(self, holes: ExpectedBars) -> bool:
         """True if there are ``holes`` at the ends of answers of a series that IB tells only up to now: no other request can show

@@ -36,7 +36,8 @@ from ktrdr_pipelines_tests.load_forks import (
 )
 
 # Two shared cores: a slow moment is no failure.
-hypothesis_settings.register_profile("ktrdr", deadline=None)
+# The same examples each time, so that a change that passed passes again; KTRDR_EXPLORE=1 looks for new ones.
+hypothesis_settings.register_profile("ktrdr", deadline=None, derandomize=not os.environ.get("KTRDR_EXPLORE"))
 hypothesis_settings.load_profile("ktrdr")
 
 # A script's background job ignores these signals, and so would every process that a test starts: handlers are not handed on.

@@ -25,7 +25,10 @@ ESZ4 = Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", hours=Hours.EXTEN
 
 def history_until_expiry(series: Series, since: str, expires: str = "20241220") -> FakeHistory:
     """A gateway that says when it expires, in the contract details only."""
-    history = FakeHistory.of(series, window(since, "2024-12-20T14:30"))
+    until = (
+        "2025-01-01" if series.timeframe.name == "1mo" else "2024-12-20T14:30"
+    )  # the month is labelled with its last day
+    history = FakeHistory.of(series, window(since, until))
     pin = history.pin
     history.pin = lambda instrument: replace(pin(instrument), last_trade_date=expires)  # type: ignore[method-assign]
     return history
@@ -59,11 +62,12 @@ def missing_after(store: Store, series: Series, at: datetime, now: datetime) -> 
 
 
 def test_a_gateway_that_names_no_date_is_asked_until_now(tmp_path: Path) -> None:
-    """Then only its answers tell that there is no bar any more."""
+    """Then nothing proves that the newest bars do not exist: they stay missing, and no answer is read as more than it says."""
     series = Series(ESZ4, TIMEFRAMES["1d"])
     history = history_until_expiry(series, "2024-06-03", expires="")
     job, _ = load(Store(tmp_path / "data"), history, series, window("2024-06-03", "2025-06-01"), now=utc("2025-06-01"))
-    assert job.report.proven_empty > 100
+    assert (job.report.proven_empty, job.report.missing_bars > 100) == (0, True)
+    assert any("not there yet" in notice for notice in job.report.notices)
     assert max(request.window.end for request in history.requests) > utc("2025-05-01")
 
 

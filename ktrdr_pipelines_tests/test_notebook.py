@@ -137,7 +137,9 @@ def test_what_a_load_calls_complete_is_complete_to_a_reader(make_settings: MakeS
 
     minutes, span = Series(stock("MSFT"), TIMEFRAMES["1m"]), window("2024-03-04", "2024-03-16")
     thin = FakeHistory.of(minutes, span)
-    thin.truth = thin.truth[np.random.default_rng(0).random(len(thin.truth)) > 0.2]
+    trades = np.random.default_rng(0).random(len(thin.truth)) > 0.2
+    trades[-1] = True  # of the newest bar nothing could show that it is not only late
+    thin.truth = thin.truth[trades]
     load_all(store, thin, minutes, span)
     assert store.read_sidecar(minutes).sparse
     assert no_warning(settings, "1m", "2024-03-04", "2024-03-16") == len(thin.truth)

@@ -350,7 +350,7 @@ def make_script(random: Random, req_id: int) -> Script:
 def storable(rows: Sequence[Row], start_s: int, end_s: int) -> dict[int, Row] | None:
     """The rows of a window by their opens, None if one of them is no bar, or two differ in one open. The rules are those of
     hourly bars of a stock: a stamp on the quarter hour, positive finite prices, low and high around the others, volume
-    finite and not negative (-1: IB has none)."""
+    finite and not negative (-1: IB has none), no number that IB uses for "not set"."""
     kept: dict[int, Row] = {}
     for stamp, *values in rows:
         if stamp >= YEAR_10000_S:
@@ -360,6 +360,7 @@ def storable(rows: Sequence[Row], start_s: int, end_s: int) -> dict[int, Row] | 
         o, h, lo, c, volume = (0.0 if i == 4 and value == -1 else value for i, value in enumerate(values))
         row = (stamp, o, h, lo, c, volume)
         is_bar = all(map(isfinite, row)) and 0 < lo <= min(o, c) and max(o, c) <= h and volume >= 0
+        is_bar &= max(row[1:]) < 2**53 and volume != 2**31 - 1
         if not is_bar or stamp % 900 or kept.get(stamp, row) != row:
             return None
         kept[stamp] = row
