@@ -17,6 +17,7 @@ series:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from ktrdr_pipelines.settings import Settings
 
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
+_PAIR = re.compile("([A-Z]{3})[./]([A-Z]{3})")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
 
 
@@ -150,8 +152,10 @@ class Universe:
                 yield Series(instrument, parse_timeframe(name))
 
     def find_instrument(self, symbol: str) -> Instrument | None:
-        """The instrument called ``symbol`` (case counts as typed first, then as upper case; ``EUR.USD`` is ``EURUSD``)."""
-        for wanted in (symbol, symbol.upper(), symbol.upper().replace(".", "").replace("/", "")):
+        """The instrument called ``symbol`` (case counts as typed first, then as upper case; ``EUR.USD`` and ``EUR/USD`` are
+        ``EURUSD``)."""
+        pair = _PAIR.fullmatch(symbol.upper())
+        for wanted in (symbol, symbol.upper(), *(["".join(pair.groups())] if pair else [])):
             for entry in self.entries:
                 instrument = entry.instrument()
                 if wanted == instrument.symbol:
