@@ -147,11 +147,15 @@ def describe_calendar_check(check: CalendarCheck) -> list[str]:
         f"{check.instrument.symbol} follows {check.key.name}, {check.key.hours} hours: {count(check.sessions, 'session')} from "
         f"{check.span.start:%Y-%m-%d} to {last:%Y-%m-%d} compared, {count(check.requests, 'request')}"
     ]
-    lines += [f"  {describe_difference(d)}" for d in check.differences]
+    lines += [f"  {describe_difference(d)}" for d in check.differences if check.file or d in check.pending()]
+    lines += [f"  {describe_difference(d)}; an earlier correction is out of date" for d in check.outdated]
     lines += [f"  {describe_difference(d)}; a second answer did not agree, left as it is" for d in check.unconfirmed]
     lines += [f"  {notice}" for notice in check.notices]
-    if not check.differences:
-        return [*lines, "  nothing to correct"]
-    if check.file:
+    kept = len(check.differences) - len(check.pending())
+    if check.file and (check.differences or check.outdated):
         return [*lines, f"  {count(len(check.differences), 'session')} corrected, kept in {check.file}"]
+    if kept:
+        lines.append(f"  {count(kept, 'session')} corrected before, as IB says")
+    if not check.pending() and not check.outdated:
+        return [*lines, "  nothing to correct"]
     return [*lines, "  not applied (--apply makes IB's word count)"]
