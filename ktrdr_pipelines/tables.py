@@ -78,7 +78,10 @@ def _span(seconds: float) -> str:
 
 def describe_holding(held: Holding) -> list[str]:
     """Everything known of one series."""
-    lines = [f"{held.series}: " + (count(held.rows, "bar") if held.rows else "nothing held")]
+    lines = [
+        f"{held.series}: "
+        + (count(held.rows, "bar") if held.rows else "never loaded" if held.never_loaded else "nothing held")
+    ]
     if held.rows:
         lines.append(f"  held     {_time(held.first)} to {_time(held.last)}, {held.file}")
     if held.history_start:
@@ -99,6 +102,8 @@ def describe_holding(held: Holding) -> list[str]:
             + f": {e.text}"
             for e in item.evidence
         ]
+    if held.proven_ranges > len(held.newest_proven):
+        lines.append(f"    … {held.proven_ranges - len(held.newest_proven):,} more (the sidecar has them all)")
     lines += shorten([f"  damage: {text}" for text in held.damage], "faults")
     lines += [f"  note: {text}" for text in held.notices]
     return lines
@@ -114,9 +119,9 @@ def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
             continue
         missing = item.count_missing()
         older = "known" if item.is_older_known else "not asked"
-        total, why = f"{sum(missing.values()):,}", ", ".join(missing)
+        total, why = f"{sum(missing.values()):,}", "never loaded" if item.never_loaded else ", ".join(missing)
         if not item.rows:
-            total, older = ("all" if missing else "0"), "-"
+            older = "-"
         ends = (_time(item.first), _time(item.last))
         rows.append((name, f"{item.rows:,}", *ends, total, why, older, f"{item.proven_bars:,}"))
     return lay_out(rows, indent=0)
