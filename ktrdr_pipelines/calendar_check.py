@@ -23,6 +23,7 @@ from ktrdr_pipelines.calendars import (
     count_sessions,
     installed_table,
     session_windows,
+    table_of,
 )
 from ktrdr_pipelines.errors import DataError, InputError, TransientError
 from ktrdr_pipelines.ib.history import IBHistory
@@ -30,7 +31,7 @@ from ktrdr_pipelines.membership import name_instrument
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.series import Instrument, Window, file_symbol, format_instant, parse_range
 from ktrdr_pipelines.settings import Settings, load_settings
-from ktrdr_pipelines.store.corrections import CorrectedSession, save_corrections
+from ktrdr_pipelines.store.corrections import CorrectedSession, refresh_calendars, save_corrections
 from ktrdr_pipelines.store.sidecar import Source
 
 DAYS_BACK = 365
@@ -64,6 +65,14 @@ class CalendarCheck:
     file: Path | None = None
     """Where the differences are kept from now on; None when they were not applied."""
     notices: Sequence[str] = ()
+    in_force: frozenset[int] = frozenset()
+    """Session dates (epoch seconds) of ``differences`` that an earlier correction has put right already."""
+    outdated: Sequence[Difference] = ()
+    """Where an earlier correction says what IB no longer says. Applying takes it back."""
+
+    def pending(self) -> list[Difference]:
+        """The differences that do not count yet."""
+        return [d for d in self.differences if d.session.date_s not in self.in_force]
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; instants in ISO 8601 UTC."""
@@ -75,8 +84,13 @@ class CalendarCheck:
             "end": format_instant(self.span.end),
             "sessions": self.sessions,
             "requests": self.requests,
-            "differences": [_as_dict(d, confirmed=True) for d in self.differences]
-            + [_as_dict(d, confirmed=False) for d in self.unconfirmed],
+            "differences": [
+                _as_dict(d, confirmed=confirmed)
+                | {"applied": self.file is not None or d.session.date_s in self.in_force}
+                for confirmed, found in ((True, self.differences), (False, self.unconfirmed))
+                for d in found
+            ],
+            "outdated": [_as_dict(d, confirmed=True) for d in self.outdated],
             "file": str(self.file) if self.file else None,
             "notices": list(self.notices),
         }
@@ -104,6 +118,12 @@ def check_calendar(
         raise InputError(f"the window {window} is empty", advice="Choose a start before the end, and both in the past.")
     settings = settings or load_settings()
     instrument = name_instrument(symbol, settings)
+    if instrument.sec_type == "CONTFUT":
+        raise InputError(
+            f"IB tells no past schedule of a continuous future, as {instrument.symbol} is one",
+            advice=f"Compare a contract of it, such as {_name_contract(instrument, now)}: they share a calendar.",
+        )
+    refresh_calendars(settings.data_dir)
     with IBHistory(GatewayResource.of(settings).address()) as history:
         check = compare_with_ib(history, history.pin(instrument), window, now=now)
         if apply:
@@ -128,7 +148,19 @@ def compare_with_ib(history: ScheduleSource, instrument: Instrument, window: Win
     unconfirmed = _find_unconfirmed(history, instrument, found, now)
     confirmed = [d for d in found if d not in unconfirmed]
     correct(table, [d.session for d in confirmed])  # refuses sessions that overlap
-    return CalendarCheck(instrument, key, span, sessions, confirmed, unconfirmed, notices=notices)
+    still = {d.session.date_s: d for d in compare(table_of(instrument), theirs, span)}
+    differing = {d.session.date_s for d in found}
+    return CalendarCheck(
+        instrument, key, span, sessions, confirmed, unconfirmed, notices=notices,
+        in_force=frozenset(differing - set(still)),
+        outdated=[d for date_s, d in still.items() if date_s not in differing],
+    )  # fmt: skip
+
+
+def _name_contract(instrument: Instrument, now: datetime) -> str:
+    """The next contract of a quarter: ``ESH7`` in December 2026."""
+    letter, year = next((("HMUZ"[i], now.year) for i in range(4) if 3 * (i + 1) > now.month), ("H", now.year + 1))
+    return f"{instrument.ib_symbol or instrument.symbol}{letter}{year % 10}"
 
 
 def _keep(check: CalendarCheck, data_dir: Path, *, source: Source, now: datetime) -> Path:

@@ -66,7 +66,7 @@ def cli() -> None:
 )
 @click.option("--exchange", default="", metavar="CODE", help="IB's code of its (primary) exchange; for a new symbol.")
 @click.option("--currency", default="", metavar="CODE", help="Its currency; for a new symbol.")
-@click.option("--con-id", type=click.IntRange(0, (1 << 63) - 1), default=0, help="IB's contract id; for a new symbol.")
+@click.option("--con-id", type=click.IntRange(1, (1 << 31) - 1), help="IB's contract id; for a new symbol.")
 @click.option("--dry-run", is_flag=True, help="Show gaps, requests and when they could be done; ask and write nothing.")
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -79,7 +79,7 @@ def ib_load(
     sec_type: str,
     exchange: str,
     currency: str,
-    con_id: int,
+    con_id: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -106,7 +106,7 @@ def ib_load(
     from ktrdr_pipelines.ib.contracts import Choice
     from ktrdr_pipelines.tables import describe_dry_run, describe_load
 
-    choice = Choice(sec_type, exchange, currency, con_id)
+    choice = Choice(sec_type, exchange, currency, con_id or 0)
     if dry_run:
         from ktrdr_pipelines.dry_run import plan_series
 

@@ -85,6 +85,8 @@ class Holding:
     """False if something before the first held bar (nothing held: at all) was never asked for, as far as partitions reach."""
     notices: Sequence[str]
     damage: Sequence[str] = ()
+    never_loaded: bool = False
+    """Nothing is held, IB never answered anything about it, and Dagster recorded no load."""
 
     def count_missing(self) -> dict[str, int]:
         """Missing bars by reason."""
@@ -100,6 +102,7 @@ class Holding:
             "timeframe": self.series.timeframe.name,
             "file": self.file,
             "held": {"rows": self.rows, "first": _text(self.first), "last": _text(self.last)},
+            "never_loaded": self.never_loaded,
             "is_older_known": self.is_older_known,
             "history_start": self.history_start.model_dump(mode="json") if self.history_start else None,
             "missing_bars": self.count_missing(),
@@ -141,8 +144,8 @@ def inspect_series(
     """What ``store`` (settled for ``series``, see `store.peek`) holds and lacks from ``earliest`` to ``now``.
 
     ``file`` is the CSV to name. ``earliest`` is where partitions begin: nothing older can be asked for. ``recorded`` is by
-    partition key. ``brief``: what is older than the first held bar is left out, because a list of many series would take
-    minutes for it; ``is_older_known`` is told all the same.
+    partition key. ``brief``: what is older than the first held bar, if there is one, is left out, because a list of many
+    series would take minutes for it; ``is_older_known`` is told all the same.
 
     Raises:
         InputError: no calendar is known for the instrument. DataError, StoreError: the files cannot be read.
@@ -157,7 +160,7 @@ def inspect_series(
     missing = mark_missing(expected, held, sidecar, first_s, series.timeframe)
     before = expected.opens < (expected.opens[-1] + 1 if first_s is None and len(expected) else first_s or 0)
     is_older_known = not missing[before].any()
-    if brief:
+    if brief and first_s is not None:
         missing = missing & ~before
     return Holding(
         series=series,
@@ -174,6 +177,7 @@ def inspect_series(
         is_older_known=is_older_known,
         notices=tuple(notices),
         damage=tuple(damage),
+        never_loaded=not len(held) and not sidecar.answered and not recorded,
     )
 
 

@@ -78,7 +78,10 @@ def _span(seconds: float) -> str:
 
 def describe_holding(held: Holding) -> list[str]:
     """Everything known of one series."""
-    lines = [f"{held.series}: " + (count(held.rows, "bar") if held.rows else "nothing held")]
+    lines = [
+        f"{held.series}: "
+        + (count(held.rows, "bar") if held.rows else "never loaded" if held.never_loaded else "nothing held")
+    ]
     if held.rows:
         lines.append(f"  held     {_time(held.first)} to {_time(held.last)}, {held.file}")
     if held.history_start:
@@ -99,6 +102,8 @@ def describe_holding(held: Holding) -> list[str]:
             + f": {e.text}"
             for e in item.evidence
         ]
+    if held.proven_ranges > len(held.newest_proven):
+        lines.append(f"    … {held.proven_ranges - len(held.newest_proven):,} more (the sidecar has them all)")
     lines += shorten([f"  damage: {text}" for text in held.damage], "faults")
     lines += [f"  note: {text}" for text in held.notices]
     return lines
@@ -114,9 +119,9 @@ def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
             continue
         missing = item.count_missing()
         older = "known" if item.is_older_known else "not asked"
-        total, why = f"{sum(missing.values()):,}", ", ".join(missing)
+        total, why = f"{sum(missing.values()):,}", "never loaded" if item.never_loaded else ", ".join(missing)
         if not item.rows:
-            total, older = ("all" if missing else "0"), "-"
+            older = "-"
         ends = (_time(item.first), _time(item.last))
         rows.append((name, f"{item.rows:,}", *ends, total, why, older, f"{item.proven_bars:,}"))
     return lay_out(rows, indent=0)
@@ -147,11 +152,15 @@ def describe_calendar_check(check: CalendarCheck) -> list[str]:
         f"{check.instrument.symbol} follows {check.key.name}, {check.key.hours} hours: {count(check.sessions, 'session')} from "
         f"{check.span.start:%Y-%m-%d} to {last:%Y-%m-%d} compared, {count(check.requests, 'request')}"
     ]
-    lines += [f"  {describe_difference(d)}" for d in check.differences]
+    lines += [f"  {describe_difference(d)}" for d in check.differences if check.file or d in check.pending()]
+    lines += [f"  {describe_difference(d)}; an earlier correction is out of date" for d in check.outdated]
     lines += [f"  {describe_difference(d)}; a second answer did not agree, left as it is" for d in check.unconfirmed]
     lines += [f"  {notice}" for notice in check.notices]
-    if not check.differences:
-        return [*lines, "  nothing to correct"]
-    if check.file:
+    kept = len(check.differences) - len(check.pending())
+    if check.file and (check.differences or check.outdated):
         return [*lines, f"  {count(len(check.differences), 'session')} corrected, kept in {check.file}"]
+    if kept:
+        lines.append(f"  {count(kept, 'session')} corrected before, as IB says")
+    if not check.pending() and not check.outdated:
+        return [*lines, "  nothing to correct"]
     return [*lines, "  not applied (--apply makes IB's word count)"]

@@ -17,9 +17,11 @@ series:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +49,20 @@ from ktrdr_pipelines.universe_text import append_items, comments_of, cut_items, 
 if TYPE_CHECKING:
     from ktrdr_pipelines.settings import Settings
 
+_QUOTES = ("MIDPOINT", "BID", "ASK", "BID_ASK")
+_SHOWN_OF = {
+    "STK": ("TRADES", *_QUOTES, "ADJUSTED_LAST"),
+    "CASH": _QUOTES,
+    "FUT": ("TRADES", *_QUOTES),
+    "CONTFUT": ("TRADES", *_QUOTES),
+    "IND": ("TRADES",),
+    "CRYPTO": ("AGGTRADES", *_QUOTES),
+    "CFD": _QUOTES,
+}
+"""What IB has of each kind; IB refuses everything else, with error 162 or 321."""
+
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
+_PAIR = re.compile("([A-Z]{3})[./]([A-Z]{3})")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
 
 
@@ -89,12 +104,17 @@ class Entry(BaseModel):
                 f"{self.symbol}: which expiry?",
                 advice="Name it by its code (ESZ4), or write `expiry:`; a continuous future is sec_type CONTFUT.",
             )
-        if self.what_to_show == "ADJUSTED_LAST" and self.sec_type != "STK":
-            raise InputError(f"{self.symbol}: only stocks and ETFs have ADJUSTED_LAST", advice="Use TRADES.")
+        if self.expiry:
+            _check_expiry(self.symbol, self.expiry)
         if self.what_to_show is not None and self.what_to_show not in WHAT_TO_SHOW:
             raise InputError(
                 f"{self.symbol}: unknown what_to_show {self.what_to_show!r}",
                 advice=f"Use one of {', '.join(WHAT_TO_SHOW)}.",
+            )
+        if self.what_to_show is not None and self.what_to_show not in _SHOWN_OF[self.sec_type]:
+            raise InputError(
+                f"{self.symbol}: IB has no {self.what_to_show} of the kind {self.sec_type}",
+                advice=f"It has {', '.join(_SHOWN_OF[self.sec_type])}.",
             )
         return Instrument(
             symbol=symbol,
@@ -109,6 +129,17 @@ class Entry(BaseModel):
             con_id=self.con_id,
             calendar=self.calendar,
         )
+
+
+def _check_expiry(symbol: str, text: str) -> None:
+    try:
+        if not re.fullmatch("[0-9]{6}([0-9]{2})?", text):
+            raise ValueError
+        date(int(text[:4]), int(text[4:6]), int(text[6:] or 1))
+    except ValueError:
+        raise InputError(
+            f"{symbol}: {text[:40]!r} is no expiry", advice="Write the contract month like 202412, or its last day."
+        ) from None
 
 
 class _File(BaseModel):
@@ -150,8 +181,10 @@ class Universe:
                 yield Series(instrument, parse_timeframe(name))
 
     def find_instrument(self, symbol: str) -> Instrument | None:
-        """The instrument called ``symbol`` (case counts as typed first, then as upper case; ``EUR.USD`` is ``EURUSD``)."""
-        for wanted in (symbol, symbol.upper(), symbol.upper().replace(".", "").replace("/", "")):
+        """The instrument called ``symbol`` (case counts as typed first, then as upper case; ``EUR.USD`` and ``EUR/USD`` are
+        ``EURUSD``)."""
+        pair = _PAIR.fullmatch(symbol.upper())
+        for wanted in (symbol, symbol.upper(), *(["".join(pair.groups())] if pair else [])):
             for entry in self.entries:
                 instrument = entry.instrument()
                 if wanted == instrument.symbol:

@@ -111,6 +111,14 @@ WRONG: list[tuple[list[str], str]] = [
     (["universe", "add", "TSLA", "1h", "--con-id", "0"], "--con-id"),
     (["universe", "add", "TSLA", "1h", "--con-id", "x"], "--con-id"),
     (["universe", "add", "TSLA", "1h", "--con-id", "99999999999999"], "--con-id"),
+    *((["ib-load", "TSLA", "1h", "--con-id", number], "--con-id") for number in ("0", "-1", "2147483648", "9223372036854775807")),
+    *((["universe", "add", "ESZ4", "1h", "--sec-type", "FUT", "--exchange", "CME", "--expiry", month], "202412")
+      for month in ("209913", "000000", "202400", "20241232")),
+    *((["universe", "add", symbol, "1h", "--sec-type", kind, "--exchange", "X", "--what-to-show", what], has)
+      for symbol, kind, what, has in (
+          ("GBPUSD", "CASH", "TRADES", "has MIDPOINT, BID, ASK, BID_ASK"), ("BTC", "CRYPTO", "TRADES", "has AGGTRADES, MIDPOINT"),
+          ("SPX", "IND", "MIDPOINT", "has TRADES"), ("X", "CFD", "TRADES", "has MIDPOINT"), ("X", "STK", "AGGTRADES", "TRADES"),
+          ("ESZ4", "FUT", "ADJUSTED_LAST", "has TRADES"))),
     (["universe", "add", "TSLA", "1h", "--hours", "all"], "'regular', 'extended'"),
     (["universe", "add", "TSLA", "1h", "--what-to-show", "EVERYTHING"], "'TRADES'"),
     (["universe", "add", "TSLA", "1h", "--currency", "euro"], "EUR"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ from ktrdr_pipelines.ib.schedules import read_schedule
 from ktrdr_pipelines.series import TIMEFRAMES, Instrument, Series, Window, forex, stock
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.corrections import CorrectedSession, open_store, refresh_calendars, save_corrections
+from ktrdr_pipelines.tables import describe_calendar_check
 from ktrdr_pipelines_tests.conftest import Ktrdr, StartGateway
 from ktrdr_pipelines_tests.fakes import utc, window
 
@@ -313,3 +315,42 @@ def test_an_empty_window_and_an_unknown_symbol_are_told_before_anybody_is_asked(
         check_calendar("NOSUCH", settings=make_settings(unused_port))
     with pytest.raises(InputError):
         check_calendar("AAPL", start=str(datetime.now(UTC) + timedelta(days=2)), settings=make_settings(unused_port))
+
+
+def test_what_was_applied_is_told_as_such(tmp_path: Path) -> None:
+    """Comparing again says which differences count already, and which correction IB has taken back since."""
+    truth = sessions_of(AAPL, window("2023-01-01", "2025-01-01"))
+    labor_day, christmas = date_s("2024-09-02"), date_s("2024-12-25")
+    added = {day: Session(day, ((day + 48600, day + 72000),), "US/Eastern") for day in (labor_day, christmas)}
+    first = compare_with_ib(FakeSchedules(truth | {labor_day: added[labor_day]}), AAPL, YEAR, now=NOW)
+    assert describe_calendar_check(first)[-2:] == [
+        "  2024-09-02: closed by the calendar, 02 13:30..20:00 by IB",
+        "  not applied (--apply makes IB's word count)",
+    ]
+    rows = [CorrectedSession.of(d.session, symbol="AAPL", asked_at=NOW, source="simulator") for d in first.differences]
+    save_corrections(tmp_path, CalendarKey.of(AAPL), [datetime.fromtimestamp(labor_day, UTC).date()], rows)
+
+    again = compare_with_ib(FakeSchedules(truth | {labor_day: added[labor_day]}), AAPL, YEAR, now=NOW)
+    assert describe_calendar_check(again)[1:] == [
+        "  1 session corrected before, as IB says",
+        "  nothing to correct",
+    ]
+    assert [d["applied"] for d in again.as_dict()["differences"]] == [True]  # type: ignore[attr-defined]
+
+    another = compare_with_ib(FakeSchedules(truth | {christmas: added[christmas]}), AAPL, YEAR, now=NOW)
+    assert describe_calendar_check(another)[1:] == [
+        "  2024-12-25: closed by the calendar, 25 13:30..20:00 by IB",
+        "  2024-09-02: 02 13:30..20:00 by the calendar, closed by IB; an earlier correction is out of date",
+        "  not applied (--apply makes IB's word count)",
+    ]
+
+
+def test_a_continuous_future_is_refused_before_ib_refuses_it(
+    unused_port: int, make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """IB takes no end date for one (10339); a contract of it has the same calendar."""
+    universe = tmp_path / "universe.yaml"
+    universe.write_text("series:\n  - {symbol: ES, sec_type: CONTFUT, exchange: CME, timeframes: [1d]}\n")
+    with pytest.raises(InputError, match="continuous future") as caught:
+        check_calendar("ES", settings=make_settings(unused_port, universe_file=universe))
+    assert re.search(r"such as ES[HMUZ]\d:", caught.value.advice)

@@ -265,6 +265,25 @@ def test_gaps_tells_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
     rows = [line.split() for line in said(ktrdr("gaps")).splitlines()]
     assert len(rows) == 1 + 2
     assert rows[1][:5] == ["AAPL", "1h", "107", "2024-01-02T14:30:00Z", "2024-01-31T20:00:00Z"]
+    # What was never loaded lacks everything, in the list as by itself.
+    (brief,) = [each for each in json.loads(said(ktrdr("gaps", "--json")))["series"] if each["symbol"] == "MSFT"]
+    alone = json.loads(said(ktrdr("gaps", "MSFT", "1h", "--json")))
+    assert brief["never_loaded"] is alone["never_loaded"] is True
+    assert found["never_loaded"] is False
+    assert brief["missing_bars"] == alone["missing_bars"]
+    assert brief["missing_bars"]["never asked"] > 30_000
+    assert rows[2] == [
+        "MSFT",
+        "1h",
+        "0",
+        "-",
+        "-",
+        f"{brief['missing_bars']['never asked']:,}",
+        "never",
+        "loaded",
+        "-",
+        "0",
+    ]
 
 
 def test_gaps_tells_what_failed(ktrdr: Ktrdr, start_gateway: StartGateway) -> None:

@@ -308,10 +308,12 @@ def test_names_of_every_kind_work_in_the_universe() -> None:
     [
         ("{symbol: ES, sec_type: FUT, exchange: CME, timeframes: [1d]}", "which expiry"),
         ("{symbol: EURUSD, sec_type: CASH, what_to_show: ADJUSTED_LAST, timeframes: [1d]}", "ADJUSTED_LAST"),
+        ("{symbol: EURUSD, sec_type: CASH, what_to_show: TRADES, timeframes: [1d]}", "no TRADES of the kind CASH"),
+        ("{symbol: ESZ4, sec_type: FUT, exchange: CME, expiry: '202413', timeframes: [1d]}", "'202413' is no expiry"),
     ],
 )
 def test_an_entry_that_leaves_the_contract_open_is_refused(entry: str, words: str) -> None:
-    """A future without an expiry, adjusted prices of what has no dividends."""
+    """A future without an expiry or with one that is no month, prices that its kind does not have."""
     with pytest.raises(InputError, match=words):
         parse_universe(f"series:\n- {entry}\n")
 

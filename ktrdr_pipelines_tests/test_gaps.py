@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, Series, Window, fo
 from ktrdr_pipelines.series_load import Load
 from ktrdr_pipelines.store.peek import peek
 from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.tables import describe_holding
 from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
 
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
@@ -112,6 +114,7 @@ def test_a_deleted_file_is_gone_altogether(store: Store) -> None:
     with peek(store, AAPL_1H, now=NOW) as (view, pending):
         found = inspect(view, {"2024-01-01": Recorded.COMPLETE}, since="2024-01-01", now=utc("2024-02-01"))
     assert summary(found) == [(147, "nothing held", "gone since it was loaded")]
+    assert not found.never_loaded
     assert pending.csv_gone
 
 
@@ -125,6 +128,9 @@ def test_what_was_proven_empty_is_told_with_its_evidence_newest_first(tmp_path: 
     assert (found.proven_ranges, found.proven_bars, summary(found)) == (2, 3, [])
     assert sorted(item.opens for item in found.newest_proven) == [1, 2]
     assert all(len(item.evidence) == 2 and item.evidence[0].text for item in found.newest_proven)
+    assert not [line for line in describe_holding(found) if "more (the sidecar" in line]
+    many = replace(found, proven_ranges=22)
+    assert "    … 20 more (the sidecar has them all)" in describe_holding(many)
 
 
 def test_a_short_look_counts_the_same_from_the_first_held_bar_on(store: Store) -> None:

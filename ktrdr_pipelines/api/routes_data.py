@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from ktrdr_pipelines.api import models
 from ktrdr_pipelines.api.bars import MOST_BARS, Format, list_held, read_page, render_page
@@ -21,6 +22,15 @@ from ktrdr_pipelines.store.series_store import utc_now
 from ktrdr_pipelines.universe import universe_of
 from ktrdr_pipelines.wanted import refuse_before_partitions
 
+
+class _SymbolParts(StringConvertor):
+    """A symbol may hold a slash (EUR/USD), which arrives here decoded: one part of the path or two. `file_symbol` and the
+    universe say whether it is one."""
+
+    regex = "(?!load/)[^/]+(?:/[^/]+)?"
+
+
+register_url_convertor("symbol", _SymbolParts())
 router = APIRouter(prefix="/data", tags=["data"])
 
 LONGEST_WAIT_S = 600.0
@@ -108,7 +118,24 @@ async def held(
 
 
 @router.get(
-    "/{symbol}/{timeframe}",
+    "/{symbol:symbol}/{timeframe}/gaps",
+    response_model=models.Gaps,
+    responses=_NOT_HERE,
+    summary="What is missing, and why",
+)
+async def gaps(request: Request, symbol: models.SymbolPath, timeframe: models.TimeframePath) -> Any:
+    """As `ktrdr gaps`. IB is not asked and nothing is changed."""
+    settings = _settings(request)
+
+    def answer() -> dict[str, object]:
+        series = find_series(settings, symbol, timeframe)
+        return inspect_one(series.instrument.symbol, series.timeframe.name, settings).as_dict()
+
+    return await request.app.state.file_questions.share(("gaps", symbol, timeframe), answer)
+
+
+@router.get(
+    "/{symbol:symbol}/{timeframe}",
     response_model=models.Bars,
     responses={
         **_NOT_HERE,
@@ -139,20 +166,6 @@ async def bars(
 
     shown: Response = await request.app.state.file_questions.run(answer)
     return shown
-
-
-@router.get(
-    "/{symbol}/{timeframe}/gaps", response_model=models.Gaps, responses=_NOT_HERE, summary="What is missing, and why"
-)
-async def gaps(request: Request, symbol: models.SymbolPath, timeframe: models.TimeframePath) -> Any:
-    """As `ktrdr gaps`. IB is not asked and nothing is changed."""
-    settings = _settings(request)
-
-    def answer() -> dict[str, object]:
-        series = find_series(settings, symbol, timeframe)
-        return inspect_one(series.instrument.symbol, series.timeframe.name, settings).as_dict()
-
-    return await request.app.state.file_questions.share(("gaps", symbol, timeframe), answer)
 
 
 def make_order(wanted: models.LoadRequest, settings: Settings) -> LoadOrder:

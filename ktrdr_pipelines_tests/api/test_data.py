@@ -194,3 +194,14 @@ def test_gaps_are_those_of_the_command(open_api: OpenApi, csv: Path, tmp_path: P
         == expected["held"]
         == {"rows": 60, "first": "2022-01-03T00:00:00Z", "last": "2022-12-07T00:00:00Z"}
     )
+
+
+@pytest.mark.parametrize("symbol", ["EURUSD", "EUR%2FUSD", "EUR/USD", "EUR.USD", "eur%2fusd"])
+def test_every_way_to_write_a_pair_finds_its_bars_and_its_gaps(open_api: OpenApi, csv: Path, symbol: str) -> None:
+    """As loads do; a slash is part of the name."""
+    (csv.parent / "EURUSD_1d.csv").write_text(HEADER + "2022-01-03T00:00:00Z,1,2,1,1,0\n")
+    client = open_api()
+    answer = client.get(f"/api/v1/data/{symbol}/1d")
+    assert (answer.status_code, answer.json()["symbol"], answer.json()["count"]) == (200, "EURUSD", 1)
+    assert client.get(f"/api/v1/data/{symbol}/1d/gaps").json()["held"]["rows"] == 1
+    assert problem_of(client.get("/api/v1/data/EUR%2FXXX/1d"))["kind"] == "not_found"
