@@ -1,6 +1,6 @@
 """Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
 
-Pure. Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
+Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
 How columns are laid out is in `layout.py`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from ktrdr_pipelines.calendar_check import CalendarCheck, describe_difference
 from ktrdr_pipelines.dry_run import DryRun
@@ -34,7 +35,7 @@ def describe_load(report: LoadReport) -> list[str]:
         f"  {count(report.gaps_analyzed, 'gap')}, {count(len(report.completed), 'partition')} complete, "
         f"{count(report.proven_empty, 'bar')} proven not to exist{missing}",
         *(f"  note: {notice}" for notice in report.notices),
-        f"  {report.merged_file}",
+        *([f"  {report.merged_file}"] if Path(report.merged_file).exists() else []),
     ]
 
 
