@@ -59,7 +59,11 @@ def cli() -> None:
     help="tail: from the last held bar to now. backfill: older than the first held bar, one longest request back or to "
     "--start. full: every gap between start and now. With no CSV each is a full initialisation.",
 )
-@click.option("--start", metavar="TIME", help="Included. ISO 8601; a bare date is its midnight UTC.")
+@click.option(
+    "--start",
+    metavar="TIME",
+    help="Included. ISO 8601; a time without a zone is UTC, a bare date its midnight UTC.",
+)
 @click.option("--end", metavar="TIME", help="Not included. Without it: now.")
 @click.option(
     "--sec-type", default="", metavar="KIND", help="STK, CASH, FUT, CONTFUT, IND, CRYPTO or CFD; for a new symbol."

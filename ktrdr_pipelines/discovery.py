@@ -43,6 +43,21 @@ log = logging.getLogger(__name__)
 SHORT_BAR_HISTORY = timedelta(days=183)
 """IB keeps bars of 30 seconds and less for six months (ib_facts.md, 5)."""
 
+
+def kept_from(timeframe: Timeframe, now: datetime) -> datetime | None:
+    """Where what IB keeps of ``timeframe`` begins, at a midnight UTC; None where it keeps everything. An empty answer about older
+    bars proves nothing, so they are never asked for."""
+    if timeframe.seconds > 30:
+        return None
+    oldest = now - SHORT_BAR_HISTORY
+    return oldest.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+
+
+def say_kept(series: Series, kept: datetime) -> str:
+    """That nothing older than ``kept`` can be had, as a sentence."""
+    return f"IB keeps {series.timeframe} bars for six months: nothing before {kept:%Y-%m-%d} can be had, nor was asked"
+
+
 NO_CHOICE = Choice()
 
 

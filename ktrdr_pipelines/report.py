@@ -72,6 +72,7 @@ class LoadReport:
     """Bars that were not in the file before."""
     cached_before: bool = False
     merged_file: str = ""
+    """The series' CSV; it is not there while no bar was ever loaded."""
     gaps_analyzed: int = 0
     segments_fetched: int = 0
     """Planned requests that succeeded."""

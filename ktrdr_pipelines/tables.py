@@ -1,6 +1,6 @@
 """Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
 
-Pure. Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
+Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
 How columns are laid out is in `layout.py`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from ktrdr_pipelines.calendar_check import CalendarCheck, describe_difference
 from ktrdr_pipelines.dry_run import DryRun
@@ -15,6 +16,7 @@ from ktrdr_pipelines.gaps import Holding
 from ktrdr_pipelines.ib.pacing import WINDOW_UNITS
 from ktrdr_pipelines.inspection import Adoption, Unreadable
 from ktrdr_pipelines.layout import count, lay_out, shorten
+from ktrdr_pipelines.partitions import partitions_in
 from ktrdr_pipelines.report import LoadReport
 from ktrdr_pipelines.series import format_instant
 
@@ -31,11 +33,17 @@ def describe_load(report: LoadReport) -> list[str]:
         f"{report.series} {report.window}: {report.status}",
         f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
         f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing{held_up}",
-        f"  {count(report.gaps_analyzed, 'gap')}, {count(len(report.completed), 'partition')} complete, "
+        f"  {count(report.gaps_analyzed, 'gap')}, {_say_partitions(report)} complete, "
         f"{count(report.proven_empty, 'bar')} proven not to exist{missing}",
         *(f"  note: {notice}" for notice in report.notices),
-        f"  {report.merged_file}",
+        *([f"  {report.merged_file}"] if Path(report.merged_file).exists() else []),
     ]
+
+
+def _say_partitions(report: LoadReport) -> str:
+    """A good load of part of a year completes no partition: said as a part of those that it touched."""
+    touched, done = sum(1 for _ in partitions_in(report.series.timeframe, report.window)), len(report.completed)
+    return f"{done:,} of {count(touched, 'partition')}" if done < touched else count(done, "partition")
 
 
 def describe_dry_run(dry: DryRun) -> list[str]:

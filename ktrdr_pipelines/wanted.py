@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from ktrdr_pipelines.coverage import valid_history_start_s
-from ktrdr_pipelines.discovery import NO_CHOICE, estimate_history_start, identify_series
+from ktrdr_pipelines.discovery import NO_CHOICE, estimate_history_start, identify_series, kept_from, say_kept
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import IBHistory
@@ -56,8 +56,11 @@ class Wanted:
         if window.is_empty:
             return window, ""
         first = refuse_before_partitions(self.timeframe, window.start, window.end, self.settings)
-        clipped = Window(max(window.start, first), window.end)
-        return clipped, _say_clipped(series, clipped, window) if clipped != window else ""
+        kept = kept_from(self.timeframe, self.now)
+        clipped = Window(max(window.start, first, kept or first), window.end)
+        if clipped == window:
+            return clipped, ""
+        return clipped, say_kept(series, kept) if clipped.start == kept else _say_clipped(series, clipped, window)
 
     def _resolve(self, series: Series, store: Store, history: IBHistory) -> Window:
         limits = self.settings.history_limits
@@ -123,9 +126,16 @@ def refuse_before_partitions(
     """Where partitions of ``timeframe`` begin.
 
     Raises:
-        InputError: a window that ends at ``end`` lies before that altogether.
+        InputError: a window that ends at ``end`` lies before that altogether, or before what IB keeps.
     """
     first = first_partition_start(timeframe, settings)
+    kept = kept_from(timeframe, datetime.now(UTC))
+    if end is not None and kept is not None and first < end <= kept:
+        raise InputError(
+            f"IB keeps {timeframe} bars for six months, and nothing before {kept:%Y-%m-%d} can be had: the window ends "
+            f"{format_instant(end)}",
+            advice="Give a later end, or a longer timeframe.",
+        )
     if end is not None and end <= first:
         further = start or end - timedelta(days=366)
         raise InputError(

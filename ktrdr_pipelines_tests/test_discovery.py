@@ -109,6 +109,8 @@ def test_ambiguity_shows_every_candidate_and_chooses_none(history: IBHistory) ->
     assert discover("AMBG", choice=Choice(exchange="ARCA"), history=history).instrument.con_id == 900002
     with pytest.raises(AmbiguousSymbol) as futures:
         discover("ES", history=history)
+    assert "--sec-type CONTFUT" in futures.value.advice
+    assert "CONTFUT" not in caught.value.advice
     codes = [each.local_symbol for each in futures.value.candidates]
     assert len(codes) >= 10
     assert all(code in str(futures.value) for code in codes)

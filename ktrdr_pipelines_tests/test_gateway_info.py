@@ -83,11 +83,14 @@ def test_without_a_gateway_the_status_says_so_and_health_is_bad(make_settings: M
 def test_health_asks_the_gateway(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
     """A data folder that refuses is no health, though the gateway is well. (/proc refuses even root.)"""
     gateway = start_gateway()
-    assert gateway_health(make_settings(gateway.port)).healthy
+    well = make_settings(gateway.port)
+    assert gateway_health(well).healthy
+    assert list(well.data_dir.iterdir()) == [], "a question left something behind"
     health = gateway_health(make_settings(gateway.port, data_dir="/proc/ktrdr"))
     assert [check.name for check in health.checks if not check.ok] == ["data folder"]
     assert health.problem is not None
     assert health.problem.kind == "store"
+    assert health.problem.message.startswith("trying the data folder: /proc/ktrdr")
 
 
 def test_farms_are_told_as_they_were_last_said() -> None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import click
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp
 
 from ktrdr_pipelines.api import models, refusals, routes_data, routes_ib
@@ -57,8 +57,9 @@ def create_app(settings: Settings, loads: Loads) -> FastAPI:
     )
     app.state.settings = settings
     refusals.install(app)
-    app.include_router(routes_ib.router, prefix=PREFIX)
-    app.include_router(routes_data.router, prefix=PREFIX)
+    known_only = [Depends(refusals.refuse_unknown_parameters)]
+    for router in (routes_ib.router, routes_data.router):
+        app.include_router(router, prefix=PREFIX, dependencies=known_only)
     return app
 
 

@@ -26,9 +26,11 @@ Time = Annotated[
     StringConstraints(pattern=TIME_PATTERN),
     Field(description="ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC."),
 ]
-Symbols = Annotated[str, StringConstraints(pattern=_LISTED.format(SYMBOL_PATTERN[1:-1]), max_length=800)]
+SYMBOLS_PATTERN = _LISTED.format(SYMBOL_PATTERN[1:-1])
+TIMEFRAMES_PATTERN = _LISTED.format("|".join((*TIMEFRAMES, "1M")))
+Symbols = Annotated[str, StringConstraints(pattern=SYMBOLS_PATTERN, max_length=800)]
 """One symbol, or several separated by commas."""
-Timeframes = Annotated[str, StringConstraints(pattern=_LISTED.format("|".join((*TIMEFRAMES, "1M"))), max_length=400)]
+Timeframes = Annotated[str, StringConstraints(pattern=TIMEFRAMES_PATTERN, max_length=400)]
 SymbolPath = Annotated[
     str,
     Path(

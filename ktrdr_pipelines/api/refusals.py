@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.api import models
+from ktrdr_pipelines.errors import InputError, KtrdrError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def install(app: FastAPI) -> None:
         for each in error.errors()[:5]:
             # Not the input itself: it may be huge, or no text at all.
             where = ".".join(str(part)[:60] for part in each["loc"] if part not in ("query", "body", "path"))
-            said.append(f"{where}: {each['msg']}" if where else str(each["msg"]))
+            said.append(f"{where}: {_say_form(each)}" if where else _say_form(each))
         return refuse(422, "input", "; ".join(said), "See /docs for what this route takes.")
 
     @app.exception_handler(HTTPException)
@@ -88,6 +91,34 @@ def install(app: FastAPI) -> None:
     async def of_bugs(_request: Request, error: Exception) -> JSONResponse:
         log.error("an unforeseen error", exc_info=error)
         return refuse(500, "bug", "an unforeseen error", "The server's log has the traceback. Please report it.")
+
+
+def refuse_unknown_parameters(request: Request) -> None:
+    """A route's dependency: a parameter that it does not know is a slip of the pen, and the answer would be to another question.
+
+    Raises:
+        InputError: there is one.
+    """
+    route = request.scope.get("route")
+    known = [field.alias for field in route.dependant.query_params] if isinstance(route, APIRoute) else []
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        names = ", ".join(repr(name[:40]) for name in unknown[:5])
+        raise InputError(f"unknown parameter {names}", advice=f"This route knows {', '.join(known) or 'none'}.")
+
+
+_SAID_OF = {
+    models.TIME_PATTERN: "write 2024-03-05 or 2024-03-05T14:30:00Z",
+    models.SYMBOL_PATTERN: "a symbol has at most 32 letters, digits, inner spaces and . & / + ' - signs",
+    models.SYMBOLS_PATTERN: "write symbols like AAPL,MSFT",
+    models.TIMEFRAMES_PATTERN: "write timeframes like 1h,1d",
+}
+"""What is told instead of a regular expression."""
+
+
+def _say_form(error: Mapping[str, Any]) -> str:
+    pattern = (error.get("ctx") or {}).get("pattern")
+    return str(error["msg"]) if pattern is None else _SAID_OF.get(pattern, "this is not written as it has to be")
 
 
 def _clean(text: str) -> str:

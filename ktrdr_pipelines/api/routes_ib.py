@@ -146,7 +146,7 @@ def _split(values: list[str] | None, what: str) -> tuple[str, ...] | None:
     """``values`` with commas taken apart; None when nothing was said."""
     if values is None:
         return None
-    names = tuple(name.strip() for value in values for name in value.split(","))
+    names = tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",")))
     if not all(names) or len(names) > _MOST_NAMES:
         raise InputError(
             f"{what} is empty in places, or names more than {_MOST_NAMES}", advice="Write it like symbols=AAPL,MSFT."

@@ -103,7 +103,6 @@ def _say_pacing(state: PacingState) -> str:
 
 
 def _try_data_folder(settings: Settings) -> str:
-    series = next(iter(universe_of(settings)), None)
-    if series is not None:
-        open_store(settings.data_dir).check_writable(series)
+    universe_of(settings)
+    open_store(settings.data_dir).check_folder()
     return f"{settings.data_dir} can be written"

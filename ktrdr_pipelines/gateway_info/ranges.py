@@ -131,7 +131,7 @@ def _choose_series(
     settings: Settings, symbols: Sequence[str] | None, timeframes: Sequence[str] | None
 ) -> dict[str, tuple[Instrument | None, list[Timeframe]]]:
     """By symbol as asked for: the instrument (None: not in the universe) and the timeframes."""
-    chosen = [parse_timeframe(name) for name in timeframes] if timeframes else None
+    chosen = list(dict.fromkeys(parse_timeframe(name) for name in timeframes)) if timeframes else None
     universe = universe_of(settings)
     listed: dict[str, list[Timeframe]] = {}
     for series in universe:

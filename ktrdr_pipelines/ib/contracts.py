@@ -185,7 +185,8 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
             f"{instrument.symbol} is ambiguous: {'; '.join(d.describe() for d in candidates)}",
             candidates,
             advice="Choose one by --con-id (or --sec-type, --exchange, --currency; in the REST API con_id and so on), or put "
-            f"its con_id (or {'expiry' if instrument.sec_type == 'FUT' else 'primary_exchange'}) in the universe file.",
+            f"its con_id (or {'expiry' if instrument.sec_type == 'FUT' else 'primary_exchange'}) in the universe file."
+            + (" --sec-type CONTFUT is the continuous future." if instrument.sec_type == "FUT" else ""),
         )
     return next(iter(fitting.values()))
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from ktrdr_pipelines.errors import InputError, KtrdrError
+from ktrdr_pipelines.discovery import kept_from, say_kept
+from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.modes import Held, Mode, narrow_window
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
@@ -114,7 +115,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                 now = datetime.now(UTC)
                 report.notices += store.prepare(series, now=now).describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
-                report.window = config.narrow(chosen, held)
+                report.window = _cut_to_kept(series, config.narrow(chosen, held), now, report)
                 load = Load(
                     series,
                     report.window,
@@ -146,6 +147,21 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             raise _failure(report)
 
     return bars
+
+
+def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadReport) -> Window:
+    """``window`` without what IB no longer has.
+
+    Raises:
+        PermanentError: that is all of it.
+    """
+    kept = kept_from(series.timeframe, now)
+    if kept is None or window.is_empty or window.start >= kept:
+        return window
+    if window.end <= kept:
+        raise PermanentError(say_kept(series, kept), advice="Choose later partitions, or a longer timeframe.")
+    report.notices.append(say_kept(series, kept))
+    return Window(kept, window.end)
 
 
 def _tell_of_another_load(context: dg.AssetExecutionContext, series: Series, lock: Path) -> None:

@@ -6,7 +6,7 @@ The tables are the list of what was tried. No gateway answers here: whatever ask
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -248,3 +248,50 @@ def test_a_bug_shows_nothing_of_its_inside(tmp_path: Path) -> None:
         answer = client.get("/bug")
     assert_refused(answer, 500)
     assert "inside" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "unknown", "known"),
+    [
+        ("GET", "/api/v1/ib/ranges?symbol=AAPL", "'symbol'", "symbols, timeframes"),
+        ("GET", "/api/v1/data/AAPL/1d?strat=2024-01-01", "'strat'", "start, end, limit, format"),
+        ("GET", "/api/v1/data/AAPL/1d/gaps?start=2024-01-01", "'start'", "none"),
+        ("GET", "/api/v1/data?Limit=1", "'Limit'", "limit, offset"),
+        ("GET", "/api/v1/data/load/x?wait=1", "'wait'", "none"),
+        ("POST", "/api/v1/data/load?mode=full", "'mode'", "wait"),
+        *(("GET", f"/api/v1/ib/{name}?x=1", "'x'", "none") for name in ("status", "health", "config")),
+        ("POST", "/api/v1/ib/cleanup?x", "'x'", "none"),
+        ("POST", "/api/v1/ib/symbols/discover?symbol=AAPL", "'symbol'", "none"),
+        ("GET", "/api/v1/ib/symbols/discovered?type=stock", "'type'", "instrument_type"),
+    ],
+)
+def test_a_parameter_that_the_route_does_not_know_is_refused(
+    client: TestClient, method: str, path: str, unknown: str, known: str
+) -> None:
+    """Else a slip of the pen would be answered as another question, and ask IB for the whole universe."""
+    answer = client.request(method, path, json=GOOD if method == "POST" else None)
+    assert_refused(answer, 422)
+    told = problem_of(answer)
+    assert unknown in told["message"]
+    assert told["advice"] == f"This route knows {known}."
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda client: client.get("/api/v1/data/AAPL/1d?start=tomorrow"), "2024-03-05T14:30:00Z"),
+        (lambda client: client.post("/api/v1/data/load", json={**GOOD, "end": "5.3.2024"}), "2024-03-05T14:30:00Z"),
+        (lambda client: client.post("/api/v1/data/load", json={**GOOD, "symbol": "$"}), "at most 32 letters"),
+        (lambda client: client.get("/api/v1/ib/ranges?timeframes=7m"), "1h,1d"),
+        (lambda client: client.get("/api/v1/ib/ranges?symbols=,"), "AAPL,MSFT"),
+        (lambda client: client.post("/api/v1/data/load", json={**GOOD, "currency": "euro"}), "currency"),
+    ],
+)
+def test_nobody_has_to_read_a_regular_expression(
+    client: TestClient, answer: Callable[[TestClient], object], told: str
+) -> None:
+    """What to write is said in words."""
+    message = problem_of(answer(client))["message"]
+    assert told in message
+    assert "pattern" not in message
+    assert "\\d" not in message

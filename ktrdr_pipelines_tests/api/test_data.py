@@ -205,3 +205,9 @@ def test_every_way_to_write_a_pair_finds_its_bars_and_its_gaps(open_api: OpenApi
     assert (answer.status_code, answer.json()["symbol"], answer.json()["count"]) == (200, "EURUSD", 1)
     assert client.get(f"/api/v1/data/{symbol}/1d/gaps").json()["held"]["rows"] == 1
     assert problem_of(client.get("/api/v1/data/EUR%2FXXX/1d"))["kind"] == "not_found"
+
+
+def test_a_range_that_is_named_twice_is_told_once(open_api: OpenApi) -> None:
+    """However a timeframe is written; without a gateway each row says so."""
+    answer = open_api().get("/api/v1/ib/ranges?symbols=AAPL,AAPL&timeframes=1d,1d,1M&timeframes=1mo,1d")
+    assert [(row["symbol"], row["timeframe"]) for row in answer.json()["ranges"]] == [("AAPL", "1d"), ("AAPL", "1mo")]
