@@ -128,7 +128,7 @@ def run(history: FakeHistory, name: str, span: Window, folder: Path) -> tuple[Lo
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, phases=PHASES)
+@settings(max_examples=30, deadline=None, phases=PHASES)
 @given(data=st.data(), name=st.sampled_from(list(SPANS)), cut=st.sampled_from(list(CUTS)))
 def test_no_cut_of_all_answers_proves_an_existing_bar_empty(data: st.DataObject, name: str, cut: str) -> None:
     """The file equals the truth, or the load failed or owns up to what is missing; nothing that exists is called empty."""

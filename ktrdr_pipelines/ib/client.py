@@ -177,7 +177,8 @@ class GatewayClient(Conversation):
     ) -> datetime | None:
         """When IB believes that the instrument's history starts: a hint, too early or too late at times.
 
-        None when IB knows none for this contract. Cancelled after use: uncancelled ones pile up and hang (ib_facts.md, 5).
+        None when IB knows none for this contract. Cancelled after use: uncancelled ones pile up and hang (ib_facts.md, 5). A hint
+        is waited for no longer than bars are.
         """
         contract = self._contract(instrument)
 
@@ -190,7 +191,8 @@ class GatewayClient(Conversation):
 
         doing = f"asking for the start of history of {instrument.symbol}"
         try:
-            return read_head(self._request(doing, send, cancel, timeout_s, contract, (HEAD,), always_cancel=True))
+            patience_s = min(timeout_s, self.request_timeout_s)
+            return read_head(self._request(doing, send, cancel, patience_s, contract, (HEAD,), always_cancel=True))
         except PermanentError:
             return None  # "no head time stamp" is no statement about bars: the caller goes without the hint
         except (ValueError, OverflowError) as error:
