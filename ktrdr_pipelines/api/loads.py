@@ -85,6 +85,8 @@ class LoadRecord:
     """Why nothing, or not everything, could be loaded."""
     run_ids: list[str] = field(default_factory=list)
     attempts: int = 0
+    deaths: int = 0
+    """How often the worker died under it."""
 
     @property
     def is_over(self) -> bool:
@@ -226,6 +228,17 @@ class Loads:
                 with self._lock:
                     if self._must_stop():
                         return  # it stays on disk as running: the next server takes it up
+                    record.deaths += isinstance(error, OSError)
+                    if record.deaths == 1 and isinstance(error, OSError):
+                        # Killed from outside, as for want of memory: what it loaded is kept, and the rest is worth another try.
+                        log.error(
+                            "the process that executes loads ended (%s): load %s is tried once more",
+                            error,
+                            record.run_id,
+                        )
+                        record.status, record.waiting_for, record.waiting_until = "queued", None, None
+                        self._queue.appendleft(record)
+                        continue
                     log.error("the process that executes loads failed: %s", error)
                     record.status = "failed"
                     record.problem = {

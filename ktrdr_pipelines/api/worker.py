@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, TextIO
 
@@ -40,9 +41,18 @@ class Teller(Progress):
         """Of the command that is executed."""
 
     def tell(self, event: str, **values: object) -> None:
-        """One line."""
-        self._out.write(json.dumps({"event": event, "run_id": self.run_id, **values}) + "\n")
-        self._out.flush()
+        """One line.
+
+        Raises:
+            KeyboardInterrupt: nobody listens any more, since the server was killed; once, the rest goes nowhere. Its end is no
+                failure of the load.
+        """
+        try:
+            self._out.write(json.dumps({"event": event, "run_id": self.run_id, **values}) + "\n")
+            self._out.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+            raise KeyboardInterrupt from None
 
     def show_event(self, series: Series, event: Event) -> None:  # noqa: ARG002 - Progress's signature
         if isinstance(event, Planned):
@@ -72,7 +82,8 @@ def execute(command: dict[str, Any], teller: Teller, is_ending: threading.Event)
         event, values = _refused(
             "transient", "the load was interrupted; what was loaded is kept", "Ask again to go on."
         )
-    teller.tell(event, **values)
+    with suppress(KeyboardInterrupt):  # over already
+        teller.tell(event, **values)
 
 
 def _load(command: dict[str, Any], teller: Teller, is_ending: threading.Event) -> End:

@@ -1,4 +1,5 @@
-"""A worker of the REST API that misbehaves: it tells each end twice, and says nonsense of loads of NONSENSE, half of DIES.
+"""A worker of the REST API that misbehaves: it tells each end twice, says nonsense of loads of NONSENSE, half of DIES, and half
+of STUMBLES the first time.
 
 Started by `test_worker.py` instead of `ktrdr_pipelines.api.worker`.
 """
@@ -6,7 +7,11 @@ Started by `test_worker.py` instead of `ktrdr_pipelines.api.worker`.
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
+
+STUMBLED = Path(os.environ["DAGSTER_HOME"]) / "stumbled"
 
 
 def tell(**values: object) -> None:
@@ -19,6 +24,9 @@ for line in sys.stdin:
     run_id = command["run_id"]
     if command["symbol"] == "NONSENSE":
         tell(event="fetched", run_id=run_id, done=1)
+    elif command["symbol"] == "STUMBLES" and not STUMBLED.exists():
+        STUMBLED.touch()
+        break
     elif command["symbol"] == "DIES":
         tell(event="planned", run_id=run_id, requests=2)
         break

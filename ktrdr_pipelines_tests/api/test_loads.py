@@ -203,8 +203,8 @@ def order(end: str) -> LoadOrder:
 
 @pytest.mark.long
 def test_what_was_accepted_is_loaded_by_the_next_server(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """A server that ends in the middle of a load leaves it, and those behind it, to the next one. A worker that dies takes
-    only its own load with it, which says so."""
+    """A server that ends in the middle of a load leaves it, and those behind it, to the next one. A load under which
+    the worker dies is tried once more; then it fails alone, and says so."""
     gateway = start_gateway([FaultRule(kind="silent", symbol="SPY")])
     settings = settings_in(tmp_path, gateway.port)
     first = Loads(settings)
@@ -223,6 +223,10 @@ def test_what_was_accepted_is_loaded_by_the_next_server(start_gateway: StartGate
         until(lambda: found.waiting_for is not None or len(gateway.requests) > asked)
         assert found.status == "running"
         assert second._worker is not None
+        asked = len(gateway.requests)
+        os.kill(second._worker.pid, signal.SIGKILL)
+        until(lambda: found.attempts == 3 and (found.waiting_for is not None or len(gateway.requests) > asked))
+        assert found.status == "running"
         os.kill(second._worker.pid, signal.SIGKILL)
         second.ended(found).result(60)
         assert found.status == "failed"

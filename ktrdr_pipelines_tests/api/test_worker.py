@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_pipelines.api.loads import LoadOrder, LoadRecord, Loads
+from ktrdr_pipelines.api.worker import Teller
 from ktrdr_pipelines_tests.api.conftest import settings_in
 
 ENDS = ("done", "refused")
@@ -52,6 +54,27 @@ def test_a_worker_that_dies_or_talks_nonsense_fails_its_load_and_no_other(loads:
     for record in (nonsense, dies):
         assert record.problem is not None
         assert "ended unexpectedly" in record.problem["message"]
+
+
+def test_a_load_whose_worker_was_killed_is_tried_once_more(loads: Loads) -> None:
+    """As another run; whoever waits for it waits on."""
+    stumbles, after = execute(loads, "STUMBLES", "AAPL")
+    assert [(record.status, record.attempts) for record in (stumbles, after)] == [("success", 2), ("success", 1)]
+    assert stumbles.run_ids != [stumbles.run_id]
+    (dies,) = execute(loads, "DIES")
+    assert (dies.status, dies.attempts) == ("failed", 2)
+
+
+def test_a_worker_whose_server_was_killed_ends_in_order() -> None:
+    """What it would tell interrupts the load once, as the end of its input does, and is no failure of it."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as out:
+        teller = Teller(out)
+        teller.tell("planned", requests=1)
+        os.close(reading)
+        with pytest.raises(KeyboardInterrupt):
+            teller.tell("fetched", done=1)
+        teller.tell("refused")
 
 
 def test_an_interruption_at_any_place_costs_at_most_the_load_that_is_going() -> None:
