@@ -15,7 +15,7 @@ from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.series import forex, format_instant
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.store.corrections import open_store
+from ktrdr_pipelines.store.files import check_folder
 from ktrdr_pipelines.universe import universe_of
 
 
@@ -104,5 +104,5 @@ def _say_pacing(state: PacingState) -> str:
 
 def _try_data_folder(settings: Settings) -> str:
     universe_of(settings)
-    open_store(settings.data_dir).check_folder()
+    check_folder(settings.data_dir)
     return f"{settings.data_dir} can be written"

@@ -8,6 +8,7 @@ in `csvfile.py` and `sidecar.py`. Locks: filelock, which times out right and is 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,22 @@ class SeriesFiles:
     def save_sidecar(self, series: Series, sidecar: Sidecar) -> None:
         """Replace the sidecar; only under the lock. Raises OSError."""
         replace_file(self.disk, self.sidecar(series), [render_sidecar(sidecar)])
+
+
+def check_folder(folder: Path) -> None:
+    """Find out whether files can be made in the data ``folder``, which is made when it is not there. Leaves nothing behind.
+
+    Raises:
+        StoreError: it refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, probe = tempfile.mkstemp(prefix=".probe-", dir=folder)
+        os.close(handle)
+        Path(probe).unlink()
+    except OSError as failure:
+        nameless = OSError(failure.errno, failure.strerror)  # the probe's name means nothing to a person
+        raise explain_refusal(nameless, folder, "trying the data folder") from failure
 
 
 @contextmanager

@@ -8,8 +8,6 @@ none. The clock is passed in. See design, section 4.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -36,7 +34,7 @@ from ktrdr_pipelines.store.csvfile import (
     render_rows,
     scan_opens,
 )
-from ktrdr_pipelines.store.disk import Disk, FileState, SourceChanged, explain_refusal, state_of
+from ktrdr_pipelines.store.disk import Disk, FileState, SourceChanged, state_of
 from ktrdr_pipelines.store.files import bad_rows, explained, fault_at, is_as_written, mark_of, opened
 from ktrdr_pipelines.store.intake import Adopted, Prepared, changing_all_the_time, settle
 from ktrdr_pipelines.store.outside import is_outside
@@ -194,21 +192,6 @@ class Store:
         doing = f"preparing the files of {series}"
         with self._files.locked(series, doing):
             return settle(self._files, series, require_utc(now, "now"), doing, assume_utc=assume_utc)[1]
-
-    def check_folder(self) -> None:
-        """Find out whether files can be made in the data folder, which is made when it is not there. Leaves nothing behind.
-
-        Raises:
-            StoreError: it refuses.
-        """
-        try:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
-            handle, probe = tempfile.mkstemp(prefix=".probe-", dir=self.data_dir)
-            os.close(handle)
-            Path(probe).unlink()
-        except OSError as failure:
-            nameless = OSError(failure.errno, failure.strerror)  # the probe's name means nothing to a person
-            raise explain_refusal(nameless, self.data_dir, "trying the data folder") from failure
 
     def check_writable(self, series: Series) -> None:
         """Find out before IB is asked anything whether its answer could be kept.
