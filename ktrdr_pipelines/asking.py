@@ -47,7 +47,7 @@ INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
 """Seconds. How long after its close the newest bar may come late (IB: seconds to minutes; daily bars up to settlement, hours);
 and how far back the run of newest bars that is late with it may reach."""
 
-MAX_FRUITLESS = 4
+MAX_FRUITLESS, WORDS_AFTER = 4, (1, 3)
 """How often holes are asked for again that one more answer in vain leaves in doubt."""
 
 SPARSE_AFTER = 3
@@ -171,10 +171,12 @@ class Asker:
                 )
             fruitless += 1
             doubtful = self._hearing.find_doubtful(holes)
-            if self._hearing.are_newest(doubtful) or self._hearing.are_beyond_reach(doubtful):
+            is_given_up = self._hearing.reach_the_end(doubtful) if len(doubtful) else False
+            is_given_up |= fruitless > MAX_FRUITLESS
+            if (is_given_up and self._hearing.are_newest(doubtful)) or self._hearing.are_beyond_reach(doubtful):
                 self._unproven = self._hearing.leave_out_expired(doubtful, self._now_s)
                 break
-            if fruitless > MAX_FRUITLESS:
+            if len(doubtful) and fruitless > MAX_FRUITLESS:
                 self._hearing.refuse_unproven(doubtful, request, len(asked))
         self._refuse_vanished(holes, request)
         if len(asked) > 1 and len(holes) < len(expected):
@@ -214,8 +216,11 @@ class Asker:
             previous=asked,
             attempt=len(asked),
             until_s=self._now_s,
+            held=self._hearing.held,
+            empty=self._hearing.empty_windows,
+            fruitless=fruitless,
             # Bars that have nothing newer after them can only be proven by IB's words; others, if bars on both sides do not help.
-            exactly=fruitless > 0 or self._hearing.are_newest(holes),
+            exactly=fruitless in WORDS_AFTER or self._hearing.reach_the_end(holes),
         )
 
     def _check_scale(self, raw: Answer, request: Request) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
+from math import ceil, log
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,12 @@ from ktrdr_pipelines.holes import Doubt, Heard, judge_holes
 from ktrdr_pipelines.plan import Request, refetch_requests, split_runs
 from ktrdr_pipelines.series import Duration, HistoryLimits, Timeframe, Window
 
+IntArray = npt.NDArray[np.int64]
+
+_NONE = np.empty(0, np.int64)
 _MOST_TRIED = 40
+_RAREST = 200
+"""So many bars in a row may not exist and the next one be hoped for, before anything was asked in vain."""
 _SESSIONS_PER_MONTH, _SESSIONS_PER_YEAR = {5: 22, 7: 30}, {5: 252, 7: 365}
 
 
@@ -44,13 +50,17 @@ def confirm_holes(
     previous: Sequence[Request],
     attempt: int,
     until_s: int,
+    held: IntArray = _NONE,
+    empty: Sequence[Window] = (),
+    fruitless: int = 0,
     exactly: bool = False,
 ) -> list[Confirmation]:
     """Requests that cover ``holes`` (not empty) and show whether those exist that all of ``heard`` lack; usually one.
 
     ``expected``: bars complete at ``until_s``, as far around as they are known. ``heard``: the answers to ``previous``
-    requests, which are not repeated. ``exactly``: ask for nothing but the holes where durations can say that, for IB may
-    answer in words.
+    requests, which are not repeated, the last ``fruitless`` of them in vain. ``held``: opens of bars that are known to exist,
+    ``empty``: where nothing does. ``exactly``: ask for nothing but the holes where durations can say that, for IB may answer
+    in words.
     """
     if all(each.says_empty for each in heard):
         # Nothing of it exists, IB says: another request for the same is what can get the same answer.
@@ -59,7 +69,8 @@ def confirm_holes(
     found: list[Confirmation] = []
     runs = _part_by_sides(timeframe, holes, expected, heard) if exactly else [holes]
     for run in (part for each in runs for part in split_runs(timeframe, each, limits)):
-        best = _choose(timeframe, run, limits, expected, heard, previous, exactly)
+        around = _Around(expected, timeframe, heard, held, empty, fruitless)
+        best = _choose(timeframe, run, limits, around, heard, previous, exactly)
         if best is not None:
             found.append(best)
             continue
@@ -82,25 +93,18 @@ def _choose(
     timeframe: Timeframe,
     holes: ExpectedBars,
     limits: HistoryLimits,
-    expected: ExpectedBars,
+    around: _Around,
     heard: Sequence[Heard],
     previous: Sequence[Request],
     exactly: bool,
 ) -> Confirmation | None:
-    stamps = np.unique(np.concatenate([each.stamps for each in heard]))
-    begins = np.minimum(np.minimum(expected.begins, expected.aliases), expected.opens)
-    known = match_held(expected, stamps, timeframe)
-    is_asked = np.zeros(len(expected), np.bool_)
-    for each in heard:
-        is_asked |= (begins >= each.from_s) & (expected.closes <= each.end_s)
-    exists = known | ~is_asked
-    lacking = holes.take(~match_held(holes, stamps, timeframe))
-    present = np.union1d(stamps, expected.opens[~is_asked & ~known])
+    expected, begins, present = around.expected, around.begins, around.present
+    lacking = holes.take(~match_held(holes, around.stamps, timeframe))
     shapes = {(int(request.end.timestamp()), str(request.duration)) for request in previous}
     best: tuple[int, int] | None = None
     chosen = None
     tried = 0
-    for first, last, end_s, duration in _list_shapes(timeframe, holes, limits, expected, exists, exactly):
+    for first, last, end_s, duration in _list_shapes(timeframe, holes, limits, expected, around.exists, exactly):
         if (end_s, str(duration)) in shapes:
             continue
         shapes.add((end_s, str(duration)))
@@ -121,6 +125,38 @@ def _choose(
         if best == (0, 0) or tried >= _MOST_TRIED:
             break
     return chosen
+
+
+class _Around:
+    """The bars around the holes: which of them exist, as far as that is known, and how many of the others may."""
+
+    def __init__(
+        self,
+        expected: ExpectedBars,
+        timeframe: Timeframe,
+        heard: Sequence[Heard],
+        held: IntArray,
+        empty: Sequence[Window],
+        fruitless: int,
+    ) -> None:
+        self.expected = expected
+        self.stamps = np.unique(np.concatenate([each.stamps for each in heard]))
+        self.begins = np.minimum(np.minimum(expected.begins, expected.aliases), expected.opens)
+        known = match_held(expected, np.union1d(self.stamps, held), timeframe)
+        is_settled = known.copy()
+        for each in heard:
+            is_settled |= (self.begins >= each.from_s) & (expected.closes <= each.end_s)
+        share = float(known[is_settled].mean()) if is_settled.any() else 1.0
+        for window in empty:
+            is_settled |= (expected.opens >= window.start_s) & (expected.opens < window.end_s)
+        # Of what nobody asked for as much exists as elsewhere; after each question in vain, much less.
+        apart = min(_RAREST, ceil(log(0.001) / log(1 - share)) if 0 < share < 0.999 else 1) * 4**fruitless
+        unknown = np.flatnonzero(~is_settled)
+        newer = np.searchsorted(unknown, int(np.flatnonzero(is_settled)[-1])) if is_settled.any() else 0
+        hoped = np.concatenate([unknown[:newer][::-1][apart - 1 :: apart], unknown[newer:][apart - 1 :: apart]])
+        self.exists = known.copy()
+        self.exists[hoped] = True
+        self.present = np.union1d(np.union1d(self.stamps, held), expected.opens[hoped])
 
 
 def _begin(bars: ExpectedBars) -> int:

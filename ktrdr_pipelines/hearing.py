@@ -5,12 +5,13 @@ Keeps the answers that `asking.py` gets, knows what is held, and puts both befor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
-from ktrdr_pipelines.coverage import bars_inside
+from ktrdr_pipelines.coverage import bars_inside, widen
 from ktrdr_pipelines.durations import NOMINAL_S
 from ktrdr_pipelines.errors import TransientError
 from ktrdr_pipelines.holes import REASONS, Doubt, Heard, judge_holes
@@ -79,6 +80,26 @@ class Hearing:
         if now_s < last_s + _EXPIRED_AFTER_S:
             return holes
         return holes.take(np.flatnonzero(holes.begins < last_s))
+
+    def reach_the_end(self, holes: ExpectedBars) -> bool:
+        """True if no bar that is complete by now, and not known to be empty, is newer than ``holes``."""
+        newer = self.complete.opens[self.complete.opens > holes.opens[-1]]
+        for window in self.empty_windows:
+            newer = newer[(newer < window.start_s) | (newer >= window.end_s)]
+        return not len(newer)
+
+    @property
+    def empty_windows(self) -> Sequence[Window]:
+        """What the file's sidecar knows to be empty."""
+        return self._store.read_sidecar(self._series).empty_windows
+
+    @property
+    def held(self) -> IntArray:
+        """Opens of the held bars around the request."""
+        opens = self.complete.opens
+        if not len(opens):
+            return opens
+        return self._store.held_opens(self._series, widen(Window.from_epoch(int(opens[0]), int(opens[-1]) + 1)))
 
     def are_beyond_reach(self, holes: ExpectedBars) -> bool:
         """True if there are ``holes`` at the ends of answers of a series that IB tells only up to now: no other request can show

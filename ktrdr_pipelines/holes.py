@@ -32,6 +32,8 @@ LONGEST_ROW = 64
 """Every n-th bar left out: the largest n that is thought of. A longer row has too few holes to be told from chance."""
 
 _FEWEST_IN_ROW = 5
+_BY_CHANCE = 1e-6
+"""A row is believed to be cut when as many holes would lie in it by chance only so rarely; some thousand rows are thought of."""
 
 
 class Doubt(IntEnum):
@@ -189,14 +191,20 @@ def _add_rows(found: IntArray, older: IntArray, newer: IntArray, around: Sequenc
             count = np.zeros(len(possible), np.int64)
             single, longest = count.copy(), count.copy()
             explained = np.ones(len(possible), np.bool_)
+            chance = np.ones(len(possible))
             for at, (gap, first, stop) in zip(mine[:, possible], sides, strict=True):
                 total, filled, ones = _count_rows(gap, first, stop, step)
                 explained &= filled[at % step] == total[at % step]
+                # By chance as often as between the other bars; where there are no others, as often as exactly one is lacking.
+                others = total.sum() - total[at % step]
+                outside = (filled.sum() - filled[at % step] + 1) / (others + 2)
+                share = np.where(others > 0, outside, (ones.sum() + 1) / (total.sum() + 2) / 2)
+                chance = np.minimum(chance, share ** total[at % step])
                 count += total[at % step]
                 longest = np.maximum(longest, total[at % step])
                 single += ones[at % step]
             # Mostly one bar is lacking at each place of the row: holes of all lengths are no such rule.
-            row = explained & (longest >= _FEWEST_IN_ROW) & (2 * single >= count)
+            row = explained & (longest >= _FEWEST_IN_ROW) & (2 * single >= count) & (chance < _BY_CHANCE)
             found[open_[possible[row]]] = Doubt.REGULAR
 
 
