@@ -345,16 +345,7 @@ class Asker:
         are not proven because they may only be late."""
         holes, pending = self._split_pending(holes)
         if len(pending):
-            extent = self._store.extent(self._series)
-            is_newest = extent is None or int(pending.opens[0]) > extent.last_open_s
             window = Window.from_epoch(window.start_s, max(window.start_s, int(pending.opens[0])))
-            self._report.notices.append(
-                f"{len(pending)} of the newest bars are not there yet, from {_instant(pending.opens[0])}; "
-                "they are asked for again next time"
-                if is_newest
-                else f"{len(pending)} bars are missing, from {_instant(pending.opens[0])}, and IB does not prove that they do "
-                "not exist; they are asked for again next time. If history begins later, give a later --start"
-            )
         # Of a sparse series the answered window says it all; a range for each minute without a trade would swamp the sidecar.
         runs = [] if self._store.read_sidecar(self._series).sparse else find_gaps(expected, holes)
         proven = [
@@ -378,6 +369,18 @@ class Asker:
                 np.setdiff1d(younger, expected.sessions[~np.isin(expected.opens, holes.opens)])
             )
         return pending
+
+    def describe_pending(self, pending: ExpectedBars) -> str:
+        """What a person should know of bars that stay missing without a failure."""
+        extent, first = self._store.extent(self._series), _instant(pending.opens[0])
+        if extent is None or int(pending.opens[0]) > extent.last_open_s:
+            return (
+                f"{len(pending)} of the newest bars are not there yet, from {first}; they are asked for again next time"
+            )
+        return (
+            f"{len(pending)} bars are missing, from {first}, and IB does not prove that they do not exist; they are asked for "
+            "again next time. If history begins later, give a later --start"
+        )
 
     def _split_pending(self, holes: ExpectedBars) -> tuple[ExpectedBars, ExpectedBars]:
         """Holes that answers can prove, and those that they cannot: closed a moment ago with nothing newer held (IB may be late,

@@ -193,6 +193,20 @@ def _list_shapes(
                 duration = Duration(count, base.unit)
                 if is_allowed(timeframe, duration, limits):
                     yield s, e, span.end_s, duration
+    if not exactly:
+        yield from _list_longest(timeframe, limits, expected, ends)
+
+
+def _list_longest(
+    timeframe: Timeframe, limits: HistoryLimits, expected: ExpectedBars, ends: Sequence[int]
+) -> Iterator[tuple[int, int, int, Duration]]:
+    """The longest request up to each of ``ends``: where it counts sessions that have bars, it reaches over any halt."""
+    longest = timeframe.longest_request(limits)
+    begins = np.minimum(np.minimum(expected.begins, expected.aliases), expected.opens)
+    for e in ends:
+        end_s = int(expected.closes[e])
+        first = min(e, int(np.searchsorted(begins, reach_back(end_s, longest))))
+        yield first, e, end_s, longest
 
 
 def _read(duration: Duration, end_s: int, expected: ExpectedBars, last: int) -> list[int]:

@@ -71,6 +71,11 @@ class Heard:
     stamps: IntArray
     says_empty: bool = False
 
+    @property
+    def covers_from_s(self) -> int:
+        """However far back that is: what lies between two of its bars is covered."""
+        return min(self.from_s, int(self.stamps[0])) if len(self.stamps) else self.from_s
+
 
 @dataclass(frozen=True, eq=False)
 class Judged:
@@ -101,7 +106,7 @@ def judge_holes(
     if not len(holes) or not witnesses:
         return Judged(doubts, weak)
     begins = np.minimum(np.minimum(holes.begins, holes.aliases), holes.opens)
-    covers = np.array([(begins >= w.heard.from_s) & (holes.closes <= w.heard.end_s) for w in witnesses])
+    covers = np.array([(begins >= w.heard.covers_from_s) & (holes.closes <= w.heard.end_s) for w in witnesses])
     keys = period_keys(timeframe, holes.opens)
     for group in np.unique(covers, axis=1).T:
         mine = np.flatnonzero((covers == group[:, None]).all(axis=0))

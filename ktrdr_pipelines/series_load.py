@@ -298,6 +298,7 @@ class Load:
         waiting = deque(requests)
         skipped: deque[Request] = deque()  # wholly before IB's head timestamp, oldest first
         done = 0
+        pending: list[ExpectedBars] = []
         while waiting or skipped:
             # What was skipped needs asking after all when the start of history could not be shown to lie later.
             request = waiting.popleft() if waiting else skipped.pop()
@@ -323,13 +324,36 @@ class Load:
                 done += 1
                 self.report.segments_fetched += 1
                 self._mark_known(request, loaded)
+                pending += [loaded.pending] if loaded.pending is not None and len(loaded.pending) else []
                 yield Fetched(request, loaded.rows, done, len(requests))
                 yield from self._report_touched(request, loaded.rows, partitions)
             if (head := asker.head) is not None and self._store.extent(self.series) is None:
                 skipped += [r for r in waiting if r.window.end <= head]
                 waiting = deque(r for r in waiting if r.window.end > head)
+        for bars in pending:
+            yield from self._look_again(bars, asker, partitions)
+            still = bars.take(np.isin(bars.opens, self._expected.opens[self._is_missing]))
+            self.report.notices += [asker.describe_pending(still)] if len(still) else []
         if (held_back := asker.find_held_back()) is not None:
             yield self._fail(Window(requests[-1].window.start, everything.end), held_back)
+
+    def _look_again(self, pending: ExpectedBars, asker: Asker, partitions: Sequence[Partition]) -> Iterator[Event]:
+        """Bars that were the newest when they were asked for and are not any more: those after them can show now whether they
+        exist."""
+        extent = self._store.extent(self.series)
+        if extent is None or extent.last_open_s < pending.opens[-1] or self.series.instrument.ends_now:
+            return
+        for request in plan_requests(self.series.timeframe, pending, self._limits):
+            try:
+                loaded = asker.load(request, may_put_off=False)
+            except KtrdrError as error:
+                self._count_what_arrived(request.window, asker)
+                yield self._fail(request.window, error)
+                continue
+            finally:
+                self._count_requests()
+            self._mark_known(request, loaded)
+            yield from self._report_touched(request, loaded.rows, partitions)
 
     def _lacks(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
