@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from math import ceil, log
 
 import numpy as np
@@ -100,17 +100,18 @@ def _choose(
 ) -> Confirmation | None:
     expected, begins, present = around.expected, around.begins, around.present
     lacking = holes.take(~match_held(holes, around.stamps, timeframe))
-    shapes = {(int(request.end.timestamp()), str(request.duration)) for request in previous}
+    used = {(int(request.end.timestamp()), str(request.duration)) for request in previous}
     best: tuple[int, int] | None = None
     chosen = None
-    tried = 0
-    for first, last, end_s, duration in _list_shapes(timeframe, holes, limits, expected, around.exists, exactly):
-        if (end_s, str(duration)) in shapes:
+    shapes = _list_shapes(timeframe, holes, limits, expected, around.exists, exactly)
+    longest = () if exactly else _list_longest(timeframe, limits, expected, around.find_newer(holes))
+    for first, last, end_s, duration in chain(islice(shapes, _MOST_TRIED), longest):
+        if (end_s, str(duration)) in used:
             continue
-        shapes.add((end_s, str(duration)))
+        used.add((end_s, str(duration)))
         from_s = int(begins[first])
         doubtful = weak = 0
-        for start_s in _read(duration, end_s, expected, last):
+        for start_s in _read(duration, end_s, around, last):
             inside = present[(present >= min(start_s, from_s)) & (present < end_s)]
             answer = Heard(from_s, end_s, inside, says_empty=not len(inside))
             judged = judge_holes(lacking, expected, [*heard, answer], timeframe)
@@ -121,8 +122,7 @@ def _choose(
             window = Window.from_epoch(int(_begin(holes)), int(holes.closes[-1]))
             best = score
             chosen = Confirmation(Request(window, datetime.fromtimestamp(end_s, UTC), duration), from_s)
-        tried += 1
-        if best == (0, 0) or tried >= _MOST_TRIED:
+        if best == (0, 0):
             break
     return chosen
 
@@ -157,6 +157,11 @@ class _Around:
         self.exists = known.copy()
         self.exists[hoped] = True
         self.present = np.union1d(np.union1d(self.stamps, held), expected.opens[hoped])
+
+    def find_newer(self, holes: ExpectedBars) -> list[int]:
+        """Places of some bars after ``holes`` that may exist."""
+        after = np.flatnonzero(self.exists & (self.expected.opens > holes.opens[-1]))
+        return [int(after[k]) for k in (0, 3, 30) if k < len(after)]
 
 
 def _begin(bars: ExpectedBars) -> int:
@@ -193,8 +198,6 @@ def _list_shapes(
                 duration = Duration(count, base.unit)
                 if is_allowed(timeframe, duration, limits):
                     yield s, e, span.end_s, duration
-    if not exactly:
-        yield from _list_longest(timeframe, limits, expected, ends)
 
 
 def _list_longest(
@@ -202,20 +205,24 @@ def _list_longest(
 ) -> Iterator[tuple[int, int, int, Duration]]:
     """The longest request up to each of ``ends``: where it counts sessions that have bars, it reaches over any halt."""
     longest = timeframe.longest_request(limits)
+    days = {"M": 31, "W": 7, "Y": 366}.get(longest.unit, 1) * longest.count
+    in_days = next((d for n in range(days, 0, -1) if is_allowed(timeframe, d := Duration(n, "D"), limits)), longest)
     begins = np.minimum(np.minimum(expected.begins, expected.aliases), expected.opens)
     for e in ends:
         end_s = int(expected.closes[e])
-        first = min(e, int(np.searchsorted(begins, reach_back(end_s, longest))))
-        yield first, e, end_s, longest
+        for duration in dict.fromkeys((in_days, longest)):
+            yield min(e, int(np.searchsorted(begins, reach_back(end_s, duration)))), e, end_s, duration
 
 
-def _read(duration: Duration, end_s: int, expected: ExpectedBars, last: int) -> list[int]:
-    """Where the request may begin: by the calendar, and by counting sessions."""
+def _read(duration: Duration, end_s: int, around: _Around, last: int) -> list[int]:
+    """Where the request may begin: by the calendar, and by counting sessions that have bars."""
     starts = [reach_back(end_s, duration)]
+    expected = around.expected
     week = expected.sessions_per_week
     per_unit = {"D": 1, "W": week, "M": _SESSIONS_PER_MONTH[week], "Y": _SESSIONS_PER_YEAR[week]}
-    if duration.unit in per_unit:
-        first_session = int(expected.sessions[last]) - duration.count * per_unit[duration.unit] + 1
+    traded = np.unique(expected.sessions[: last + 1][around.exists[: last + 1]])
+    if duration.unit in per_unit and len(traded):
+        first_session = traded[max(0, len(traded) - duration.count * per_unit[duration.unit])]
         at = int(np.searchsorted(expected.sessions, first_session))
         starts.append(_begin(expected.take(slice(at, at + 1))))
     return starts

@@ -245,3 +245,40 @@ def test_an_answer_seen_whole_at_its_newest_end_speaks_for_shorter_ones() -> Non
     assert judge(slice(380, 390), (0, 390), (370, 390), whole=381, whole_before_s=later) == [Doubt.NONE]
     assert judge(slice(380, 390), (0, 390), (370, 390), whole=10, whole_before_s=later) == [Doubt.NEWER]
     assert judge(slice(380, 390), (0, 390), (370, 390), whole=381) == [Doubt.NEWER]
+
+
+@pytest.mark.parametrize("counts_sessions", [True, False])
+@pytest.mark.parametrize("weeks", [1, 3, 5])
+def test_a_halt_across_requests_is_proven_by_one_load(tmp_path: Path, weeks: int, counts_sessions: bool) -> None:
+    """Its end is in the bars of another request, or beyond the longest one: those are held by then."""
+    span = window("2024-01-02", "2024-04-13")
+    truth = expected_bars(SERIES["1h"], window("2023-10-01", "2024-05-01")).opens
+    halt = Window(utc("2024-01-29"), utc("2024-01-29") + timedelta(weeks=weeks))
+    truth = truth[(truth < halt.start_s) | (truth >= halt.end_s)]
+    history = CuttingHistory(truth, counts_sessions=counts_sessions)
+    job, store = run(history, "1h", span, tmp_path)
+    assert [str(failure.error) for failure in job.report.failures] == []
+    assert job.report.missing_bars == 0
+    assert opens_of(store.read_bars(SERIES["1h"])).tolist() == pick_inside(truth, span).tolist()
+    asked = len(history.requests)
+    again = Load(SERIES["1h"], span, store=store, history=lambda: history, limits=HistoryLimits.CLASSIC,
+                 now=lambda: utc("2024-06-16"))  # fmt: skip
+    list(again.run())
+    assert len(history.requests) == asked
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("name", "share"), [("5m", 0.3), ("5m", 0.5), ("1h", 0.5), ("1d", 0.4)])
+def test_a_thin_series_is_not_taken_for_a_cut_one(tmp_path: Path, name: str, share: float, seed: int) -> None:
+    """Holes at equal distances by chance, last bars that nobody traded: all is proven, nothing creeps or ends in vain."""
+    span, margin = SPANS[name]
+    around = expected_bars(SERIES[name], Window(span.start - margin, span.end + margin)).opens
+    truth = around[np.random.default_rng(seed).random(len(around)) < share]
+    job, store = run(CuttingHistory(truth, counts_sessions=bool(seed % 2)), name, span, tmp_path)
+    assert [str(failure.error) for failure in job.report.failures] == []
+    assert job.report.missing_bars == 0
+    assert opens_of(store.read_bars(SERIES[name])).tolist() == pick_inside(truth, span).tolist()
+
+
+def pick_inside(truth: IntArray, span: Window) -> IntArray:
+    return truth[(truth >= span.start_s) & (truth < span.end_s)]
