@@ -172,7 +172,7 @@ class Asker:
             fruitless += 1
             doubtful = self._hearing.find_doubtful(holes)
             is_given_up = self._hearing.reach_the_end(doubtful) if len(doubtful) else False
-            is_given_up |= fruitless > MAX_FRUITLESS
+            is_given_up |= fruitless > WORDS_AFTER[0]  # once newer bars are held they are looked at again
             if (is_given_up and self._hearing.are_newest(doubtful)) or self._hearing.are_beyond_reach(doubtful):
                 self._unproven = self._hearing.leave_out_expired(doubtful, self._now_s)
                 break
