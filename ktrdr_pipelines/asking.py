@@ -48,7 +48,8 @@ INTRADAY_GRACE, DAILY_GRACE = (15 * 60, 24 * 3600), (24 * 3600, 4 * 24 * 3600)
 and how far back the run of newest bars that is late with it may reach."""
 
 MAX_FRUITLESS, WORDS_AFTER = 4, (1, 3)
-"""How often holes are asked for again that one more answer in vain leaves in doubt."""
+"""How often holes are asked for again that one more answer in vain leaves in doubt; and after how many answers in vain nothing
+but the holes is asked for, so that IB may say in words that there is nothing."""
 
 SPARSE_AFTER = 3
 """So many confirmations in a row that brought nothing new make a series sparse."""
