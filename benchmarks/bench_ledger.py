@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ktrdr_pipelines.ib.ledger import Grant, open_ledger
-from ktrdr_pipelines.ib.pacing import Ask
+from ktrdr_pipelines.ib.pacing.ledger import Grant, open_ledger
+from ktrdr_pipelines.ib.pacing.rules import Ask
 
 CYCLES = 1500
 PROCESSES = 4

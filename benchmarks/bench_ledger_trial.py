@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ktrdr_pipelines_tests.ledger_trial import Trial
+from ktrdr_pipelines_tests.ib.pacing.ledger_trial import Trial
 
 
 def main(grants: int = 10_000, incidents: int = 60, seed: int = 1) -> int:

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ktrdr_pipelines.bars import bars_from_columns, empty_bars
-from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
-from ktrdr_pipelines.store.files import SeriesFiles
-from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.bars.schema import bars_from_columns, empty_bars
+from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import parse_timeframe
+from ktrdr_pipelines.store.paths import SeriesFiles
+from ktrdr_pipelines.store.store import Store
 
 SERIES = Series(stock("BENCH"), parse_timeframe("1m"))
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -18,14 +18,16 @@ from pathlib import Path
 import dagster as dg
 import numpy as np
 
-from ktrdr_pipelines.bars import bars_from_columns
+from ktrdr_pipelines.bars.schema import bars_from_columns
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.definitions import build_defs
-from ktrdr_pipelines.orchestration.reconcile import Reconciler
-from ktrdr_pipelines.orchestration.sensors import make_tail_sensor
-from ktrdr_pipelines.series import TIMEFRAMES, Series, Window, stock
+from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
+from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler
+from ktrdr_pipelines.orchestration.automation.sensors import make_tail_sensor
 from ktrdr_pipelines.settings import Settings, load_settings
-from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.store import Store
 
 SYMBOLS = 500
 NOW = datetime(2024, 3, 5, 16, 0, 30, tzinfo=UTC)  # a Tuesday, 11:00:30 in New York

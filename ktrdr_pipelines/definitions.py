@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import dagster as dg
 
+from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.orchestration.build import build_definitions
-from ktrdr_pipelines.series import Series
 from ktrdr_pipelines.settings import Settings, load_settings
-from ktrdr_pipelines.universe import universe_of
+from ktrdr_pipelines.universe.file import universe_of
 
 
 def build_defs(settings: Settings | None = None, universe: Iterable[Series] | None = None) -> dg.Definitions:

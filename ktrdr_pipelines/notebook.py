@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
+from ktrdr_pipelines.domain.time import Window, parse_range
 from ktrdr_pipelines.errors import DataError, InputError
-from ktrdr_pipelines.gaps import count_missing, describe_missing
-from ktrdr_pipelines.membership import name_series
-from ktrdr_pipelines.series import Window, parse_range
+from ktrdr_pipelines.services.gaps import count_missing, describe_missing
+from ktrdr_pipelines.services.membership import name_series
 from ktrdr_pipelines.settings import Settings, load_settings
-from ktrdr_pipelines.store.corrections import open_store
-from ktrdr_pipelines.store.peek import peek
+from ktrdr_pipelines.store.schedule_overrides import open_store
+from ktrdr_pipelines.store.snapshot import peek
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ktrdr_pipelines.report import LoadReport
+    from ktrdr_pipelines.loading.report import LoadReport
 
 Time = str | date | datetime
 """ISO 8601 text, a date (its midnight UTC), or a datetime with a zone (pandas' Timestamp is one)."""
@@ -72,8 +72,8 @@ def load(
         All are `ktrdr_pipelines.errors.KtrdrError`. When only some windows failed, the first failure is raised after the
         others were loaded and kept; its notes name the rest.
     """
-    from ktrdr_pipelines.loading import load_series
-    from ktrdr_pipelines.progress import Progress
+    from ktrdr_pipelines.services.load import load_series
+    from ktrdr_pipelines.services.progress import Progress
 
     if mode not in ("tail", "backfill", "full"):
         raise InputError(f"unknown mode {str(mode)[:40]!r}", advice="Use one of tail, backfill, full.")

@@ -22,8 +22,8 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ktrdr_pipelines.cron import check_cron
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, parse_timeframe
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.series import TIMEFRAMES, HistoryLimits, parse_timeframe
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 

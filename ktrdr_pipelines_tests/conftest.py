@@ -19,12 +19,12 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings as hypothesis_settings
 
-from ktrdr_pipelines.ib.ledger import Ledger, open_ledger
+from ktrdr_pipelines.ib.pacing.ledger import Ledger, open_ledger
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
-from ktrdr_pipelines_tests.ledger_tools import LOGIN, HandClock
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import LOGIN, HandClock
 from ktrdr_pipelines_tests.load_forks import (
     CommandForks,
     Ended,

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.durations import reach_back
+from ktrdr_pipelines.domain.instruments import Instrument, Series
+from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.ib.clock import Reading
-from ktrdr_pipelines.plan import Request
-from ktrdr_pipelines.series import Instrument, Series, Window
+from ktrdr_pipelines.ib.pacing.clock import Reading
+from ktrdr_pipelines.planning.durations import reach_back
+from ktrdr_pipelines.planning.requests import Request
 
 IntArray = npt.NDArray[np.int64]
 Fault = Callable[[RawBars], RawBars]

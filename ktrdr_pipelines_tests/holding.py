@@ -9,12 +9,13 @@ from pathlib import Path
 import dagster as dg
 import numpy as np
 
-from ktrdr_pipelines.bars import bars_from_columns
+from ktrdr_pipelines.bars.schema import bars_from_columns
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.definitions import build_defs
-from ktrdr_pipelines.series import Series, Window
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.store import Store
 
 
 def hold(data_dir: Path, series: Series, start: datetime, now: datetime, *, without: Sequence[int] = ()) -> None:
@@ -58,7 +59,7 @@ def partition_statuses(
 ) -> dict[str, str | None]:
     """Status of the partitions ``keys`` as the UI shows it."""
     from ktrdr_pipelines.orchestration.assets import asset_key
-    from ktrdr_pipelines.orchestration.partitions import define_partitions
+    from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 
     found = instance.get_status_by_partition(
         asset_key(series), list(keys), define_partitions(series.timeframe, settings)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ktrdr_pipelines.ib.clock import Reading
+from ktrdr_pipelines.ib.pacing.clock import Reading
 
 ROOT = Path(__file__).parents[1]
 SPEED = 100
@@ -166,12 +166,13 @@ class LoadForks:
 
 def run_load(job: Mapping[str, Any]) -> int:
     """One load as `ktrdr ib-load` does it, but for the parsing and the ledger's clock. The exit code."""
+    from ktrdr_pipelines.domain.instruments import Series, stock
+    from ktrdr_pipelines.domain.timeframes import parse_timeframe
     from ktrdr_pipelines.ib.history import IBHistory
-    from ktrdr_pipelines.orchestration.door import Door
-    from ktrdr_pipelines.orchestration.instance import open_instance
     from ktrdr_pipelines.orchestration.resources import GatewayResource
-    from ktrdr_pipelines.orchestration.runs import execute_load
-    from ktrdr_pipelines.series import Series, parse_timeframe, stock
+    from ktrdr_pipelines.orchestration.runs.door import Door
+    from ktrdr_pipelines.orchestration.runs.instance import open_instance
+    from ktrdr_pipelines.orchestration.runs.launch import execute_load
     from ktrdr_pipelines.settings import load_settings
     from ktrdr_pipelines_tests.fakes import window
 
@@ -258,8 +259,8 @@ def become(command: Mapping[str, Any]) -> None:
 
 def learn() -> None:
     """Load a week, and write down what that imported. The environment says from where and to where."""
-    from ktrdr_pipelines.cli import main
-    from ktrdr_pipelines.orchestration.instance import open_instance
+    from ktrdr_pipelines.cli.main import main
+    from ktrdr_pipelines.orchestration.runs.instance import open_instance
     from ktrdr_pipelines.settings import load_settings
 
     with open_instance(load_settings()):
@@ -280,6 +281,6 @@ if __name__ == "__main__":
         learn()
     else:
         become(serve())
-        from ktrdr_pipelines.cli import main
+        from ktrdr_pipelines.cli.main import main
 
         main()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ktrdr_pipelines_tests.ledger_tools import poll
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import poll
 
 
 @contextmanager

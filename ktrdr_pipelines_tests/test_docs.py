@@ -7,8 +7,8 @@ import re
 import click
 
 from ktrdr_pipelines import errors
-from ktrdr_pipelines.cli import cli
-from ktrdr_pipelines.series import TIMEFRAMES
+from ktrdr_pipelines.cli.main import cli
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 from ktrdr_pipelines.simulator.faults import KINDS
 from ktrdr_pipelines.simulator.habits import VALUES

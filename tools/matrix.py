@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ktrdr_pipelines_tests.fault_matrix import Cell, check, list_cells
+from ktrdr_pipelines_tests.scenarios.fault_matrix import Cell, check, list_cells
 
 
 @dataclass

@@ -30,9 +30,11 @@ TEN_MINUTES_S, BUDGET = 600.0, 60
 
 def load(port: int, state: Path, numbers: range) -> None:
     """One process: ask for one day of bars per number, and print what it cost as one line of JSON."""
+    from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
+    from ktrdr_pipelines.domain.time import Window
+    from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
     from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
-    from ktrdr_pipelines.plan import Request
-    from ktrdr_pipelines.series import TIMEFRAMES, Duration, Instrument, Series, Window, stock
+    from ktrdr_pipelines.planning.requests import Request
 
     def tell(waiting: Waiting) -> None:
         print(f"  loader {numbers.start}: {waiting.reason}, {waiting.seconds:.0f} s", file=sys.stderr, flush=True)

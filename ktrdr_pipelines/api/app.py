@@ -13,10 +13,11 @@ import uvicorn
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp
 
-from ktrdr_pipelines.api import models, refusals, routes_data, routes_ib
+from ktrdr_pipelines.api import error_responses as refusals
+from ktrdr_pipelines.api import models, routes_data, routes_ib
+from ktrdr_pipelines.api.coalesce import Turnstile
 from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.api.security import Guard, check_binding
-from ktrdr_pipelines.api.sharing import Turnstile
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.settings import Settings, load_settings
 

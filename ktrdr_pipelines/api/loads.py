@@ -25,8 +25,8 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
+from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import InputError, StoreError, TransientError
-from ktrdr_pipelines.series import format_instant
 from ktrdr_pipelines.settings import Settings, as_environment
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.ib.contracts import Choice
-from ktrdr_pipelines.series import TIMEFRAMES
 
 SYMBOL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .&/+'\-]{0,31}$"
 _LISTED = "^({0})(,({0}))*$"

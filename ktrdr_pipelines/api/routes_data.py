@@ -10,17 +10,19 @@ from fastapi.responses import JSONResponse, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from ktrdr_pipelines.api import models
-from ktrdr_pipelines.api.bars import MOST_BARS, Format, list_held, read_page, render_page
+from ktrdr_pipelines.api.bar_pages import MOST_BARS, Format, list_held, read_page, render_page
+from ktrdr_pipelines.api.error_responses import NotHere, refuse_problem
 from ktrdr_pipelines.api.loads import LoadOrder, LoadRecord, Loads
-from ktrdr_pipelines.api.refusals import NotHere, refuse_problem
+from ktrdr_pipelines.domain.instruments import Series, file_symbol
+from ktrdr_pipelines.domain.time import format_instant, parse_range
+from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.inspection import inspect_one
-from ktrdr_pipelines.orchestration.recorded_runs import find_run
-from ktrdr_pipelines.series import Series, file_symbol, format_instant, parse_range, parse_timeframe
+from ktrdr_pipelines.orchestration.runs.queries import find_run
+from ktrdr_pipelines.services.inspection import inspect_one
+from ktrdr_pipelines.services.load_inputs import refuse_before_partitions
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.store.series_store import utc_now
-from ktrdr_pipelines.universe import universe_of
-from ktrdr_pipelines.wanted import refuse_before_partitions
+from ktrdr_pipelines.store.store import utc_now
+from ktrdr_pipelines.universe.file import universe_of
 
 
 class _SymbolParts(StringConvertor):

@@ -7,19 +7,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from ktrdr_pipelines.api import models
-from ktrdr_pipelines.api.refusals import refuse_problem
-from ktrdr_pipelines.api.sharing import Turnstile
+from ktrdr_pipelines.api.coalesce import Turnstile
+from ktrdr_pipelines.api.error_responses import refuse_problem
+from ktrdr_pipelines.domain.instruments import Instrument
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.gateway_info.cleanup import cleanup as disconnect_everything
-from ktrdr_pipelines.gateway_info.config import gateway_config
-from ktrdr_pipelines.gateway_info.health import gateway_health
-from ktrdr_pipelines.gateway_info.question import Problem
-from ktrdr_pipelines.gateway_info.ranges import data_ranges
-from ktrdr_pipelines.gateway_info.status import gateway_status
-from ktrdr_pipelines.gateway_info.symbols import discover_symbol, list_discovered
-from ktrdr_pipelines.series import Instrument
+from ktrdr_pipelines.services.gateway.cleanup import cleanup as disconnect_everything
+from ktrdr_pipelines.services.gateway.config import gateway_config
+from ktrdr_pipelines.services.gateway.health import gateway_health
+from ktrdr_pipelines.services.gateway.question import Problem
+from ktrdr_pipelines.services.gateway.ranges import data_ranges
+from ktrdr_pipelines.services.gateway.status import gateway_status
+from ktrdr_pipelines.services.gateway.symbols import discover_symbol, list_discovered
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.universe import universe_of
+from ktrdr_pipelines.universe.file import universe_of
 
 router = APIRouter(prefix="/ib", tags=["gateway"])
 

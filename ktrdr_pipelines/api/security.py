@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ktrdr_pipelines.api.refusals import refuse
+from ktrdr_pipelines.api.error_responses import refuse
 from ktrdr_pipelines.errors import InputError
 
 MAX_BODY_BYTES = 16_384

@@ -22,13 +22,14 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, TextIO
 
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import Waiting
-from ktrdr_pipelines.loading import load_series
-from ktrdr_pipelines.progress import Progress
-from ktrdr_pipelines.report import Event, Failure, Fetched, Planned
-from ktrdr_pipelines.series import Series, format_instant
+from ktrdr_pipelines.loading.report import Event, Failure, Fetched, Planned
+from ktrdr_pipelines.services.load import load_series
+from ktrdr_pipelines.services.progress import Progress
 
 
 class Teller(Progress):

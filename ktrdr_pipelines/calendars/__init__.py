@@ -7,9 +7,8 @@ the store holds and what to ask IB for is in `plan.py`. Words: design, section 2
 
 from __future__ import annotations
 
-from ktrdr_pipelines.calendars.corrections import Difference, Session, compare, correct, count_sessions
 from ktrdr_pipelines.calendars.exchanges import calendar_of
-from ktrdr_pipelines.calendars.opens import (
+from ktrdr_pipelines.calendars.expected import (
     ExpectedBars,
     expected_bars,
     find_unexpected,
@@ -17,6 +16,8 @@ from ktrdr_pipelines.calendars.opens import (
     next_complete,
     period_keys,
 )
+from ktrdr_pipelines.calendars.ib_schedule import Difference, Session, compare, correct, count_sessions
+from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR
 from ktrdr_pipelines.calendars.sessions import (
     CalendarKey,
     installed_table,
@@ -28,7 +29,6 @@ from ktrdr_pipelines.calendars.sessions import (
     table_of,
     use_corrections,
 )
-from ktrdr_pipelines.calendars.tables import FIRST_YEAR, LAST_YEAR
 
 __all__ = [
     "FIRST_YEAR",

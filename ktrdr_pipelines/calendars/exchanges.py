@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ktrdr_pipelines.domain.instruments import Instrument
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.series import Instrument
 
 FOREX = "FOREX"
 """IB's own forex week (`ib_facts.md`, 3), not the calendar of that name in pandas_market_calendars."""

@@ -14,11 +14,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from ktrdr_pipelines.calendars.corrections import Session, correct
 from ktrdr_pipelines.calendars.exchanges import calendar_of
-from ktrdr_pipelines.calendars.tables import FIRST_YEAR, LAST_YEAR, IntArray, SessionTable, build_table
+from ktrdr_pipelines.calendars.ib_schedule import Session, correct
+from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR, IntArray, SessionTable, build_table
+from ktrdr_pipelines.domain.instruments import Hours, Instrument
+from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.series import Hours, Instrument, Window, require_utc
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ktrdr_pipelines.calendars import Session
+from ktrdr_pipelines.domain.instruments import Instrument, is_future_code
+from ktrdr_pipelines.domain.time import require_utc
 from ktrdr_pipelines.errors import KtrdrError, PermanentError, TransientError
-from ktrdr_pipelines.ib.answers import RawBars, columns_from_bars, read_contract, read_head, read_sample
 from ktrdr_pipelines.ib.codes import Hold
 from ktrdr_pipelines.ib.contracts import ContractInfo, NoContractTold
-from ktrdr_pipelines.ib.conversation import (
+from ktrdr_pipelines.ib.trading_schedule import read_schedule
+from ktrdr_pipelines.ib.wire.decoding import RawBars, columns_from_bars, read_contract, read_head, read_sample
+from ktrdr_pipelines.ib.wire.session import (
     BARS,
     CONTRACT,
     CONTRACT_END,
@@ -28,8 +31,6 @@ from ktrdr_pipelines.ib.conversation import (
     Conversation,
     NoData,
 )
-from ktrdr_pipelines.ib.schedules import read_schedule
-from ktrdr_pipelines.series import Instrument, is_future_code, require_utc
 
 log = logging.getLogger(__name__)
 

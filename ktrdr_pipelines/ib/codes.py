@@ -15,6 +15,7 @@ from datetime import datetime, time
 from enum import StrEnum
 from zoneinfo import ZoneInfo
 
+from ktrdr_pipelines.domain.time import require_utc
 from ktrdr_pipelines.errors import (
     BugError,
     GatewayUnreachable,
@@ -23,7 +24,6 @@ from ktrdr_pipelines.errors import (
     PermanentError,
     TransientError,
 )
-from ktrdr_pipelines.series import require_utc
 
 
 class Kind(StrEnum):

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError
-from ktrdr_pipelines.ib.address import GatewayAddress
 from ktrdr_pipelines.ib.client import GatewayClient
-from ktrdr_pipelines.ib.clock import Clock, Stamp, SystemClock
-from ktrdr_pipelines.ib.conversation import ClientIdInUse, HungUp
-from ktrdr_pipelines.ib.leases import Lease, lease_client_id
+from ktrdr_pipelines.ib.client_ids import Lease, lease_client_id
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
+from ktrdr_pipelines.ib.pacing.clock import Clock, Stamp, SystemClock
+from ktrdr_pipelines.ib.wire.session import ClientIdInUse, HungUp
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
-from ktrdr_pipelines.series import (
+from ktrdr_pipelines.domain.instruments import (
     DEFAULT_EXCHANGES,
     DEFAULT_WHAT_TO_SHOW,
     SECURITY_TYPES,
@@ -22,6 +21,7 @@ from ktrdr_pipelines.series import (
     future_product,
     is_future_code,
 )
+from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
 
 
 @dataclass(frozen=True, slots=True)

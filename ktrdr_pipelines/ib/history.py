@@ -19,18 +19,19 @@ from typing import Literal, TypeVar
 import tenacity
 
 from ktrdr_pipelines.calendars import Session
+from ktrdr_pipelines.domain.instruments import Instrument, Series
+from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError, TransientError
-from ktrdr_pipelines.ib.address import GatewayAddress
-from ktrdr_pipelines.ib.answers import RawBars
 from ktrdr_pipelines.ib.client import GatewayClient, Sending
-from ktrdr_pipelines.ib.clock import Clock, SystemClock
 from ktrdr_pipelines.ib.codes import Hold, RequestLost
 from ktrdr_pipelines.ib.connection import Connection
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, pin_contract
-from ktrdr_pipelines.ib.ledger import GrantExpired, Ledger, open_ledger
-from ktrdr_pipelines.ib.pacing import Ask, Rule, bars_ask, contract_text, head_ask, schedule_ask
-from ktrdr_pipelines.plan import Request
-from ktrdr_pipelines.series import Instrument, Series, format_instant
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
+from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
+from ktrdr_pipelines.ib.pacing.ledger import GrantExpired, Ledger, open_ledger
+from ktrdr_pipelines.ib.pacing.rules import Ask, Rule, bars_ask, contract_text, head_ask, schedule_ask
+from ktrdr_pipelines.ib.wire.decoding import RawBars
+from ktrdr_pipelines.planning.requests import Request
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,18 +14,19 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
-from ktrdr_pipelines.discovery import kept_from, say_kept
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import Window, parse_instant
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
+from ktrdr_pipelines.ib.discovery import kept_from, say_kept
 from ktrdr_pipelines.ib.history import Waiting
-from ktrdr_pipelines.modes import Held, Mode, narrow_window
+from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
-from ktrdr_pipelines.orchestration.door import current_door
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.report import Completed, Event, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.series import Series, Window, parse_instant
-from ktrdr_pipelines.series_load import Load
-from ktrdr_pipelines.store.turns import taking_turn
+from ktrdr_pipelines.orchestration.runs.door import current_door
+from ktrdr_pipelines.planning.modes import Held, Mode, narrow_window
+from ktrdr_pipelines.store.locks import taking_turn
 
 GATEWAY_POOL = "ib_gateway"
 """At most one step at a time talks to the gateway. The pacing budget is the ledger's, not this."""

@@ -5,13 +5,14 @@ from collections.abc import Iterable
 
 import dagster as dg
 
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.orchestration.assets import make_asset
+from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
+from ktrdr_pipelines.orchestration.automation.sensors import make_reconcile_sensor, make_tail_sensor
 from ktrdr_pipelines.orchestration.executor import owned_executor
-from ktrdr_pipelines.orchestration.partitions import define_partitions
+from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.orchestration.schedules import make_tail_schedules
-from ktrdr_pipelines.orchestration.sensors import make_reconcile_sensor, make_tail_sensor
-from ktrdr_pipelines.series import Series, Timeframe
 from ktrdr_pipelines.settings import Settings
 
 

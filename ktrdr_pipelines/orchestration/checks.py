@@ -6,9 +6,10 @@ yields no output (dagster_facts.md, 3). The rules are `bars.py`'s and the calend
 
 import dagster as dg
 
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.report import LoadReport
-from ktrdr_pipelines.series import Series, format_instant
+from ktrdr_pipelines.loading.report import LoadReport
 
 SCHEMA_CHECK = "bars_schema"
 COMPLETENESS_CHECK = "completeness"

@@ -13,7 +13,7 @@ from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.execution.retries import RetryMode
 from dagster._core.executor.in_process import InProcessExecutor
 
-from ktrdr_pipelines.orchestration.dead_runs import owner_tag, reaping
+from ktrdr_pipelines.orchestration.runs.dead_runs import owner_tag, reaping
 
 
 class OwnedExecutor(InProcessExecutor):

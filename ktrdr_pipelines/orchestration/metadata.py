@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from ktrdr_pipelines.report import Completed, LoadReport
-from ktrdr_pipelines.series import Series
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.loading.report import Completed, LoadReport
 
 SPARKLINE_POINTS = 48
 

@@ -11,15 +11,15 @@ from pydantic import Field, PrivateAttr
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from ktrdr_pipelines.ib.address import GatewayAddress
+from ktrdr_pipelines.domain.timeframes import HistoryLimits
+from ktrdr_pipelines.ib.client_ids import ClientIds
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.ib.leases import ClientIds
-from ktrdr_pipelines.orchestration.door import current_door
-from ktrdr_pipelines.orchestration.life import may_end, show_life
-from ktrdr_pipelines.series import HistoryLimits
+from ktrdr_pipelines.orchestration.runs.door import current_door
+from ktrdr_pipelines.orchestration.runs.liveness import may_end, show_life
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.store.corrections import open_store
-from ktrdr_pipelines.store.series_store import Store
+from ktrdr_pipelines.store.schedule_overrides import open_store
+from ktrdr_pipelines.store.store import Store
 
 _ledger_urls: dict[str, str] = {}
 """The real URL for each that is shown. Every process that runs assets has built the definitions, and with them this."""

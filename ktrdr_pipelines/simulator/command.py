@@ -94,9 +94,9 @@ def simulator_command(
     import asyncio
     import time
 
-    from ktrdr_pipelines.simulator.durations import DurationRule
     from ktrdr_pipelines.simulator.faults import read_faults
     from ktrdr_pipelines.simulator.habits import read_habits
+    from ktrdr_pipelines.simulator.request_reach import DurationRule
 
     check_host(host)
     check_zone(zone)
@@ -161,8 +161,8 @@ def make_clock(now: str | None, *, freeze: bool) -> Callable[[], float]:
     """
     import time
 
+    from ktrdr_pipelines.domain.time import parse_instant
     from ktrdr_pipelines.errors import InputError
-    from ktrdr_pipelines.series import parse_instant
 
     if now is None:
         if freeze:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ktrdr_pipelines.simulator.market import DAY_S, Bars
 from ktrdr_pipelines.simulator.messages import Fields, build_history_head, build_schedule
-from ktrdr_pipelines.simulator.sessions import Int, Sessions
+from ktrdr_pipelines.simulator.trading_hours import Int, Sessions
 from ktrdr_pipelines.simulator.wire import frame, join_fields
 
 _ZONED_SINCE = 165

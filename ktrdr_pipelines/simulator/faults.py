@@ -19,7 +19,7 @@ import numpy as np
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.simulator import refusals
 from ktrdr_pipelines.simulator.disturbances import DISTURBANCES, MEANWHILE, Disturbance, make_disturbance
-from ktrdr_pipelines.simulator.history import Answer
+from ktrdr_pipelines.simulator.history_service import Answer
 from ktrdr_pipelines.simulator.market import Bars
 from ktrdr_pipelines.simulator.refusals import Refusal
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from ktrdr_pipelines.simulator import refusals
 from ktrdr_pipelines.simulator.disturbances import EMPTY, HELD, Disturbance
-from ktrdr_pipelines.simulator.durations import DurationRule, RequestLimits
 from ktrdr_pipelines.simulator.faults import CONNECT, Asked, Delivery, FaultBook, FaultRule
 from ktrdr_pipelines.simulator.habits import USUAL, Habits
-from ktrdr_pipelines.simulator.history import Answer, HistoryRules, check_request, find_head, look_up
+from ktrdr_pipelines.simulator.history_service import Answer, HistoryRules, check_request, find_head, look_up
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.market import Listing, Market
 from ktrdr_pipelines.simulator.messages import MAX_VERSION, HeadRequest, HistoryRequest
 from ktrdr_pipelines.simulator.refusals import RequestRefusedError
+from ktrdr_pipelines.simulator.request_reach import DurationRule, RequestLimits
 
 _LONGEST_TEXT = 200
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.simulator.market import DAY_S, Bars, BarSize, label_dates
-from ktrdr_pipelines.simulator.sessions import Sessions
+from ktrdr_pipelines.simulator.trading_hours import Sessions
 
 _HEAD_SHIFTS_S = {"exact": 0, "early": -3653 * DAY_S, "late": 365 * DAY_S}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import date
 
 from ktrdr_pipelines.simulator.market import Listing
-from ktrdr_pipelines.simulator.sessions import BERLIN, CHICAGO, NEW_YORK
+from ktrdr_pipelines.simulator.trading_hours import BERLIN, CHICAGO, NEW_YORK
 
 _EPOCH = date(1970, 1, 1).toordinal()
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ktrdr_pipelines.simulator.sessions import Int, Sessions
+from ktrdr_pipelines.simulator.trading_hours import Int, Sessions
 
 Float = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from ktrdr_pipelines.simulator.sessions import Int
+from ktrdr_pipelines.simulator.trading_hours import Int
 
 _U64 = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

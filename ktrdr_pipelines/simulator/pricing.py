@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ktrdr_pipelines.simulator.market import Atoms, Bars, Float, Listing, label_dates
-from ktrdr_pipelines.simulator.sessions import Int, Sessions
+from ktrdr_pipelines.simulator.trading_hours import Int, Sessions
 
 WITH_VOLUME = ("TRADES", "ADJUSTED_LAST", "AGGTRADES")
 

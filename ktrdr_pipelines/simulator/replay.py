@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ktrdr_pipelines.domain.instruments import symbol_from_file
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.series import TIMEFRAMES, symbol_from_file
 from ktrdr_pipelines.simulator.listings import make_pair, make_stock
 from ktrdr_pipelines.simulator.market import (
     BAR_SIZES,
@@ -31,7 +32,7 @@ from ktrdr_pipelines.simulator.market import (
     label_clock,
     label_dates,
 )
-from ktrdr_pipelines.simulator.sessions import Int, Sessions, forex_sessions, sessions_from_bars, us_stock_sessions
+from ktrdr_pipelines.simulator.trading_hours import Int, Sessions, forex_sessions, sessions_from_bars, us_stock_sessions
 
 _CURRENCIES = frozenset(
     [

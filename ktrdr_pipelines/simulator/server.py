@@ -15,14 +15,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.simulator.client_session import Action, Begin, Close, Send, Session, Wait
 from ktrdr_pipelines.simulator.disturbances import Disturbance
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import Gateway, RequestRecord
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.market import Market
 from ktrdr_pipelines.simulator.refusals import Refusal
-from ktrdr_pipelines.simulator.session import Action, Begin, Close, Send, Session, Wait
-from ktrdr_pipelines.simulator.sessions import us_stock_sessions
+from ktrdr_pipelines.simulator.trading_hours import us_stock_sessions
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from ktrdr_pipelines.simulator.market import (
 )
 from ktrdr_pipelines.simulator.path import PricePath
 from ktrdr_pipelines.simulator.pricing import WITH_VOLUME, find_point, make_bars
-from ktrdr_pipelines.simulator.sessions import (
+from ktrdr_pipelines.simulator.trading_hours import (
     BERLIN,
     Int,
     Sessions,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ktrdr_pipelines.store.intake import Prepared
+from ktrdr_pipelines.store.settle import Prepared
 
 
 @dataclass(frozen=True, slots=True)

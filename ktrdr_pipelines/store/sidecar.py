@@ -17,9 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
 
+from ktrdr_pipelines.domain.instruments import Instrument, Series
+from ktrdr_pipelines.domain.partitions import partition_from_key
+from ktrdr_pipelines.domain.time import Window, format_instant, require_utc
+from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import InputError, StoreError
-from ktrdr_pipelines.partitions import partition_from_key
-from ktrdr_pipelines.series import Instrument, Series, Timeframe, Window, format_instant, require_utc
 
 VERSION = 1
 """The format this program writes. A higher number in a file means a newer program: hands off."""

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ktrdr_pipelines.bars import COLUMNS, Rule, bars_from_columns, opens_of
-from ktrdr_pipelines.partitions import partition_at
-from ktrdr_pipelines.series import Timeframe, Window
-from ktrdr_pipelines.store.csvfile import (
+from ktrdr_pipelines.bars.schema import COLUMNS, Rule, bars_from_columns, opens_of
+from ktrdr_pipelines.domain.partitions import partition_at
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.store.atomic import Disk, FileRange, FileState, SourceChanged, replace_file, state_of
+from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
     checksum,
@@ -30,7 +32,6 @@ from ktrdr_pipelines.store.csvfile import (
     render_rows,
     scan_opens,
 )
-from ktrdr_pipelines.store.disk import Disk, FileRange, FileState, SourceChanged, replace_file, state_of
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
 

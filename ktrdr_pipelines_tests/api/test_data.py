@@ -10,7 +10,7 @@ import httpx
 import pyarrow as pa
 import pytest
 
-from ktrdr_pipelines.inspection import inspect_one
+from ktrdr_pipelines.services.inspection import inspect_one
 from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
 
 ROUTE = "/api/v1/data/AAPL/1d"

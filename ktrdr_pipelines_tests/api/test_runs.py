@@ -9,15 +9,16 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from ktrdr_pipelines.loading import load_series
-from ktrdr_pipelines.modes import Mode
+from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.partitions import partition_from_key
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.build import build_definitions
-from ktrdr_pipelines.orchestration.dead_runs import OWNER_TAG, owner_tag
-from ktrdr_pipelines.orchestration.instance import open_instance
-from ktrdr_pipelines.orchestration.requests import request_run
-from ktrdr_pipelines.partitions import partition_from_key
-from ktrdr_pipelines.series import TIMEFRAMES, Series, stock
+from ktrdr_pipelines.orchestration.runs.dead_runs import OWNER_TAG, owner_tag
+from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.planning.modes import Mode
+from ktrdr_pipelines.services.load import load_series
 from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
 from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.holding import execute

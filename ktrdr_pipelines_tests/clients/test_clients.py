@@ -17,9 +17,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from ktrdr_pipelines.simulator.durations import DurationRule, find_start, parse_duration, parse_end
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.market import BAR_SIZES, ContractQuery, find_listings
+from ktrdr_pipelines.simulator.request_reach import DurationRule, find_start, parse_duration, parse_end
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 

@@ -167,7 +167,7 @@ def test_a_package_without_its_project_brings_what_a_home_and_the_ui_need(tmp_pa
     """As in the image, where nothing but the package is installed: `ktrdr ui` finds its workspace, and a home that is begun there
     is configured as the project's own. What is brought along is in the wheel, and the same as the project's files."""
     shutil.copytree(ROOT / "ktrdr_pipelines", tmp_path / "site" / "ktrdr_pipelines")
-    code = "from ktrdr_pipelines.orchestration.instance import provided_file as f; print(f('workspace.yaml')); "
+    code = "from ktrdr_pipelines.orchestration.runs.instance import provided_file as f; print(f('workspace.yaml')); "
     code += "print(f('dagster_home/dagster.yaml'))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     found = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from ktrdr_pipelines.cli import cli
+from ktrdr_pipelines.cli.main import cli
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines_tests.deploy.compose import Here, Stack

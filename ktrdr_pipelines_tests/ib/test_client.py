@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ktrdr_pipelines.domain.instruments import Instrument, forex, stock
 from ktrdr_pipelines.errors import (
     BugError,
     DataError,
@@ -26,13 +27,18 @@ from ktrdr_pipelines.errors import (
     RequestTimeout,
     TransientError,
 )
-from ktrdr_pipelines.ib.answers import RawBars, check_bars_message, check_samples_message, columns_from_bars, read_error
 from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.codes import Hold, RequestLost
-from ktrdr_pipelines.ib.conversation import ClientIdInUse, HungUp
-from ktrdr_pipelines.ib.loop_thread import LoopThread
-from ktrdr_pipelines.ib.unreachable import describe_open_ports
-from ktrdr_pipelines.series import Instrument, forex, stock
+from ktrdr_pipelines.ib.wire.decoding import (
+    RawBars,
+    check_bars_message,
+    check_samples_message,
+    columns_from_bars,
+    read_error,
+)
+from ktrdr_pipelines.ib.wire.diagnostics import describe_open_ports
+from ktrdr_pipelines.ib.wire.loop_thread import LoopThread
+from ktrdr_pipelines.ib.wire.session import ClientIdInUse, HungUp
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines_tests.ib.scripted_gateway import (
     BAR,

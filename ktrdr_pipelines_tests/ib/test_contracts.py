@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from ktrdr_pipelines.domain.instruments import Instrument, forex, stock
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, list_candidates, pin_contract
-from ktrdr_pipelines.series import Instrument, forex, stock
 
 NASDAQ = ContractInfo(265598, "AAPL", "STK", "SMART", "USD", "NASDAQ", long_name="APPLE INC", time_zone="US/Eastern")
 MEXICO = ContractInfo(38708077, "AAPL", "STK", "SMART", "USD", "MEXI", long_name="APPLE INC-MX")

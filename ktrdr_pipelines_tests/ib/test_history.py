@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
 from ktrdr_pipelines.errors import (
     BugError,
     DataError,
@@ -22,18 +25,17 @@ from ktrdr_pipelines.errors import (
     RequestTimeout,
     TransientError,
 )
-from ktrdr_pipelines.ib.address import HOLD_PATIENCE_S
+from ktrdr_pipelines.ib.client_ids import ClientIds, in_use, lease_client_id
+from ktrdr_pipelines.ib.endpoint import HOLD_PATIENCE_S
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
-from ktrdr_pipelines.ib.leases import ClientIds, in_use, lease_client_id
-from ktrdr_pipelines.ib.ledger import open_ledger
-from ktrdr_pipelines.plan import Request
-from ktrdr_pipelines.series import TIMEFRAMES, Duration, Instrument, Series, Window, stock
+from ktrdr_pipelines.ib.pacing.ledger import open_ledger
+from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, READY, TIME, ScriptedGateway, bars, error
 from ktrdr_pipelines_tests.ib.scripted_gateway import START as START_API
-from ktrdr_pipelines_tests.ledger_tools import HandClock
 
 SERIES = Series(stock("AAPL"), TIMEFRAMES["1h"])
 START, END = datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 3, 1, 21, tzinfo=UTC)

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ktrdr_pipelines.bars import COLUMNS, BarArrays, find_faults, normalise_answer, opens_of, rules_for
+from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, find_faults, normalise_answer, opens_of, rules_for
+from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, KtrdrError, RequestTimeout, TransientError
-from ktrdr_pipelines.ib.answers import RawBars
 from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.contracts import ContractInfo
-from ktrdr_pipelines.series import Series, Window, parse_timeframe, stock
+from ktrdr_pipelines.ib.wire.decoding import RawBars
 from ktrdr_pipelines.simulator.wire import encode, frame
 from ktrdr_pipelines_tests.ib.hostile import (
     BREAKING,

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
+from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
 from ktrdr_pipelines.errors import PacingError
 from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
-from ktrdr_pipelines.plan import Request
-from ktrdr_pipelines.series import TIMEFRAMES, Duration, Series, Window, stock
+from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.server import GatewayThread
-from ktrdr_pipelines_tests.ledger_tools import HandClock
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 
 SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG", "AMZN", "NVDA", "IBM", "KO")
 BARS_A_DAY = 7

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from ktrdr_pipelines.simulator.client_session import Close, Send, Session, Wait
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import Gateway
 from ktrdr_pipelines.simulator.judge import PacingJudge
-from ktrdr_pipelines.simulator.session import Close, Send, Session, Wait
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.simulator.wire import MAX_ANSWER_BYTES, FrameDecoder, encode, frame, split_fields
 

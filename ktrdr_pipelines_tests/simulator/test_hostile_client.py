@@ -19,10 +19,10 @@ from random import Random
 import pytest
 
 from ktrdr_pipelines.simulator import server as server_module
+from ktrdr_pipelines.simulator.client_session import Session, State
 from ktrdr_pipelines.simulator.gateway import Gateway
 from ktrdr_pipelines.simulator.messages import PARSERS
 from ktrdr_pipelines.simulator.server import MAX_STRANGERS, run_in_thread
-from ktrdr_pipelines.simulator.session import Session, State
 from ktrdr_pipelines.simulator.wire import LENGTH_BYTES, MAX_ANSWER_BYTES, MAX_FRAME_BYTES, encode, frame
 
 from .talk import AAPL, EURUSD, MARKET, NOW, FaultRule, Talk, errors, head, history

@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 import pytest
 
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.series import TIMEFRAMES, Hours, Series, Window, forex, stock
+from ktrdr_pipelines.domain.instruments import Hours, Series, forex, stock
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.simulator.market import BAR_SIZES, ContractQuery, find_listings
 
 from .talk import MARKET

@@ -1,0 +1,102 @@
+"""Whether an answer and the held bars are on one scale, or IB has restated its history: a split.
+
+TRADES are split-adjusted as of the day they are asked for, so after a split every held bar is wrong by the ratio, and new
+bars beside them would make a file of two halves. A bar that was merely revised changes some of its prices; a split changes all
+four by the same ratio. Pure. Which held bars are asked for again to be compared is decided here too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from ktrdr_pipelines.bars.schema import opens_of
+from ktrdr_pipelines.calendars import ExpectedBars, match_held
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import format_instant
+from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.loading.history_source import Answer
+
+RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
+"""Kinds whose history IB restates: splits of shares and of what follows them, rolls. Pairs, indices, plain futures have none."""
+
+LEAST_CHANGE = 0.02
+"""Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
+
+BARS_TO_SHOW_A_ROLL = 3
+"""A continuous future may be restated at a roll by the distance of two contracts, however small: so many bars have to agree that
+it is no revision."""
+
+_PRICES = ("open", "high", "low", "close")
+
+
+class ScaleChanged(DataError):
+    """The held bars are on another scale than IB's answers: a split since. Nothing may be added to the file."""
+
+
+def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) -> float | None:
+    """The answer's prices as a multiple of the ``held`` ones, where at least half of the bars that both have say so; None
+    if they are on one scale, or share no bar."""
+    at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))
+    if not len(at):
+        return None
+    old = held[list(_PRICES)].to_numpy(np.float64)[at]
+    new = np.column_stack([np.asarray(getattr(answer, name), dtype=np.float64)[of_answer] for name in _PRICES])
+    with np.errstate(all="ignore"):
+        ratios = new / old
+        ratio = np.median(ratios, axis=1)
+        # Prices are rounded to ticks on both sides.
+        is_uniform = (np.abs(new - old * ratio[:, None]) <= 0.005 * np.abs(new) + 0.011).all(axis=1)
+        has_moved = (np.abs(ratio - 1) > LEAST_CHANGE) & (ratio > 0) & np.isfinite(ratio)
+        all_moved = (np.abs(ratios - 1) > LEAST_CHANGE / 2).all(axis=1)
+    changed = is_uniform & has_moved & all_moved
+    if may_roll and len(at) >= BARS_TO_SHOW_A_ROLL:
+        changed |= _has_rolled(old, new)
+    return float(np.median(ratio[changed])) if 2 * int(changed.sum()) >= len(at) else None
+
+
+def _has_rolled(old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Of each bar (a row of four prices): have all prices moved in one direction by about as much?"""
+    with np.errstate(all="ignore"):
+        moved = new - old
+        usual = np.median(moved, axis=1)[:, None]
+        return np.asarray((np.abs(moved - usual) <= np.abs(usual) / 2).all(axis=1) & (usual[:, 0] != 0))
+
+
+def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: float) -> ScaleChanged:
+    """The error for a ratio that `find_ratio` found, with a bar as it is held and as IB tells it now."""
+    at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))
+    i, j = int(at[-1]), int(of_answer[-1])
+    stamp = format_instant(held["timestamp"].iloc[i].to_pydatetime())
+    is_rolled = series.instrument.sec_type == "CONTFUT"
+    why = "probably at the roll to another contract" if is_rolled else "probably for a split"
+    words = f"by 1:{1 / ratio:.4g}" if ratio < 1 else f"by {ratio:.4g}:1"
+    if is_rolled:
+        words = f"by about {answer.close[j] - held['close'].iloc[i]:+.6g}"
+    return ScaleChanged(
+        f"IB restated the history of {series.instrument.symbol}, {why}: the bar {stamp} is held with close "
+        f"{held['close'].iloc[i]:g} and is {answer.close[j]:g} now (all four prices {words})",
+        advice=f"Nothing was written: new bars do not go with the held ones. Move {series.name}.csv and {series.name}.meta.json "
+        f"away and run `ktrdr ib-load {series.instrument.symbol!r} {series.timeframe} --mode full`.",
+    )
+
+
+def _common(held_s: npt.NDArray[np.int64], answer_s: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.intp], ...]:
+    _, at, of_answer = np.intersect1d(held_s, answer_s, return_indices=True)
+    return at, of_answer
+
+
+def list_anchors(
+    expected: ExpectedBars, asked: ExpectedBars, held_opens: npt.NDArray[np.int64], timeframe: Timeframe
+) -> list[int]:
+    """Which of ``expected`` (indexes) are held and lie right beside the bars ``asked`` for: the one before the oldest, then those
+    after each run, newest last. Asked for again, each tells whether the file is still on IB's scale."""
+    if not len(asked) or not len(expected):
+        return []
+    is_held = match_held(expected, held_opens, timeframe)
+    at = np.searchsorted(expected.opens, asked.opens)
+    beside = np.unique(np.concatenate([at[:1] - 1, at + 1]))
+    beside = beside[(beside >= 0) & (beside < len(expected))]
+    return [int(i) for i in beside[is_held[beside]]]

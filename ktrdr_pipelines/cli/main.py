@@ -1,0 +1,328 @@
+"""The `ktrdr` command: parse, call, print. What it does is done elsewhere; heavy imports happen inside the commands, so that
+`ktrdr --help` is quick.
+
+A known failure is one line on stderr and an exit code (`errors.py`, README); a traceback is for bugs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from ktrdr_pipelines.cli.completion import (
+    complete_listed_timeframe,
+    complete_symbol,
+    complete_timeframe,
+    completion,
+)
+from ktrdr_pipelines.cli.ib_commands import ib_commands
+from ktrdr_pipelines.cli.output import as_one_line, complain, json_option, show
+from ktrdr_pipelines.cli.universe_commands import universe_commands
+from ktrdr_pipelines.errors import KtrdrError
+
+if TYPE_CHECKING:
+    from ktrdr_pipelines.services.progress import Progress
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT_SETTINGS)
+@click.version_option(package_name="ktrdr-pipelines", prog_name="ktrdr")
+def cli() -> None:
+    """Historical bars from Interactive Brokers, as one clean CSV per series.
+
+    \b
+    ktrdr ib-load AAPL 1h --mode tail      fill from the last held bar to now
+    ktrdr gaps                             what is held and what is missing
+    ktrdr adopt AAPL 1h old.csv            take over a file made by something else
+    ktrdr universe add TSLA 1h             one more series, in the UI too
+    ktrdr ib health                        can anything be loaded now?
+    ktrdr simulator                        a pretend gateway to try it with
+    ktrdr ui                               everything in the browser
+    ktrdr serve                            the REST API
+    """
+
+
+@cli.command("ib-load")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
+@click.option(
+    "--mode",
+    type=click.Choice(["tail", "backfill", "full"]),
+    default="tail",
+    show_default=True,
+    help="tail: from the last held bar to now. backfill: older than the first held bar, one longest request back or to "
+    "--start. full: every gap between start and now. With no CSV each is a full initialisation.",
+)
+@click.option(
+    "--start",
+    metavar="TIME",
+    help="Included. ISO 8601; a time without a zone is UTC, a bare date its midnight UTC.",
+)
+@click.option("--end", metavar="TIME", help="Not included. Without it: now.")
+@click.option(
+    "--sec-type", default="", metavar="KIND", help="STK, CASH, FUT, CONTFUT, IND, CRYPTO or CFD; for a new symbol."
+)
+@click.option("--exchange", default="", metavar="CODE", help="IB's code of its (primary) exchange; for a new symbol.")
+@click.option("--currency", default="", metavar="CODE", help="Its currency; for a new symbol.")
+@click.option("--con-id", type=click.IntRange(1, (1 << 31) - 1), help="IB's contract id; for a new symbol.")
+@click.option("--dry-run", is_flag=True, help="Show gaps, requests and when they could be done; ask and write nothing.")
+@json_option
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def ib_load(
+    symbol: str,
+    timeframe: str,
+    mode: str,
+    start: str | None,
+    end: str | None,
+    sec_type: str,
+    exchange: str,
+    currency: str,
+    con_id: int | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Load the missing bars of SYMBOL at TIMEFRAME.
+
+    \b
+    $ ktrdr ib-load AAPL 1h --mode full --start 2024-01-01
+    AAPL 1h 2024-01-01..2024-03-05T15:04:05Z: success
+      304 bars fetched in 3 requests, 0 retries, 0 s waiting for pacing
+      1 gap, 3 partitions complete, 0 bars proven not to exist
+      data/AAPL_1h.csv
+
+    Exit codes: 0 all is there, 2 wrong input, 3 IB refuses, 4 IB in trouble (try again), 5 no gateway,
+    6 bad data, 7 disk, 70 a bug of this program, 130 interrupted.
+    """
+    from ktrdr_pipelines.domain.instruments import file_symbol
+    from ktrdr_pipelines.domain.time import parse_range
+    from ktrdr_pipelines.domain.timeframes import parse_timeframe
+
+    # Wrong input is told before the second that the imports below take.
+    file_symbol(symbol)
+    parse_timeframe(timeframe)
+    parse_range(start, end, now=datetime.now(UTC))
+
+    from ktrdr_pipelines.cli.tables import describe_dry_run, describe_load
+    from ktrdr_pipelines.ib.contracts import Choice
+
+    choice = Choice(sec_type, exchange, currency, con_id or 0)
+    if dry_run:
+        from ktrdr_pipelines.services.dry_run import plan_series
+
+        dry = plan_series(symbol, timeframe, mode, start=start, end=end, choice=choice)
+        show(dry.as_dict(), describe_dry_run(dry), as_json=as_json)
+        return
+
+    from ktrdr_pipelines.services.load import load_series
+    from ktrdr_pipelines.services.progress import Progress, show_notice
+
+    progress: Progress = Progress(enabled=not quiet and not as_json)
+    with progress:
+        result = load_series(symbol, timeframe, mode, start=start, end=end, choice=choice, progress=progress)
+    if as_json or result.report.segments_fetched or not result.report.failures:
+        show(
+            result.as_dict() | {"run_ids": result.run_ids, "dry_run": False},
+            describe_load(result.report),
+            as_json=as_json,
+        )
+    if not as_json and (result.report.segments_fetched or not result.report.failures):
+        for run_id in result.run_ids[-1:]:
+            show_notice(f"Dagster run {run_id}")
+    if result.report.failures:
+        for failure in result.report.failures:
+            complain(failure.error)
+        raise SystemExit(result.report.failures[0].error.exit_code)
+
+
+@cli.command("gaps")
+@click.argument("symbol", required=False, shell_complete=complete_symbol)
+@click.argument("timeframe", required=False, shell_complete=complete_listed_timeframe)
+@json_option
+def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
+    """Show what is held, what is missing and why, and what was proven not to exist.
+
+    Without SYMBOL and TIMEFRAME one line for each series of the universe. Asks nobody and changes nothing.
+
+    \b
+    $ ktrdr gaps AAPL 1h
+    AAPL 1h: 287 bars
+      held     2024-01-02T14:30:00Z to 2024-02-29T20:00:00Z, data/AAPL_1h.csv
+      missing  36,035 bars
+        from                  to                    bars    where                      why
+        2004-01-02T14:30:00Z  2023-12-29T21:00:00Z  35,236  before the first held bar  never asked
+        ...
+      proven empty  3 bars in 1 range
+        2024-01-09T15:00:00Z..2024-01-09T18:00:00Z, 3 bars
+          asked 2024-03-05T15:04:05Z for 22 D to 2024-02-01T00:00:00Z: 151 bars, 137 of them in the window
+    """
+    from ktrdr_pipelines.domain.instruments import file_symbol
+    from ktrdr_pipelines.domain.timeframes import parse_timeframe
+
+    if symbol is not None:
+        if timeframe is None:
+            raise click.UsageError("gaps needs SYMBOL and TIMEFRAME, or neither.")
+        file_symbol(symbol)
+        parse_timeframe(timeframe)
+
+    from ktrdr_pipelines.cli.tables import describe_holding, describe_universe
+    from ktrdr_pipelines.services.inspection import Unreadable, inspect_one, inspect_universe
+
+    if symbol is not None and timeframe is not None:
+        held = inspect_one(symbol, timeframe)
+        show(held.as_dict(), describe_holding(held), as_json=as_json)
+        return
+    found = list(inspect_universe())
+    unreadable = [item for item in found if isinstance(item, Unreadable)]
+    show({"series": [item.as_dict() for item in found]}, describe_universe(found), as_json=as_json)
+    for item in unreadable:
+        complain(f"{item.series}: {item.error}")
+    if unreadable:
+        raise SystemExit(unreadable[0].error.exit_code)
+
+
+@cli.command("adopt")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.argument("timeframe", shell_complete=complete_timeframe)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--assume-utc", is_flag=True, help="Read timestamps without a time zone as UTC.")
+@json_option
+def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bool) -> None:
+    """Make FILE, a CSV of bars made by something else, part of the series SYMBOL TIMEFRAME.
+
+    Columns timestamp (or date, datetime, or a nameless first one), open, high, low, close, volume, in any order. Bars that
+    are held already win. Rows that are no good bars, or lie outside the trading hours, are shown and left out. FILE stays as it
+    is, except when it is the
+    series' own CSV: then it is converted where it is, and the original is kept beside it.
+
+    \b
+    $ ktrdr adopt AAPL 1d old/aapl.csv
+    AAPL 1d: 250 rows adopted from old/aapl.csv, 1 row dropped; 250 held now
+        line 17: high 189.2 is below open 190.1: 2024-01-26,190.1,189.2,...
+    """
+    from ktrdr_pipelines.domain.instruments import file_symbol
+    from ktrdr_pipelines.domain.timeframes import parse_timeframe
+
+    file_symbol(symbol)
+    parse_timeframe(timeframe)
+
+    from ktrdr_pipelines.cli.tables import describe_adoption
+    from ktrdr_pipelines.services.inspection import adopt_file
+
+    adoption = adopt_file(symbol, timeframe, file, assume_utc=assume_utc)
+    show(adoption.as_dict(), describe_adoption(adoption), as_json=as_json)
+
+
+@cli.command("calendar")
+@click.argument("symbol", shell_complete=complete_symbol)
+@click.option("--start", help="First instant to compare, ISO 8601; without it a year back.")
+@click.option("--end", help="End of what is compared, not included; without it now.")
+@click.option("--apply", is_flag=True, help="Make IB's word count, for every series of the same calendar.")
+@json_option
+def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_json: bool) -> None:
+    """Compare the trading calendar of SYMBOL with IB's own schedule of it.
+
+    Asks IB, within the pacing rules; a year is one request, and sessions that IB lacks cost a second one. Corrections are kept in
+    the data folder, under calendars/, and can be deleted there.
+
+    \b
+    $ ktrdr calendar AAPL --start 2024-12-01 --end 2025-02-01
+    AAPL follows NYSE, regular hours: 41 sessions from 2024-12-02 to 2025-01-31 compared, 2 requests
+      2025-01-09: 09 14:30..21:00 by the calendar, closed by IB
+      not applied (--apply makes IB's word count)
+    """
+    from ktrdr_pipelines.domain.instruments import file_symbol
+    from ktrdr_pipelines.domain.time import parse_range
+
+    file_symbol(symbol)
+    parse_range(start, end, now=datetime.now(UTC))
+
+    from ktrdr_pipelines.cli.tables import describe_calendar_check
+    from ktrdr_pipelines.services.calendar_check import check_calendar
+
+    check = check_calendar(symbol, start=start, end=end, apply=apply)
+    show(check.as_dict(), describe_calendar_check(check), as_json=as_json)
+
+
+@cli.command("ui")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="Port of the web page.")
+def ui(host: str, port: int) -> None:
+    """Open the Dagster UI and its daemon on the project's data.
+
+    \b
+    $ ktrdr ui --port 3000
+    Dagster UI at http://127.0.0.1:3000/assets (Ctrl-C ends it)
+    """
+    from ktrdr_pipelines.cli.ui import serve_ui
+
+    raise SystemExit(serve_ui(host, port))
+
+
+@cli.command("serve")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; beyond loopback a token is needed."
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port of the REST API.")
+def serve(host: str, port: int) -> None:
+    """Serve the REST API (the extra `api` has to be installed). Its description is at /docs.
+
+    \b
+    $ ktrdr serve --port 8000
+    REST API at http://127.0.0.1:8000/api/v1, described at http://127.0.0.1:8000/docs (Ctrl-C ends it)
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise click.ClickException("the REST API needs its extra: pip install 'ktrdr-pipelines[api]'.") from None
+
+    from ktrdr_pipelines.api.app import serve as serve_api
+
+    raise SystemExit(serve_api(host, port))
+
+
+def _add_commands() -> None:
+    from ktrdr_pipelines.simulator.command import simulator_command
+
+    for command in (ib_commands, universe_commands, simulator_command, completion):
+        cli.add_command(command)
+
+
+_add_commands()
+
+
+def main() -> NoReturn:
+    """Entry point: known failures become one line and an exit code."""
+    try:
+        code = cli.main(prog_name="ktrdr", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+        complain("interrupted; what was loaded is kept")
+    except click.exceptions.NoArgsIsHelpError as wrong:
+        code = 0
+        click.echo(wrong.ctx.get_help() if wrong.ctx else "")
+    except click.ClickException as wrong:
+        code = 2
+        where = getattr(wrong, "ctx", None)
+        command = where.command_path if where is not None else "ktrdr"
+        complain(f"{as_one_line(wrong.format_message(), longest=500)} See `{command} --help`.")
+    except KtrdrError as error:
+        code = error.exit_code
+        complain(error)
+    except BrokenPipeError:  # `ktrdr gaps | head`: nobody wants the rest
+        code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

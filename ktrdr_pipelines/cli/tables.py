@@ -1,0 +1,174 @@
+"""Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
+
+Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
+How columns are laid out is in `layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from ktrdr_pipelines.cli.text import count, lay_out, shorten
+from ktrdr_pipelines.domain.partitions import partitions_in
+from ktrdr_pipelines.domain.time import format_instant
+from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS
+from ktrdr_pipelines.loading.report import LoadReport
+from ktrdr_pipelines.services.calendar_check import CalendarCheck, describe_difference
+from ktrdr_pipelines.services.dry_run import DryRun
+from ktrdr_pipelines.services.gaps import Holding
+from ktrdr_pipelines.services.inspection import Adoption, Unreadable
+
+
+def _time(instant: datetime | None) -> str:
+    return format_instant(instant) if instant else "-"
+
+
+def describe_load(report: LoadReport) -> list[str]:
+    """What a load did."""
+    missing = f", {count(report.missing_bars, 'bar')} STILL MISSING" if report.missing_bars else ""
+    held_up = f", {report.retry_wait_s:.0f} s for retries and the gateway" if report.retry_wait_s >= 1 else ""
+    return [
+        f"{report.series} {report.window}: {report.status}",
+        f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
+        f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing{held_up}",
+        f"  {count(report.gaps_analyzed, 'gap')}, {_say_partitions(report)} complete, "
+        f"{count(report.proven_empty, 'bar')} proven not to exist{missing}",
+        *(f"  note: {notice}" for notice in report.notices),
+        *([f"  {report.merged_file}"] if Path(report.merged_file).exists() else []),
+    ]
+
+
+def _say_partitions(report: LoadReport) -> str:
+    """A good load of part of a year completes no partition: said as a part of those that it touched."""
+    touched, done = sum(1 for _ in partitions_in(report.series.timeframe, report.window)), len(report.completed)
+    return f"{done:,} of {count(touched, 'partition')}" if done < touched else count(done, "partition")
+
+
+def describe_dry_run(dry: DryRun) -> list[str]:
+    """What a load would ask for, and when it could be done."""
+    head = f"{dry.series} {dry.window}, {dry.mode}: {count(dry.missing_bars, 'bar')} missing, "
+    lines = [head + (count(len(dry.requests), "request") if dry.requests else "nothing to ask")]
+    if dry.gaps:
+        rows = [(_time(g.window.start), _time(g.window.end), f"{g.opens:,}", g.reason) for g in dry.gaps]
+        table = lay_out([("gap from", "to", "bars", "where"), *rows])
+        lines += [table[0], *shorten(table[1:], "gaps")]
+    if dry.requests:
+        requests = [
+            (str(i), str(r.window), str(r.duration), _time(r.end), _clock(s.at_s, dry.now), s.held_up_by or "")
+            for i, (r, s) in enumerate(zip(dry.requests, dry.sendings, strict=True), 1)
+        ]
+        table = lay_out([("request", "for", "IB duration", "IB end", "earliest", "held up by"), *requests])
+        lines += [table[0], *shorten(table[1:], "requests")]
+        wait_s = (dry.done_at - dry.now).total_seconds()
+        lines.append(
+            f"  done at {_time(dry.done_at)} at the earliest ({_span(wait_s)} from now), if answers took no time"
+        )
+    lines.append(
+        f"  budget: {dry.used} of {WINDOW_UNITS} requests of the last ten minutes are used, {dry.waiting} waiting"
+    )
+    lines += [f"  all requests pause until {_clock(hold.until_s, dry.now)}: {hold.reason}" for hold in dry.holds]
+    lines += [f"  note: {notice}" for notice in dry.notices]
+    return lines
+
+
+def _clock(at_s: float, now: datetime) -> str:
+    at = datetime.fromtimestamp(at_s, UTC)
+    return f"{at:%H:%M:%S}" if at.date() == now.date() else f"{at:%Y-%m-%d %H:%M:%S}"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def describe_holding(held: Holding) -> list[str]:
+    """Everything known of one series."""
+    lines = [
+        f"{held.series}: "
+        + (count(held.rows, "bar") if held.rows else "never loaded" if held.never_loaded else "nothing held")
+    ]
+    if held.rows:
+        lines.append(f"  held     {_time(held.first)} to {_time(held.last)}, {held.file}")
+    if held.history_start:
+        lines.append(f"  history  starts {_time(held.history_start.open)} ({held.history_start.known_by})")
+    lines += [f"  forming  {_time(bar.opens_at)}, complete {_time(bar.complete_at)}" for bar in held.forming]
+    total = sum(item.bars for item in held.missing)
+    lines.append(f"  missing  {count(total, 'bar')}")
+    if held.missing:
+        rows = [(_time(m.window.start), _time(m.window.end), f"{m.bars:,}", m.where, m.why) for m in held.missing]
+        table = lay_out([("from", "to", "bars", "where", "why"), *rows])
+        lines += [table[0], *shorten(table[1:], "gaps")]
+    lines.append(f"  proven empty  {count(held.proven_bars, 'bar')} in {count(held.proven_ranges, 'range')}")
+    for item in held.newest_proven:
+        lines.append(f"    {item.window}, {count(item.opens, 'bar')}")
+        lines += [
+            f"      asked {_time(e.asked_at)}"
+            + (f" for {e.duration} to {_time(e.end)}" if e.duration else "")
+            + f": {e.text}"
+            for e in item.evidence
+        ]
+    if held.proven_ranges > len(held.newest_proven):
+        lines.append(f"    … {held.proven_ranges - len(held.newest_proven):,} more (the sidecar has them all)")
+    lines += shorten([f"  damage: {text}" for text in held.damage], "faults")
+    lines += [f"  note: {text}" for text in held.notices]
+    return lines
+
+
+def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
+    """One line for each series."""
+    rows = [("series", "bars", "first", "last", "missing", "why", "older", "proven empty")]
+    for item in found:
+        name = str(item.series)
+        if isinstance(item, Unreadable):
+            rows.append((name, "-", "-", "-", "-", "cannot be read", "-", "-"))
+            continue
+        missing = item.count_missing()
+        older = "known" if item.is_older_known else "not asked"
+        total, why = f"{sum(missing.values()):,}", "never loaded" if item.never_loaded else ", ".join(missing)
+        if not item.rows:
+            older = "-"
+        ends = (_time(item.first), _time(item.last))
+        rows.append((name, f"{item.rows:,}", *ends, total, why, older, f"{item.proven_bars:,}"))
+    return lay_out(rows, indent=0)
+
+
+def describe_adoption(adoption: Adoption) -> list[str]:
+    """What became of the rows of a foreign file."""
+    taken = adoption.adopted
+    lines = [
+        f"{adoption.series}: {count(taken.rows, 'row')} adopted from {adoption.source}, "
+        f"{count(len(taken.dropped), 'row')} dropped; {adoption.rows_held:,} held now"
+    ]
+    dropped = [f"    {fault if fault.line else f'{fault.why}: {fault.text}'}" for fault in taken.dropped]
+    lines += shorten(dropped, "dropped rows")
+    lines += [f"  note: {notice}" for notice in [*taken.notices, *adoption.notices]]
+    lines.append(f"  {adoption.csv}")
+    lines.append(f"  the original is kept as {taken.backup}" if taken.backup else f"  {adoption.source} is as it was")
+    lines.append(f"  {count(adoption.reported, 'complete partition')} reported to Dagster")
+    if adoption.unreported:
+        lines.append(f"  {adoption.unreported:,} more will be, by the reconcile sensor (`ktrdr ui` runs it)")
+    return lines
+
+
+def describe_calendar_check(check: CalendarCheck) -> list[str]:
+    """What `ktrdr calendar` says."""
+    last = check.span.end - timedelta(days=1)
+    lines = [
+        f"{check.instrument.symbol} follows {check.key.name}, {check.key.hours} hours: {count(check.sessions, 'session')} from "
+        f"{check.span.start:%Y-%m-%d} to {last:%Y-%m-%d} compared, {count(check.requests, 'request')}"
+    ]
+    lines += [f"  {describe_difference(d)}" for d in check.differences if check.file or d in check.pending()]
+    lines += [f"  {describe_difference(d)}; an earlier correction is out of date" for d in check.outdated]
+    lines += [f"  {describe_difference(d)}; a second answer did not agree, left as it is" for d in check.unconfirmed]
+    lines += [f"  {notice}" for notice in check.notices]
+    kept = len(check.differences) - len(check.pending())
+    if check.file and (check.differences or check.outdated):
+        return [*lines, f"  {count(len(check.differences), 'session')} corrected, kept in {check.file}"]
+    if kept:
+        lines.append(f"  {count(kept, 'session')} corrected before, as IB says")
+    if not check.pending() and not check.outdated:
+        return [*lines, "  nothing to correct"]
+    return [*lines, "  not applied (--apply makes IB's word count)"]

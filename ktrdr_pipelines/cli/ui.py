@@ -1,0 +1,103 @@
+"""Run the Dagster UI with its daemon, as `ktrdr ui` and `make ui` do: one child process group, ended as a whole.
+
+While it runs, it is kept true to the universe file (`reloading.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import click
+
+from ktrdr_pipelines.cli.ui_reload import UniverseWatch
+from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
+from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
+from ktrdr_pipelines.settings import as_environment, load_settings
+
+READY_WITHIN_S = 120
+LOOK_EVERY_S = 1.0
+
+
+def serve_ui(host: str, port: int) -> int:
+    """Serve until interrupted; returns the exit code. The home is initialised before several processes open it at once."""
+    settings = load_settings()
+    _check_address(host, port)
+    with open_instance(settings) as instance:
+        reap_dead_runs(instance)
+    environment = {**os.environ, **as_environment(settings), "PWD": str(settings.dagster_home)}
+    command = [
+        sys.executable,
+        "-m",
+        "dagster",
+        "dev",
+        "-w",
+        str(provided_file("workspace.yaml")),
+        "-h",
+        host,
+        "-p",
+        str(port),
+    ]
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(*_: object) -> None:
+        if child is not None and child.poll() is None:
+            os.killpg(child.pid, signal.SIGINT)
+
+    url = f"http://{host}:{port}"
+    watch = UniverseWatch(settings, url)
+    # Before the child starts: one that inherits ignored signals (a shell's background job) could never be stopped.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (dagster_facts.md, 1).
+    child = subprocess.Popen(command, env=environment, cwd=settings.dagster_home, start_new_session=True)
+    if _wait_until_ready(child, f"{url}/server_info"):
+        click.echo(f"Dagster UI at {url}/assets (Ctrl-C ends it)")
+    elif child.poll() is None:
+        stop()
+        raise TransientError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
+    while True:
+        try:
+            return child.wait(LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            if said := watch.look():
+                click.echo(f"ktrdr ui: {said}")
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises:
+    InputError: the address cannot be listened on, or nobody said which one is meant."""
+    if not host.isprintable():
+        raise InputError(f"{host[:40]!r} is no --host", advice="Leave it out, or name one.")
+    if not host.strip():
+        raise InputError("an empty --host would be every address of this machine", advice="Leave it out, or name one.")
+    with socket.socket() as probe:
+        # As the web server itself does it: a port that was left a moment ago can be had again.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            raise InputError(
+                f"{host[:60]}:{port} cannot be used: {getattr(error, 'strerror', None) or error}",
+                doing="opening the UI",
+                advice="Choose another --port or --host.",
+            ) from None
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], url: str) -> bool:
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline and child.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.status == 200:
+                    return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    return False

@@ -1,0 +1,201 @@
+"""Instruments and series: what is traded, its symbol and kind, and the names of its files and asset. Pure values.
+
+Which bars a series should have is in `calendars/expected.py`; what IB's contract objects look like in `ib/contracts.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from enum import StrEnum
+
+from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.errors import InputError
+
+
+class Hours(StrEnum):
+    """Which hours a series holds. IB's ``useRTH`` is 1 for regular, else 0. Only stocks have a choice."""
+
+    REGULAR = "regular"
+    EXTENDED = "extended"
+
+
+SECURITY_TYPES = ("STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD")
+
+DEFAULT_WHAT_TO_SHOW = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
+"""What to show of a kind where nothing is said; of all others TRADES."""
+
+DEFAULT_EXCHANGES = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
+"""Where a kind is asked for when nothing is said; futures and indices need an exchange."""
+
+_FUTURE_CODE = re.compile(r"([A-Z0-9]{1,5}?)([FGHJKMNQUVXZ])([0-9]{1,2})")
+
+
+def is_future_code(symbol: str) -> bool:
+    """True for a future's own name: product, month letter and year, ``ESZ4`` or ``CLF25``."""
+    return _FUTURE_CODE.fullmatch(symbol) is not None
+
+
+def future_product(symbol: str) -> str:
+    """``ES`` of ``ESZ4``. Raises InputError when ``symbol`` is no such code."""
+    found = _FUTURE_CODE.fullmatch(symbol)
+    if found is None:
+        raise InputError(f"{symbol!r} is not the code of a future", advice="Write it like ESZ4.")
+    return found.group(1)
+
+
+_SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .&/+'-]{0,31}")
+_PLAIN = re.compile(r"[A-Za-z0-9]")
+_ESCAPED = re.compile(r"_([0-9A-F]{2})_|_")
+
+
+ASSET_ROOT = "ohlcv"
+"""The first part of every series' asset key."""
+
+
+def file_symbol(symbol: str) -> str:
+    """``symbol`` as it stands in file names and asset keys: letters and digits as they are, a space as ``_``, any other
+    character as its two-digit hexadecimal code between underscores. ``BRK B`` -> ``BRK_B``, ``EUR.USD`` -> ``EUR_2E_USD``.
+
+    `symbol_from_file` reverses it; ``file_symbol`` raises InputError for what is not a symbol. (``_2E_`` cannot be mistaken:
+    symbols hold no double spaces around a lone pair of hexadecimal digits, which is checked here.)
+    """
+    if not _SYMBOL.fullmatch(symbol) or symbol != symbol.strip() or "  " in symbol:
+        raise InputError(
+            f"{symbol[:40]!r} is not a symbol",
+            advice="Symbols are at most 32 letters, digits, inner spaces and . & / + ' - signs.",
+        )
+    name = "".join(c if _PLAIN.match(c) else "_" if c == " " else f"_{ord(c):02X}_" for c in symbol)
+    if symbol_from_file(name) != symbol:
+        raise InputError(
+            f"{symbol!r} cannot be written as a file name", advice="Choose another alias in the universe file."
+        )
+    return name
+
+
+def symbol_from_file(name: str) -> str:
+    """The symbol that `file_symbol` wrote as ``name``."""
+    return _ESCAPED.sub(lambda m: chr(int(m.group(1), 16)) if m.group(1) else " ", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """What is traded, as asked of IB and as pinned in the sidecar.
+
+    ``symbol`` is the project's name for it and the stem of its files (``AAPL``, ``EURUSD``, ``ESZ4``); ``ib_symbol`` and
+    ``currency`` are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until IB has told it. ``what_to_show`` uses IB's words.
+    ``last_trade_date`` (``20241220``) is what IB said of a future, empty until then. ``calendar`` names the exchange calendar
+    where ``exchange`` does not tell it (see `calendars.py`).
+    """
+
+    symbol: str
+    sec_type: str
+    exchange: str
+    currency: str
+    ib_symbol: str = ""
+    primary_exchange: str = ""
+    expiry: str = ""
+    what_to_show: str = "TRADES"
+    hours: Hours = Hours.REGULAR
+    con_id: int = field(default=0, compare=False)
+    time_zone: str = field(default="", compare=False)
+    calendar: str = ""
+    last_trade_date: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        file_symbol(self.symbol)
+        if self.sec_type not in SECURITY_TYPES:
+            raise InputError(
+                f"{self.symbol}: unknown security type {self.sec_type!r}",
+                advice=f"Use one of {', '.join(SECURITY_TYPES)}.",
+            )
+        if not self.ib_symbol:
+            object.__setattr__(self, "ib_symbol", self.symbol)
+
+    @property
+    def use_rth(self) -> bool:
+        """IB's ``useRTH``: regular trading hours only. Stocks have a choice; of everything else all hours are held."""
+        return self.sec_type == "STK" and self.hours is Hours.REGULAR
+
+    @property
+    def ends_now(self) -> bool:
+        """True where IB takes no end date: continuous futures and adjusted prices are told up to now, in one request."""
+        return self.sec_type == "CONTFUT" or self.refreshes_whole
+
+    @property
+    def trades_until(self) -> date | None:
+        """The last date on which a future may still trade; None for what has no expiry, or where nobody said which.
+
+        A contract month is no date: a three-month rate future trades for a quarter beyond its own, none for longer. A week is
+        added to a date, since closed exchanges move it.
+        """
+        if self.sec_type != "FUT" or not re.fullmatch(r"[0-9]{6}([0-9]{2})?", self.expiry):
+            return None
+        year, month, day = int(self.expiry[:4]), int(self.expiry[4:6]), int(self.expiry[6:] or 1)
+        try:
+            return date(year, month, day) + timedelta(days=7 if self.expiry[6:] else 31 + 100)
+        except ValueError:
+            return None
+
+    @property
+    def refreshes_whole(self) -> bool:
+        """True where a dividend or split restates every bar, so that held bars and new ones never go together."""
+        return self.what_to_show == "ADJUSTED_LAST"
+
+    @property
+    def has_volume(self) -> bool:
+        """False where IB sends -1 for the volume (anything but trades)."""
+        return self.what_to_show in ("TRADES", "ADJUSTED_LAST", "AGGTRADES") and self.sec_type not in (
+            "IND",
+            "CASH",
+            "CFD",
+        )
+
+
+def stock(
+    symbol: str,
+    *,
+    exchange: str = "SMART",
+    currency: str = "USD",
+    primary_exchange: str = "",
+    hours: Hours = Hours.REGULAR,
+) -> Instrument:
+    """A stock or ETF, TRADES, regular hours unless ``hours`` says otherwise."""
+    return Instrument(symbol, "STK", exchange, currency, primary_exchange=primary_exchange, hours=hours)
+
+
+def forex(pair: str) -> Instrument:
+    """A currency pair written ``EURUSD`` or ``EUR.USD``; IDEALPRO, MIDPOINT, all hours.
+
+    Raises:
+        InputError: not two three-letter currencies.
+    """
+    match = re.fullmatch(r"([A-Z]{3})[./]?([A-Z]{3})", pair.upper())
+    if not match:
+        raise InputError(f"{pair!r} is not a currency pair", advice="Write it like EURUSD.")
+    base, quote = match.groups()
+    return Instrument(
+        base + quote, "CASH", "IDEALPRO", quote, ib_symbol=base, what_to_show="MIDPOINT", hours=Hours.EXTENDED
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One instrument at one timeframe: one CSV, one asset."""
+
+    instrument: Instrument
+    timeframe: Timeframe
+
+    @property
+    def name(self) -> str:
+        """Stem of its files: ``AAPL_1h``."""
+        return f"{file_symbol(self.instrument.symbol)}_{self.timeframe.name}"
+
+    @property
+    def asset_path(self) -> tuple[str, str, str]:
+        """Asset key ``ohlcv/<symbol>/<timeframe>``."""
+        return (ASSET_ROOT, file_symbol(self.instrument.symbol), self.timeframe.name)
+
+    def __str__(self) -> str:
+        return f"{self.instrument.symbol} {self.timeframe.name}"

@@ -1,0 +1,200 @@
+"""What the pacing ledger's rows mean at one instant: who sent what and when, who waits, what pauses all.
+
+Works inside a transaction that somebody else runs (`ledger.py`, which also decides); the tables are in `ledger_store.py`.
+Ages come from two clocks, see `clock.Reading.age_of`. Rows that no longer matter are deleted in passing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ktrdr_pipelines.ib.pacing.backends import INSERT_HOLD, Transaction, hold_parameters
+from ktrdr_pipelines.ib.pacing.clock import Reading, Stamp
+from ktrdr_pipelines.ib.pacing.rules import MARGIN_S, PENALTY_MEMORY_S, WINDOW_S, Ask, Entry
+from ktrdr_pipelines.ib.processes import Owner, current_owner
+
+GRANT_VALID_S = 10.0
+"""A grant that is not used by then is void. Until it is stamped it counts as sent at this very moment, but no later than
+that: nothing is sent afterwards, and a caller that was killed or forgot must not break the limit."""
+OPEN_MAX_S = WINDOW_S
+"""An unanswered request stops counting as open after this long, should nobody have said that it is finished. Requests are
+given up after 120 s; those of a process that has died end with its socket, at once."""
+TICKET_FRESH_S = 20.0
+"""A waiter that did not show itself for so long is passed over (stopped, or its machine asleep). It keeps its place."""
+HEARTBEAT_S = 5.0
+"""How often a waiter shows itself. Rarer than it looks, because showing writes to the disk and looking does not."""
+
+_STAMP = "wall_s = :wall_s, boot_s = :boot_s, boot_id = :boot_id"
+_OWNED = "token, login, wall_s, boot_s, boot_id, host, pid, started"
+_OWNED_VALUES = ":token, :login, :wall_s, :boot_s, :boot_id, :host, :pid, :started"
+
+
+class Pause(NamedTuple):
+    """A pause of all processes: when it began, how long it is or was, whether it follows a pacing answer of IB, and why."""
+
+    age_s: float
+    length_s: float
+    is_penalty: bool
+    reason: str
+
+    @property
+    def left_s(self) -> float:
+        return self.length_s - self.age_s
+
+
+class LedgerRows:
+    """The rows of one login, at the time of the transaction."""
+
+    def __init__(self, tx: Transaction, login: str) -> None:
+        self._tx = tx
+        self._login = login
+        self.now: Reading = tx.read_clock()
+
+    # -- requests
+
+    def past(self) -> list[Entry]:
+        """Every request that still matters, at its time on the wall clock of `now`."""
+        entries: list[Entry] = []
+        alive: dict[Owner, bool | None] = {}
+        for (
+            token,
+            wall_s,
+            boot_s,
+            boot_id,
+            host,
+            pid,
+            started,
+            identity,
+            contract,
+            weight,
+            is_sent,
+            is_over,
+        ) in self._tx.rows(
+            "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight, is_sent, is_finished"
+            " FROM ib_pacing_requests WHERE login = :login",
+            login=self._login,
+        ):
+            age_s = self.now.age_of(Stamp(wall_s, boot_s, boot_id))
+            if age_s < 0:
+                # From a future: the clock was set back. Counted as sent now, and written down as such, or it would stay for
+                # as long as the clock was set back.
+                self._restamp("requests", token)
+                age_s = 0.0
+            if not is_sent:
+                age_s = 0.0 if age_s <= GRANT_VALID_S + MARGIN_S else age_s - GRANT_VALID_S
+            if age_s > WINDOW_S + 2 * MARGIN_S:
+                self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=token)
+                continue
+            is_open = not is_over and age_s <= OPEN_MAX_S
+            if is_open:
+                owner = Owner(host, pid, started)
+                if owner not in alive:
+                    alive[owner] = owner.is_alive()
+                is_open = alive[owner] is not False
+            entries.append(Entry(self.now.wall_s - age_s, Ask(identity, contract, weight), is_open))
+        return entries
+
+    def add_request(self, token: str, ask: Ask, *, is_sent: bool = False) -> None:
+        """A grant, which nobody has used yet unless ``is_sent``."""
+        self._tx.run(
+            f"INSERT INTO ib_pacing_requests ({_OWNED}, identity, contract, weight, is_sent, is_finished)"
+            f" VALUES ({_OWNED_VALUES}, :identity, :contract, :weight, :is_sent, 0)",
+            **self._row(token, ask), is_sent=int(is_sent),
+        )  # fmt: skip
+
+    def may_send(self, token: str) -> bool:
+        """Whether the grant may be used now: still there, and either sent before (a delayed write) or not too old."""
+        found = self._tx.rows(
+            "SELECT wall_s, boot_s, boot_id, is_sent FROM ib_pacing_requests WHERE token = :token", token=token
+        )
+        if not found:
+            return False
+        *stamp, is_sent = found[0]
+        if is_sent or self.now.age_of(Stamp(*stamp)) <= GRANT_VALID_S:
+            return True
+        self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=token)
+        return False
+
+    def mark_sent(self, token: str, ask: Ask) -> None:
+        """The request went out just now, whatever else is known of it, or not."""
+        self._restamp("requests", token)
+        found = self._tx.rows("SELECT 1 FROM ib_pacing_requests WHERE token = :token", token=token)
+        if found:
+            self._tx.run("UPDATE ib_pacing_requests SET is_sent = 1 WHERE token = :token", token=token)
+        else:  # the ledger was replaced, or the process stopped for very long, in the middle of the write
+            self.add_request(token, ask, is_sent=True)
+
+    # -- waiters
+
+    def waiting(self, ticket: str | None) -> list[Ask]:
+        """Those who wait before ``ticket`` (None: all), in order. Tickets of dead processes are deleted."""
+        ahead: list[Ask] = []
+        for token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight in self._tx.rows(
+            "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight"
+            " FROM ib_pacing_tickets WHERE login = :login ORDER BY seq",
+            login=self._login,
+        ):
+            if token == ticket:
+                break
+            age_s = self.now.age_of(Stamp(wall_s, boot_s, boot_id))
+            if Owner(host, pid, started).is_alive() is False or age_s > WINDOW_S:
+                self.remove_ticket(token)
+            elif age_s <= TICKET_FRESH_S:
+                ahead.append(Ask(identity, contract, weight))
+        return ahead
+
+    def show(self, ask: Ask, ticket: str) -> None:
+        """Take a place at the end of the queue, or show that its owner is still there."""
+        found = self._tx.rows(
+            "SELECT wall_s, boot_s, boot_id FROM ib_pacing_tickets WHERE token = :token", token=ticket
+        )
+        if not found:
+            self._tx.run(
+                f"INSERT INTO ib_pacing_tickets ({_OWNED}, identity, contract, weight, seq)"
+                f" SELECT {_OWNED_VALUES}, :identity, :contract, :weight, COALESCE(MAX(seq), 0) + 1 FROM ib_pacing_tickets",
+                **self._row(ticket, ask),
+            )
+        elif not 0 <= self.now.age_of(Stamp(*found[0])) < HEARTBEAT_S:
+            self._restamp("tickets", ticket)
+
+    def remove_ticket(self, ticket: str) -> None:
+        self._tx.run("DELETE FROM ib_pacing_tickets WHERE token = :token", token=ticket)
+
+    # -- pauses
+
+    def pauses(self) -> list[Pause]:
+        """Every pause that goes on, or that still lengthens the next one."""
+        pauses: list[Pause] = []
+        for token, wall_s, boot_s, boot_id, seconds, is_penalty, reason in self._tx.rows(
+            "SELECT token, wall_s, boot_s, boot_id, seconds, is_penalty, reason FROM ib_pacing_holds WHERE login = :login",
+            login=self._login,
+        ):
+            age_s = self.now.age_of(Stamp(wall_s, boot_s, boot_id))
+            if age_s < 0:
+                self._restamp("holds", token)
+                age_s = 0.0
+            if age_s > max(seconds, PENALTY_MEMORY_S):
+                self._tx.run("DELETE FROM ib_pacing_holds WHERE token = :token", token=token)
+            else:
+                pauses.append(Pause(age_s, seconds, bool(is_penalty), reason))
+        return pauses
+
+    def add_pause(self, seconds: float, reason: str, *, is_penalty: bool) -> None:
+        self._tx.run(INSERT_HOLD, **hold_parameters(self._login, self.now, seconds, reason, is_penalty=is_penalty))
+
+    # -- columns
+
+    def _row(self, token: str, ask: Ask) -> dict[str, object]:
+        owner = current_owner()
+        return {
+            "token": token, "login": self._login,
+            "wall_s": self.now.wall_s, "boot_s": self.now.boot_s, "boot_id": self.now.boot_id,
+            "host": owner.host, "pid": owner.pid, "started": owner.started,
+            "identity": ask.identity, "contract": ask.contract, "weight": ask.weight,
+        }  # fmt: skip
+
+    def _restamp(self, table: str, token: str) -> None:
+        self._tx.run(
+            f"UPDATE ib_pacing_{table} SET {_STAMP} WHERE token = :token",
+            token=token, wall_s=self.now.wall_s, boot_s=self.now.boot_s, boot_id=self.now.boot_id,
+        )  # fmt: skip

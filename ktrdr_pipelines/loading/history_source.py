@@ -1,0 +1,68 @@
+"""Where bars come from, as the load sees it: the questions it can ask and the shape of an answer.
+
+`ib/history.py` is the real one, tests bring fakes. No implementation here.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ktrdr_pipelines.domain.instruments import Instrument, Series
+from ktrdr_pipelines.planning.requests import Request
+from ktrdr_pipelines.store.sidecar import Source
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+class Answer(Protocol):
+    """Bars of one request as IB sent them; see `ib.client.RawBars`."""
+
+    @property
+    def opens_s(self) -> IntArray: ...
+    @property
+    def open(self) -> FloatArray: ...
+    @property
+    def high(self) -> FloatArray: ...
+    @property
+    def low(self) -> FloatArray: ...
+    @property
+    def close(self) -> FloatArray: ...
+    @property
+    def volume(self) -> FloatArray: ...
+    @property
+    def no_data_text(self) -> str: ...
+
+
+class History(Protocol):
+    """Where bars come from: IB behind pacing and retries (`ib/history.py`), or a fake."""
+
+    @property
+    def source(self) -> Source:
+        """Whose bars these are; known once `pin` was called."""
+
+    @property
+    def requests_made(self) -> int: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def pacing_wait_s(self) -> float: ...
+    @property
+    def retry_wait_s(self) -> float: ...
+
+    @property
+    def clock_lag_s(self) -> float:
+        """How many seconds the gateway's time is behind this machine's (0: it is not); known once `pin` was called."""
+
+    def pin(self, instrument: Instrument) -> Instrument:
+        """The instrument with IB's conId and time zone."""
+
+    def fetch(self, series: Series, request: Request) -> Answer:
+        """One answer; raises a KtrdrError when there is none. Never an empty answer for a failure."""
+
+    def find_head(self, instrument: Instrument) -> datetime | None:
+        """IB's hint where history starts."""

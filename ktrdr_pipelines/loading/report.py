@@ -1,0 +1,130 @@
+"""What a load tells: events while it runs, and the report at its end, with the specification's result fields.
+
+Plain values, no behaviour beyond turning them into JSON. `series_load.py` makes them; doors and Dagster show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.partitions import Partition
+from ktrdr_pipelines.domain.time import Window, format_instant
+from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.planning.requests import Gap, Request
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What this load found missing, and how it is going to ask for it."""
+
+    gaps: Sequence[Gap]
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """One planned request is done: its ``rows`` new bars are in the file. ``done`` of ``planned`` requests."""
+
+    request: Request
+    rows: int
+    done: int
+    planned: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A window that could not be loaded, and why."""
+
+    window: Window
+    error: KtrdrError
+
+
+@dataclass(frozen=True)
+class Completed:
+    """Every expected bar of a partition, up to the last complete one, is held or proven empty."""
+
+    partition: Partition
+    rows: int
+    first_open: datetime | None
+    last_open: datetime | None
+    is_unfinished: bool
+    """The partition's window has not ended yet."""
+    proven_empty: int
+    """Expected bars that IB proved not to exist."""
+    unexpected: int
+    """Held bars that the calendar did not promise; IB knows better."""
+
+
+Event = Planned | Fetched | Failure | Completed
+
+
+@dataclass
+class LoadReport:
+    """What a load did, true at every moment of it. The fields from ``status`` to ``ib_requests_made`` are the specification's."""
+
+    series: Series
+    window: Window
+    status: str = "success"
+    """``success``, ``partial`` (some windows failed) or ``failed`` (nothing could be loaded)."""
+    fetched_bars: int = 0
+    """Bars that were not in the file before."""
+    cached_before: bool = False
+    merged_file: str = ""
+    """The series' CSV; it is not there while no bar was ever loaded."""
+    gaps_analyzed: int = 0
+    segments_fetched: int = 0
+    """Planned requests that succeeded."""
+    ib_requests_made: int = 0
+    """History requests that went out, retries, confirmations and head timestamps included."""
+    requests_planned: int = 0
+    retries: int = 0
+    pacing_wait_s: float = 0.0
+    retry_wait_s: float = 0.0
+    """Waited before retries, and for the gateway, its link or a farm to come back."""
+    revised_bars: int = 0
+    """Held bars that IB now answers differently; the new values are in the file."""
+    proven_empty: int = 0
+    unexpected_bars: int = 0
+    """Bars that IB has where the calendar says that nothing trades; kept."""
+    empty_sessions: int = 0
+    """Whole sessions of the calendar, after the first held bar, that IB proved to have no bar."""
+    missing_bars: int = 0
+    """Bars of the window that are expected and still neither held nor proven empty."""
+    failures: list[Failure] = field(default_factory=list)
+    completed: dict[str, Completed] = field(default_factory=dict)
+    """By partition key, each as it was last reported."""
+    notices: list[str] = field(default_factory=list)
+    """What a person should know although nothing failed (an adopted file, a rebuilt sidecar, revised bars)."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON; times in ISO 8601 UTC."""
+        return {
+            "status": self.status,
+            "fetched_bars": self.fetched_bars,
+            "cached_before": self.cached_before,
+            "merged_file": self.merged_file,
+            "gaps_analyzed": self.gaps_analyzed,
+            "segments_fetched": self.segments_fetched,
+            "ib_requests_made": self.ib_requests_made,
+            "symbol": self.series.instrument.symbol,
+            "timeframe": self.series.timeframe.name,
+            "start": format_instant(self.window.start),
+            "end": format_instant(self.window.end),
+            "requests_planned": self.requests_planned,
+            "retries": self.retries,
+            "pacing_wait_s": round(self.pacing_wait_s, 1),
+            "retry_wait_s": round(self.retry_wait_s, 1),
+            "revised_bars": self.revised_bars,
+            "proven_empty": self.proven_empty,
+            "unexpected_bars": self.unexpected_bars,
+            "empty_sessions": self.empty_sessions,
+            "missing_bars": self.missing_bars,
+            "partitions_completed": sorted(self.completed),
+            "failures": [
+                {"window": str(f.window), "kind": f.error.family, "error": str(f.error)} for f in self.failures
+            ],
+            "notices": list(self.notices),
+        }

@@ -1,0 +1,40 @@
+"""Run requests of sensors and schedules: some series, a range of partitions, a mode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import dagster as dg
+
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.partitions import Partition
+from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
+from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG
+from ktrdr_pipelines.planning.modes import Mode
+
+MODE_TAG = "ktrdr/mode"
+TIMEFRAME_TAG = "ktrdr/timeframe"
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
+
+
+def request_run(
+    series: Sequence[Series], first: Partition, last: Partition, mode: Mode, *, origin: str, run_key: str
+) -> dg.RunRequest:
+    """One run that loads ``series`` (of one timeframe) in the partitions from ``first`` to ``last``.
+
+    ``run_key`` says what is asked for and when; the series are added to it, so that no other choice of them is taken
+    for the same request.
+    """
+    names = " ".join(sorted(s.name for s in series))
+    tags = {MODE_TAG: mode.value, ORIGIN_TAG: origin, TIMEFRAME_TAG: series[0].timeframe.name}
+    if first != last:
+        tags |= {RANGE_START_TAG: first.key, RANGE_END_TAG: last.key}
+    return dg.RunRequest(
+        run_key=f"{run_key}:{hashlib.sha256(names.encode()).hexdigest()[:12]}",
+        asset_selection=[asset_key(s) for s in series],
+        partition_key=first.key if first == last else None,
+        run_config={"ops": {op_name(s): {"config": LoadConfig(mode=mode.value).model_dump()} for s in series}},
+        tags=tags,
+    )

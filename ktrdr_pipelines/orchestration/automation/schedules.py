@@ -1,0 +1,54 @@
+"""Fixed times instead of "as soon as due": one schedule per timeframe named in KTRDR_TAIL_SCHEDULES, in UTC.
+
+What a tick asks for is decided as in the sensor (`sensors.decide_tail`), without its growing waits after failures: the person
+chose the times. The cron lines were checked when the settings were read (`cron.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.automation.sensors import decide_tail
+from ktrdr_pipelines.orchestration.automation.tail import HeldEnds
+from ktrdr_pipelines.orchestration.runs.active import find_active_runs
+from ktrdr_pipelines.settings import Settings
+
+
+def make_tail_schedules(
+    settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> list[dg.ScheduleDefinition]:
+    """A schedule ``tail_<timeframe>`` for each timeframe with a cron line that ``universe`` has series of."""
+    made = []
+    for name, cron in settings.tail_schedules.items():
+        mine = [s for s in universe if s.timeframe.name == name]
+        if mine:
+            made.append(_make_schedule(settings, name, cron, mine, now))
+    return made
+
+
+def _make_schedule(
+    settings: Settings, name: str, cron: str, mine: Sequence[Series], now: Callable[[], datetime]
+) -> dg.ScheduleDefinition:
+    held = HeldEnds(settings.data_dir)
+
+    @dg.schedule(
+        name=f"tail_{name}",
+        cron_schedule=cron,
+        target=dg.AssetSelection.assets(*(asset_key(s) for s in mine)),
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=f"Asks for new {name} bars of every series that has a file: one run.",
+    )
+    def tail(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+        at = now()
+        tick = decide_tail(settings, mine, held, find_active_runs(context.instance, at), at, origin="schedule")
+        for problem in [*tick.problems, *tick.notices]:
+            context.log.warning(problem)
+        return tick.requests or dg.SkipReason("\n".join(tick.reasons))
+
+    return tail

@@ -1,0 +1,303 @@
+"""Which series lack a bar at their end, and which partitions to run for them: the tail sensor's and schedules' decision.
+
+No gateway, no Dagster, no clock: held ends come from the store, the newest complete bar from the calendar, now is passed
+in. Turning the decision into run requests, and keeping off runs that are still going, is `sensors.py`'s. Why one run for
+all series of a timeframe: a run costs five seconds, a further series in it 50 ms (dagster_facts.md, 3 and 6).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+
+from ktrdr_pipelines.calendars import ExpectedBars, calendar_of, expected_bars, is_open, next_complete
+from ktrdr_pipelines.domain.instruments import Hours, Series
+from ktrdr_pipelines.domain.partitions import Partition, partition_at, partitions_in
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
+from ktrdr_pipelines.planning.requests import missing_bars
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.sidecar import TAIL_BYTES, peek_unfinished_from
+from ktrdr_pipelines.store.store import Store
+
+SETTLING_S = 10
+"""A bar is due this long after its close: IB needs a moment to finish it."""
+
+SHORT_BARS_REACH = timedelta(days=180)
+"""Bars of 30 s and less are not available when older than six months (ib_facts.md, 5)."""
+
+MAX_UNNEEDED = 2_000
+"""Partitions of series that do not need them, in one run. Dagster writes an event of about 10 ms for each partition of each
+series of a run before it starts, so one series that lags by years must not drag the others along."""
+
+QUIET_S = 30
+"""A foreign file that changed so recently may still be being copied; it waits for the next tick."""
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 300, 1800
+"""After a request that brought nothing the same bar is asked for again this much later, twice as long after each try."""
+
+STANDSTILL_S, STANDSTILL_WAIT_S, STANDSTILL_TRIES = 5 * 86400, 6 * 3600, 20
+"""A series without a bar for so long, asked for so often in vain, is halted or delisted: four questions a day find out whether it
+trades again. Its missing bars are never called empty for want of newer ones (`asking.py`), so it stays due."""
+
+_JITTER_S = 60  # ticks come a little early or late
+_LOCK_TIMEOUT_S = 2.0  # adopting a foreign file takes the lock; a tick does not wait for a writer
+
+
+def settling_s(timeframe: Timeframe, settings: Settings) -> int:
+    """Seconds from the close of a bar until it is due. Daily and longer bars settle as long as the setting says; with a
+    schedule its time is the settlement delay."""
+    if timeframe.is_intraday or timeframe.name in settings.tail_schedules:
+        return SETTLING_S
+    return max(SETTLING_S, int(settings.settlement_delay_min * 60))
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A series that lacks at least one bar at its end: from ``first``, the partition of its last held bar (which is asked for
+    again), to ``last``. ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds."""
+
+    series: Series
+    first: Partition
+    last: Partition
+    last_held_s: int
+    newest_close_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class TailRun:
+    """One run: ``series`` of one timeframe, the partitions from ``first`` to ``last``."""
+
+    series: tuple[Series, ...]
+    first: Partition
+    last: Partition
+    newest_close_s: int
+
+
+class HeldEnds:
+    """The last held bar of each series, and what is proven empty after it. Files that did not change are not read again."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._store = Store(data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
+        self._last: dict[str, tuple[object, int | None]] = {}
+        self.notices: list[str] = []
+        """What reading put right in files made elsewhere, until somebody takes it away and tells it."""
+        self._empty: dict[str, tuple[object, list[Window]]] = {}
+
+    def last_held_s(self, series: Series, now: datetime) -> int | None:
+        """Open of the last bar that tail continues from, epoch seconds, as `modes.Held` has it: the newest, or the one before
+        what an earlier load could not finish. None without a CSV or a row in it.
+
+        None as well for a file of another program that changed within `QUIET_S` before ``now``: it may still be being copied.
+
+        Raises:
+            KtrdrError: the file cannot be read.
+        """
+        path, sidecar_path = self._store.csv_path(series), self._store.sidecar_path(series)
+        mark = (_mark(path), _mark(sidecar_path))
+        known = self._last.get(series.name)
+        if known is not None and known[0] == mark:
+            return known[1]
+        if mark[0] is None:
+            return None
+        is_quiet = not 0 <= now.timestamp() - mark[0][0] / 1e9 < QUIET_S
+        if not is_quiet and mark[1] is None:
+            return None
+        extent = self._store.extent(series)
+        if _mark(path) != mark[0]:  # reading adopted it
+            self.notices += [f"{series}: {said}" for said in self._store.prepare(series, now=now).describe()]
+            mark = (_mark(path), _mark(sidecar_path))
+        last_s = extent.last_open_s if extent else None
+        if last_s is not None and (unfinished := self._peek_unfinished(series)) is not None:
+            last_s = min(last_s, int(unfinished.timestamp()) - 1)
+        self._last[series.name] = (mark, last_s)
+        return last_s
+
+    def _peek_unfinished(self, series: Series) -> datetime | None:
+        try:
+            with self._store.sidecar_path(series).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                return peek_unfinished_from(file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            with suppress(KtrdrError):  # who needs more of it will say that it cannot be read
+                return Store(self._data_dir).read_sidecar(series).unfinished_from
+            return None
+
+    def changed_s(self, series: Series) -> float:
+        """When the sidecar was last written, epoch seconds; 0 without one. It proves nothing of a bar that closed later."""
+        mark = _mark(self._store.sidecar_path(series))
+        return mark[0] / 1e9 if mark else 0.0
+
+    def proven_empty(self, series: Series, after_s: int) -> list[Window]:
+        """Windows without bars that reach beyond ``after_s``.
+
+        Raises:
+            KtrdrError: the sidecar cannot be read.
+        """
+        mark = (_mark(self._store.csv_path(series)), _mark(self._store.sidecar_path(series)), after_s)
+        known = self._empty.get(series.name)
+        if known is None or known[0] != mark:
+            # A store of its own, because a store keeps every sidecar it has read: megabytes each, for thousands of series.
+            sidecar = Store(self._data_dir).read_sidecar(series)
+            known = (mark, [window for window in sidecar.empty_windows if window.end_s > after_s])
+            self._empty[series.name] = known
+        return known[1]
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        state = os.stat(path)  # noqa: PTH116 - thousands in a tick
+    except FileNotFoundError:
+        return None
+    return (state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+_Key = tuple[str, Hours, str, date | None]
+"""Calendar, hours, timeframe and, of a future, its end: series with one key expect the same bars."""
+
+
+class Tails:
+    """Judges many series at one instant; what they share (calendar, timeframe, last held bar) is computed once."""
+
+    def __init__(self, settings: Settings, held: HeldEnds, now: datetime) -> None:
+        self._settings, self._held, self._now = settings, held, now
+        self._newest: dict[_Key, int | None] = {}
+        self._after: dict[tuple[_Key, int], ExpectedBars] = {}
+        self._next: dict[_Key, tuple[datetime, bool] | None] = {}
+
+    def last_held_s(self, series: Series) -> int | None:
+        """See `HeldEnds.last_held_s`."""
+        return self._held.last_held_s(series, self._now)
+
+    def find_due(self, series: Series, last_held_s: int) -> Due | None:
+        """What the end of ``series`` lacks; None when it is complete.
+
+        Due is a bar that is complete and settled by the calendar, newer than the last held one, and neither held nor
+        proven empty.
+
+        Raises:
+            KtrdrError: no calendar is known, or the sidecar cannot be read.
+        """
+        newest = self._find_newest(series)
+        if newest is not None and last_held_s >= newest:
+            return None
+        after = self._bars_after(series, last_held_s)
+        timeframe = series.timeframe
+        earliest = first_partition_start(timeframe, self._settings)
+        if timeframe.seconds <= 30:
+            earliest = max(earliest, self._now - SHORT_BARS_REACH)
+        wanted = after.take(slice(int(np.searchsorted(after.opens, int(earliest.timestamp()))), None))
+        if not len(wanted):
+            return None
+        newest_close_s = int(wanted.closes[-1])
+        # Reading every sidecar that a run has just written would be most of a tick.
+        is_news = self._held.changed_s(series) < newest_close_s
+        # What has expired brings no news.
+        is_news &= series.instrument.sec_type != "FUT"
+        empty = [] if is_news else self._held.proven_empty(series, last_held_s)
+        missing = missing_bars(wanted, np.array([last_held_s], dtype=np.int64), empty, timeframe)
+        if not len(missing):
+            return None
+        last_held = datetime.fromtimestamp(last_held_s, UTC)
+        first = partition_at(timeframe, max(last_held, earliest))
+        last = partition_at(timeframe, datetime.fromtimestamp(int(missing.opens[-1]), UTC))
+        return Due(series, first, last, last_held_s, int(missing.closes[-1]))
+
+    def find_next(self, series: Series) -> tuple[datetime, bool] | None:
+        """When the next bar of ``series`` will be due, and whether its market is open now; None: it has expired."""
+        key = self._key(series)
+        if key not in self._next:
+            settling = timedelta(seconds=settling_s(series.timeframe, self._settings))
+            closes = next_complete(series, self._now - settling)
+            is_open_now = is_open(series.instrument, self._now)
+            self._next[key] = None if closes is None else (closes + settling, is_open_now)
+        return self._next[key]
+
+    def _key(self, series: Series) -> _Key:
+        instrument = series.instrument
+        return (calendar_of(instrument), instrument.hours, series.timeframe.name, instrument.trades_until)
+
+    def _settled_s(self, series: Series) -> int:
+        return int(self._now.timestamp()) - settling_s(series.timeframe, self._settings)
+
+    def _find_newest(self, series: Series) -> int | None:
+        """Open of the newest bar that may be due; None if there was none for longer than any holiday."""
+        key = self._key(series)
+        if key not in self._newest:
+            days = 12 if series.timeframe.is_intraday else 100
+            window = Window(self._now - timedelta(days=days), self._now + timedelta(days=1))
+            bars = expected_bars(series, window, complete_at_s=self._settled_s(series))
+            self._newest[key] = int(bars.opens[-1]) if len(bars) else None
+        return self._newest[key]
+
+    def _bars_after(self, series: Series, last_held_s: int) -> ExpectedBars:
+        key = (self._key(series), last_held_s)
+        if key not in self._after:
+            end = max(self._now + timedelta(days=1), datetime.fromtimestamp(last_held_s + 1, UTC))
+            window = Window(datetime.fromtimestamp(last_held_s + 1, UTC), end)
+            self._after[key] = expected_bars(series, window, complete_at_s=self._settled_s(series))
+        return self._after[key]
+
+
+def group_due(due: Sequence[Due], max_unneeded: int = MAX_UNNEEDED) -> list[TailRun]:
+    """The runs for ``due``, all of one timeframe: one, unless some lag so far behind the others that the run would have to
+    plan more than ``max_unneeded`` partitions of series that do not need them. The most recent first."""
+    if not due:
+        return []
+    span = Window(min(d.first.window.start for d in due), max(d.last.window.end for d in due))
+    grid = {p.window.start: i for i, p in enumerate(partitions_in(due[0].series.timeframe, span))}
+    runs: list[TailRun] = []
+    mine: list[Due] = []
+    hi = needed = 0
+    for item in sorted(due, key=lambda d: (d.first.window.start, str(d.series)), reverse=True):
+        i, j = grid[item.first.window.start], grid[item.last.window.start]
+        unneeded = (max(hi, j) - i + 1) * (len(mine) + 1) - (needed + j - i + 1)
+        if mine and unneeded > max_unneeded:
+            runs.append(_make_run(mine))
+            mine, hi, needed = [], 0, 0
+        mine.append(item)
+        hi, needed = max(hi, j), needed + j - i + 1
+    return [*runs, _make_run(mine)]
+
+
+def _make_run(mine: Sequence[Due]) -> TailRun:
+    return TailRun(
+        tuple(d.series for d in reversed(mine)),
+        min((d.first for d in mine), key=lambda p: p.window.start),
+        max((d.last for d in mine), key=lambda p: p.window.start),
+        max(d.newest_close_s for d in mine),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """``tries`` requests for the bars after ``last_held_s``, the latest at ``asked_at_s``: none brought a bar yet."""
+
+    last_held_s: int
+    tries: int
+    asked_at_s: int
+
+    @property
+    def next_at_s(self) -> int:
+        """When the next try may be made."""
+        wait_s = min(FIRST_WAIT_S << min(self.tries - 1, 10), LONGEST_WAIT_S)
+        if self.tries > STANDSTILL_TRIES and self.asked_at_s - self.last_held_s > STANDSTILL_S:
+            wait_s = STANDSTILL_WAIT_S
+        return self.asked_at_s + wait_s - _JITTER_S
+
+
+def note_attempt(before: Attempt | None, due: Due, now: datetime) -> Attempt:
+    """The attempt that is made now: one more if nothing has arrived since the last one, else the first."""
+    tries = before.tries if before is not None and before.last_held_s == due.last_held_s else 0
+    return Attempt(due.last_held_s, tries + 1, int(now.timestamp()))

@@ -1,0 +1,179 @@
+"""Which expected bars are missing, and what that says of each partition: the one judgement that all doors share.
+
+Pure. The load judges the partitions of one run by it and the reconcile sensor those of a whole file, so what Dagster
+shows cannot mean two things. Reading files is `store/`'s, comparing with Dagster's record `orchestration/reconcile.py`'s.
+A partition is complete when every expected bar in it, up to the last complete one, is held or known not to exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.partitions import Partition
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.planning.requests import missing_bars
+from ktrdr_pipelines.store.sidecar import Sidecar
+
+IntArray = npt.NDArray[np.int64]
+
+STAMP_SLACK_S = 40 * 86400
+"""How far a stamp may lie from the expected bar that it satisfies (a month labelled with its other end)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionState:
+    """One partition as the files have it.
+
+    ``rows`` bars are held in it, the first at ``first_open``, the last at ``last_open``. ``missing`` counts expected bars
+    that are complete and neither held nor known to be empty; ``missing_before_last`` those of them that are older than
+    the last held bar of the file (all, when nothing is held): the others are the tail's business. ``is_within_known`` is
+    false where nothing was ever learned: after the last and before the first held or proven bar.
+    """
+
+    partition: Partition
+    rows: int
+    first_open: datetime | None
+    last_open: datetime | None
+    missing: int
+    missing_before_last: int
+    is_within_known: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """As `load.Load` judges it."""
+        return self.missing == 0
+
+
+def valid_history_start_s(sidecar: Sidecar, first_held_s: int | None) -> int | None:
+    """Where history starts, epoch seconds; None when unknown, or disproved by a held bar that is older."""
+    if sidecar.history_start is None:
+        return None
+    start_s = int(sidecar.history_start.open.timestamp())
+    return start_s if first_held_s is None or first_held_s >= start_s else None
+
+
+def mark_missing(
+    expected: ExpectedBars, held_opens: IntArray, sidecar: Sidecar, first_held_s: int | None, timeframe: Timeframe
+) -> npt.NDArray[np.bool_]:
+    """For each bar of ``expected``: is it neither held nor known to be empty?
+
+    ``held_opens`` (epoch seconds, sorted) reach `STAMP_SLACK_S` beyond ``expected`` on both sides where bars are held;
+    ``first_held_s`` is the first bar of the whole file, None without one.
+    """
+    lacking = missing_bars(expected, held_opens, sidecar.empty_windows, timeframe)
+    missing = np.isin(expected.opens, lacking.opens, assume_unique=True)
+    start_s = valid_history_start_s(sidecar, first_held_s)
+    if start_s is not None:
+        missing &= expected.opens >= start_s
+    return missing
+
+
+def known_span(held_opens: IntArray, sidecar: Sidecar, grid_start: datetime) -> Window | None:
+    """From the oldest to the newest instant of which something is known (a bar, or that there is none); None if nothing.
+
+    Reaches back to ``grid_start`` when the start of history is known.
+    """
+    first_s = [int(held_opens[0])] if len(held_opens) else []
+    last_s = [int(held_opens[-1]) + 1] if len(held_opens) else []
+    first_s += [e.window.start_s for e in sidecar.proven_empty]
+    last_s += [e.window.end_s for e in sidecar.proven_empty]
+    start_s = valid_history_start_s(sidecar, int(held_opens[0]) if len(held_opens) else None)
+    if start_s is not None:
+        first_s.append(int(grid_start.timestamp()))
+        last_s.append(start_s)
+    if not first_s or min(first_s) >= max(last_s):
+        return None
+    return Window.from_epoch(min(first_s), max(last_s))
+
+
+def judge_partitions(
+    series: Series,
+    partitions: Sequence[Partition],
+    held_opens: IntArray,
+    sidecar: Sidecar,
+    *,
+    grid_start: datetime,
+    now: datetime,
+) -> list[PartitionState]:
+    """The state of each of ``partitions`` (consecutive, oldest first). ``held_opens`` are those of the whole file.
+
+    Raises:
+        InputError: no calendar is known for the instrument.
+    """
+    if not partitions:
+        return []
+    span = Window(partitions[0].window.start, partitions[-1].window.end)
+    expected = expected_bars(series, span, complete_at_s=int(now.timestamp()))
+    first_held_s = int(held_opens[0]) if len(held_opens) else None
+    last_held_s = int(held_opens[-1]) if len(held_opens) else None
+    missing = mark_missing(expected, held_opens, sidecar, first_held_s, series.timeframe)
+    inside = missing if last_held_s is None else missing & (expected.opens < last_held_s)
+    known = known_span(held_opens, sidecar, grid_start)
+    edges = np.array([p.window.start_s for p in partitions] + [span.end_s], dtype=np.int64)
+    of_expected = np.searchsorted(expected.opens, edges)
+    of_held = np.searchsorted(held_opens, edges)
+    counts, counts_inside = (_count_between(mask, of_expected) for mask in (missing, inside))
+    return [
+        PartitionState(
+            partition,
+            rows=int(of_held[i + 1] - of_held[i]),
+            first_open=_at(held_opens, of_held[i]) if of_held[i + 1] > of_held[i] else None,
+            last_open=_at(held_opens, of_held[i + 1] - 1) if of_held[i + 1] > of_held[i] else None,
+            missing=int(counts[i]),
+            missing_before_last=int(counts_inside[i]),
+            is_within_known=known is not None and known.intersect(partition.window) is not None,
+        )
+        for i, partition in enumerate(partitions)
+    ]
+
+
+def _count_between(mask: npt.NDArray[np.bool_], bounds: IntArray) -> IntArray:
+    """How many are true between each bound and the next."""
+    sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    return np.diff(sums[bounds])
+
+
+def _at(opens: IntArray, i: int) -> datetime:
+    return datetime.fromtimestamp(int(opens[i]), UTC)
+
+
+def bars_inside(bars: ExpectedBars, window: Window) -> ExpectedBars:
+    """Those of ``bars`` that open in ``window``."""
+    lo, hi = np.searchsorted(bars.opens, [window.start_s, window.end_s])
+    return bars.take(slice(int(lo), int(hi)))
+
+
+def widen(window: Window) -> Window:
+    """Room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock grid)."""
+    return Window.from_epoch(max(0, window.start_s - STAMP_SLACK_S), window.end_s + STAMP_SLACK_S)
+
+
+def owed_from(
+    since: datetime | None, span: Window, missing: ExpectedBars, held: tuple[int, int] | None
+) -> datetime | None:
+    """The first of ``missing`` (all of ``span``) from ``since`` on that is older than the last held bar: where tail has to
+    begin. ``held`` is the first and the last held open, epoch seconds. Unchanged if ``since`` lies before ``span``; None when
+    nothing is owed, or nothing held at all."""
+    if since is None or held is None or since < span.start:
+        return since if held is not None else None
+    owed = missing.opens[(missing.opens >= int(since.timestamp())) & (missing.opens < held[1])]
+    return datetime.fromtimestamp(int(owed[0]), UTC) if len(owed) else None
+
+
+def owed_until(
+    until: datetime | None, span: Window, missing: ExpectedBars, held: tuple[int, int] | None
+) -> datetime | None:
+    """The other way round: the end of the last of ``missing`` before ``until`` that is newer than the first held bar."""
+    if until is None or held is None or until > span.end:
+        return until if held is not None else None
+    is_owed = (missing.opens < int(until.timestamp())) & (missing.opens > held[0])
+    owed = missing.closes[is_owed]
+    return datetime.fromtimestamp(int(owed[-1]), UTC) if len(owed) else None

@@ -1,0 +1,333 @@
+"""Decide what to ask Interactive Brokers for: expected bars minus held minus proven empty, as the fewest requests.
+
+No files, no network, no clock: callers pass what is expected (`calendars`), what is held, and now. How far one request
+reaches, and how that is written, is in `durations.py`. What happens with the answers is in `series_load.py`.
+
+Why greedy is enough: if one request can cover a run of missing bars, it can cover any part of the run. So taking as many
+bars as possible from the oldest one on, again and again, needs the fewest requests (the tests compare it with exhaustive
+search).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from ktrdr_pipelines.calendars import FIRST_YEAR, ExpectedBars, expected_bars, match_held
+from ktrdr_pipelines.calendars.session_tables import IntArray
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import Duration, HistoryLimits, Timeframe
+from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.planning.durations import (
+    LOOSEST,
+    NOMINAL_S,
+    READINGS,
+    Reading,
+    Span,
+    duration_for,
+    is_allowed,
+    list_durations,
+    reach_back,
+)
+
+GapReason = Literal["nothing held", "before the first held bar", "between held bars", "after the last held bar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One historical-data call.
+
+    ``window`` (half-open, UTC) is what it answers for: from the first missing stamp, or the begin of its trading when that
+    is earlier, to the end of the last missing bar. ``end`` (UTC) and ``duration`` are IB's ``endDateTime`` and
+    ``durationStr``; they reach at least as far as the window, often further: cut the answer.
+    """
+
+    window: Window
+    end: datetime
+    duration: Duration
+
+    def __str__(self) -> str:
+        return f"{self.window} as {self.duration} to {self.end.strftime('%Y-%m-%dT%H:%M:%SZ')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A run of consecutive expected bars that are missing: ``opens`` of them, in ``window`` (half-open, UTC)."""
+
+    window: Window
+    opens: int
+    reason: GapReason
+
+
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+def missing_bars(
+    expected: ExpectedBars, held_opens: IntArray, proven_empty: Sequence[Window], timeframe: Timeframe
+) -> ExpectedBars:
+    """The bars of ``expected`` that are neither held nor known to be empty.
+
+    ``held_opens`` are sorted epoch seconds. ``proven_empty`` are half-open windows, in any order, that may overlap; a bar
+    is known to be empty when its stamp lies in one of them.
+    """
+    missing = ~match_held(expected, held_opens, timeframe)
+    for window in proven_empty:
+        lo, hi = np.searchsorted(expected.opens, [window.start_s, window.end_s], side="left")
+        missing[lo:hi] = False
+    return expected.take(missing)
+
+
+def find_gaps(expected: ExpectedBars, missing: ExpectedBars) -> list[Gap]:
+    """Maximal runs of consecutive bars of ``expected`` that are ``missing`` (a part of it), oldest first.
+
+    Closed time does not separate: Friday's last and Monday's first bar are consecutive. The reason tells where the run
+    lies among the bars of ``expected`` that are not missing.
+    """
+    if not len(missing):
+        return []
+    at = np.searchsorted(expected.opens, missing.opens)
+    bounds = [0, *(np.flatnonzero(np.diff(at) > 1) + 1).tolist(), len(at)]
+    gaps = []
+    for lo, hi in pairwise(bounds):
+        reason = _REASONS[(bool(at[lo] == 0), bool(at[hi - 1] == len(expected) - 1))]
+        gaps.append(Gap(Window.from_epoch(_start_s(missing, lo), int(missing.closes[hi - 1])), hi - lo, reason))
+    return gaps
+
+
+_REASONS: dict[tuple[bool, bool], GapReason] = {
+    (True, True): "nothing held",
+    (True, False): "before the first held bar",
+    (False, False): "between held bars",
+    (False, True): "after the last held bar",
+}
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+_STRETCH_AFTER_S = 3600
+_STRETCH_BEFORE_S = 4 * 86400
+
+
+def plan_requests(
+    timeframe: Timeframe,
+    missing: ExpectedBars,
+    limits: HistoryLimits,
+    *,
+    expected: ExpectedBars | None = None,
+    within: Window | None = None,
+    newest_first: bool = False,
+) -> list[Request]:
+    """The fewest requests that cover every bar of ``missing``, none longer than ``limits`` allow, none for closed time only.
+
+    A request may span held bars between two gaps; windows of requests never overlap. Oldest first, or ``newest_first``.
+
+    With ``expected`` (of which ``missing`` is a part) and ``within`` (the window of the run, not beyond now) each request
+    also answers for closed time around its bars as far as that costs no further request: up to an hour after its last
+    bar, if that is not the last one expected, and back to the close before its first one, four days at most. Auctions
+    after the close, and sessions that the calendar takes for holidays, are caught by that.
+
+    Requests are parted between sessions, and a month is counted as 22 sessions, where that costs no further request
+    (`durations.READINGS`). Where a month of the calendar that holds 23 sessions saves one, it is asked for: a gateway that
+    counts sessions then leaves out the oldest, which shows as a hole.
+    """
+    fewest = len(_split(timeframe, missing, limits, LOOSEST))
+    runs = next(r for reading in READINGS if len(r := _split(timeframe, missing, limits, reading)) == fewest)
+    requests: list[Request] = []
+    floor_s = within.start_s if within else 0
+    for i, j in runs:
+        span = _span_of(missing, i, j)
+        before_s, after_s = span.start_s, span.end_s
+        if expected is not None and within is not None:
+            before_s, after_s = _closed_around(expected, missing, i, j, within)
+        request = _widen(timeframe, span, max(before_s, floor_s), after_s, limits)
+        floor_s = request.window.end_s
+        requests.append(request)
+    return requests[::-1] if newest_first else requests
+
+
+def _start_s(bars: ExpectedBars, i: int) -> int:
+    """The earliest instant that belongs to bar ``i``, whichever way it is stamped."""
+    return min(int(bars.begins[i]), int(bars.aliases[i]), int(bars.opens[i]))
+
+
+def _span_of(bars: ExpectedBars, i: int, j: int) -> Span:
+    """What a request for bars ``i`` to ``j``, both included, has to reach."""
+    sessions = int(bars.sessions[j] - bars.sessions[i]) + 1
+    return Span(_start_s(bars, i), int(bars.closes[j]), sessions, bars.sessions_per_week)
+
+
+def _split(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits, reading: Reading) -> list[tuple[int, int]]:
+    """First and last index of each run of bars that one request covers; every run as long as it can be."""
+    runs = []
+    i, last = 0, len(bars) - 1
+    while i <= last:
+        j = i + _count_most(partial(_fits_from, timeframe, bars, limits, reading, i), last - i)
+        if reading.whole_sessions and j < last and bars.sessions[j] == bars.sessions[j + 1]:
+            first_of_session = int(np.searchsorted(bars.sessions, bars.sessions[j]))
+            j = first_of_session - 1 if first_of_session > i else j
+        runs.append((i, j))
+        i = j + 1
+    return runs
+
+
+def _fits_from(
+    timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits, reading: Reading, i: int, more: int
+) -> bool:
+    return duration_for(timeframe, _span_of(bars, i, i + more), limits, reading) is not None
+
+
+def _fits_until(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits, more: int) -> bool:
+    last = len(bars) - 1
+    return duration_for(timeframe, _span_of(bars, last - more, last), limits) is not None
+
+
+def _count_most(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, by doubling and bisection; zero has to, and all below a fitting one do."""
+    if not fits(0):
+        raise BugError("a single bar does not fit in one request", advice="Check the limits in series.TIMEFRAMES.")
+    good, step = 0, 1
+    while good + step <= most and fits(good + step):
+        good += step
+        step *= 2
+    bad = min(good + step, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def _closed_around(expected: ExpectedBars, missing: ExpectedBars, i: int, j: int, within: Window) -> tuple[int, int]:
+    """How far closed time reaches before bar ``i`` and after bar ``j`` of ``missing``, as far as it may be asked for."""
+    span = _span_of(missing, i, j)
+    first, last = (int(k) for k in np.searchsorted(expected.opens, missing.opens[[i, j]]))
+    closed_s = int(expected.closes[first - 1]) if first else 0
+    before_s = max(span.start_s - _STRETCH_BEFORE_S, within.start_s, closed_s)
+    after_s = span.end_s
+    if last + 1 < len(expected):  # else a bar may be forming there
+        # Half the way at most: a request that ends at the next open could be read as counting that session.
+        half_way_s = (span.end_s + _start_s(expected, last + 1)) // 2
+        after_s = min(span.end_s + _STRETCH_AFTER_S, within.end_s, half_way_s)
+    return min(before_s, span.start_s), max(after_s, span.end_s)
+
+
+def _widen(timeframe: Timeframe, span: Span, before_s: int, after_s: int, limits: HistoryLimits) -> Request:
+    """The request for ``span`` that answers for as much of ``before_s`` to ``after_s`` as one request can."""
+    before_s = min(before_s, span.start_s)
+    for reading in READINGS:
+        for start_s, end_s in (
+            (before_s, after_s),
+            (span.start_s, after_s),
+            (before_s, span.end_s),
+            (span.start_s, span.end_s),
+        ):
+            wanted = Span(start_s, end_s, span.sessions, span.sessions_per_week)
+            duration = duration_for(timeframe, wanted, limits, reading)
+            if duration is not None:
+                covered_s = min(start_s, max(before_s, reach_back(end_s, duration)))
+                return Request(Window.from_epoch(covered_s, end_s), datetime.fromtimestamp(end_s, UTC), duration)
+    raise BugError("the bars of a request do not fit in one", advice="Report this: it is a fault of the planner.")
+
+
+# --- asking again, and asking for older bars -------------------------------------------------------------------------
+
+
+def refetch_requests(
+    timeframe: Timeframe,
+    hole: ExpectedBars,
+    limits: HistoryLimits,
+    *,
+    previous: Sequence[Request],
+    attempt: int = 1,
+    until_s: int | None = None,
+) -> list[Request]:
+    """Ask for the bars of ``hole`` again, in another shape than any of ``previous``: another end and another duration
+    where possible, else one of them.
+
+    An identical request is paced (15 s) and may be answered from the same faulty cache. ``attempt`` counts from 1 and
+    moves the end on by a minute each; ``until_s`` (now) bounds it. Usually one request. A hole as long as the limit allows
+    cannot be asked for in one piece with another end: it is halved, as often as needed.
+
+    Raises:
+        BugError: ``hole`` is empty.
+    """
+    if not len(hole):
+        raise BugError("no hole to ask for again")
+    requests: list[Request] = []
+    for run in split_runs(timeframe, hole, limits):
+        requests += _reshape(timeframe, run, limits, previous, attempt, until_s)
+    return requests
+
+
+def split_runs(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits) -> list[ExpectedBars]:
+    """``bars`` in as few parts as possible that one request can cover each."""
+    return [bars.take(slice(i, j + 1)) for i, j in _split(timeframe, bars, limits, LOOSEST)]
+
+
+def _reshape(
+    timeframe: Timeframe,
+    hole: ExpectedBars,
+    limits: HistoryLimits,
+    previous: Sequence[Request],
+    attempt: int,
+    until_s: int | None,
+) -> list[Request]:
+    """Requests for a hole that one request can cover."""
+    span = _span_of(hole, 0, len(hole) - 1)
+    shapes = {(int(r.end.timestamp()), str(r.duration)) for r in previous}
+    ends, durations = {end_s for end_s, _ in shapes}, {duration for _, duration in shapes}
+    fresh = [s for s in _shapes_of(timeframe, span, limits, attempt, until_s) if (s[0], str(s[1])) not in shapes]
+    if fresh:
+        best = next((s for s in fresh if s[0] not in ends and str(s[1]) not in durations), fresh[0])
+        window = Window.from_epoch(span.start_s, span.end_s)
+        return [Request(window, datetime.fromtimestamp(best[0], UTC), best[1])]
+    middle = len(hole) // 2
+    if not middle:
+        return plan_requests(timeframe, hole, limits)  # one bar, every shape used up: pacing has to wait 15 s
+    halves = (hole.take(slice(0, middle)), hole.take(slice(middle, None)))
+    return [r for half in halves for r in _reshape(timeframe, half, limits, previous, attempt, until_s)]
+
+
+def _shapes_of(
+    timeframe: Timeframe, span: Span, limits: HistoryLimits, attempt: int, until_s: int | None
+) -> Iterator[tuple[int, Duration]]:
+    """Ends (epoch seconds) and durations that cover ``span``, the most unlike the plain one first."""
+    # Never further than a bar: a gateway that sends a few bars at a time would only send later ones. Of a day by a whole one too,
+    # because a daily bar may carry the date on which its session began.
+    steps = [min(60 * (attempt + n), timeframe.seconds) for n in range(3)]
+    for shift_s in ([] if timeframe.is_intraday else [86400]) + [*steps, 1, 0]:
+        end_s = span.end_s + shift_s
+        if shift_s and until_s is not None and end_s > until_s:
+            continue
+        wanted = Span(span.start_s, end_s, span.sessions, span.sessions_per_week)
+        for base in list_durations(timeframe, wanted, limits, LOOSEST):
+            for extra in (attempt, attempt + 1, 0, 1, 2, 3):
+                duration = Duration(base.count + extra * (60 if base.unit == "S" else 1), base.unit)
+                if is_allowed(timeframe, duration, limits):
+                    yield end_s, duration
+
+
+def longest_back(series: Series, before_s: int, limits: HistoryLimits) -> Window:
+    """What one longest request before ``before_s`` (epoch seconds) can bring: as many bars as it may hold, closed time
+    before ``before_s`` skipped. Half-open, ends at ``before_s``; empty when the calendar has nothing earlier.
+
+    Raises:
+        InputError: no calendar is known for the instrument, or ``before_s`` is outside the years of calendars.
+    """
+    before = datetime.fromtimestamp(before_s, UTC)
+    first = min(before, datetime(FIRST_YEAR, 1, 1, tzinfo=UTC))
+    timeframe, longest = series.timeframe, series.timeframe.longest_request(limits)
+    span = timedelta(seconds=int(1.1 * longest.count * NOMINAL_S[longest.unit]) + 2 * timeframe.seconds)
+    for widening in (0, 7, 40):  # days; no market was ever shut for longer than the last of these
+        start = max(first, before - span - timedelta(days=widening))
+        bars = expected_bars(series, Window(start, before))
+        if len(bars):
+            more = _count_most(partial(_fits_until, timeframe, bars, limits), len(bars) - 1)
+            return Window.from_epoch(min(before_s, _start_s(bars, len(bars) - 1 - more)), before_s)
+    return Window(before, before)

@@ -1,0 +1,282 @@
+"""Compare the calendar of an instrument with IB's own schedule, and correct it: what `ktrdr calendar` does between parsing and
+printing.
+
+IB is asked through `ib/history.py`, paced and counted like every history request. What differs is decided in
+`calendars/corrections.py`, what counts from then on is kept by `store/corrections.py`. A calendar that expects too much costs
+requests, one that expects too little loses bars: so a session, or a part of one, is given up only when two answers agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from ktrdr_pipelines.calendars import (
+    CalendarKey,
+    Difference,
+    Session,
+    compare,
+    correct,
+    count_sessions,
+    installed_table,
+    session_windows,
+    table_of,
+)
+from ktrdr_pipelines.domain.instruments import Instrument, file_symbol
+from ktrdr_pipelines.domain.time import Window, format_instant, parse_range
+from ktrdr_pipelines.errors import DataError, InputError, TransientError
+from ktrdr_pipelines.ib.history import IBHistory
+from ktrdr_pipelines.orchestration.resources import GatewayResource
+from ktrdr_pipelines.services.membership import name_instrument
+from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.store.schedule_overrides import CorrectedSession, refresh_calendars, save_corrections
+from ktrdr_pipelines.store.sidecar import Source
+
+DAYS_BACK = 365
+"""How far back is compared without a start, and the longest request (IB takes at most 365 D)."""
+
+MOST_DIFFERENT = 0.2
+"""Where more than this part of the sessions differ, it is another calendar and no correction; a handful always may."""
+
+_DAY = timedelta(days=1)
+
+
+class ScheduleSource(Protocol):
+    """Where schedules come from: `IBHistory`, or a fake."""
+
+    def fetch_schedule(self, instrument: Instrument, *, end: datetime, days: int) -> list[Session]:
+        """Sessions up to ``end``, oldest first; ``days`` of them, or a few more or less."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalendarCheck:
+    """What came of one comparison. ``span``: from the first session date that IB listed to after the last one. ``unconfirmed``
+    differences would give up trading time and no second answer agreed: they are not applied."""
+
+    instrument: Instrument
+    key: CalendarKey
+    span: Window
+    sessions: int
+    differences: Sequence[Difference]
+    unconfirmed: Sequence[Difference]
+    requests: int = 0
+    file: Path | None = None
+    """Where the differences are kept from now on; None when they were not applied."""
+    notices: Sequence[str] = ()
+    in_force: frozenset[int] = frozenset()
+    """Session dates (epoch seconds) of ``differences`` that an earlier correction has put right already."""
+    outdated: Sequence[Difference] = ()
+    """Where an earlier correction says what IB no longer says. Applying takes it back."""
+
+    def pending(self) -> list[Difference]:
+        """The differences that do not count yet."""
+        return [d for d in self.differences if d.session.date_s not in self.in_force]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON; instants in ISO 8601 UTC."""
+        return {
+            "symbol": self.instrument.symbol,
+            "calendar": self.key.name,
+            "hours": str(self.key.hours),
+            "start": format_instant(self.span.start),
+            "end": format_instant(self.span.end),
+            "sessions": self.sessions,
+            "requests": self.requests,
+            "differences": [
+                _as_dict(d, confirmed=confirmed)
+                | {"applied": self.file is not None or d.session.date_s in self.in_force}
+                for confirmed, found in ((True, self.differences), (False, self.unconfirmed))
+                for d in found
+            ],
+            "outdated": [_as_dict(d, confirmed=True) for d in self.outdated],
+            "file": str(self.file) if self.file else None,
+            "notices": list(self.notices),
+        }
+
+
+def check_calendar(
+    symbol: str,
+    *,
+    start: str | None = None,
+    end: str | None = None,
+    apply: bool = False,
+    settings: Settings | None = None,
+) -> CalendarCheck:
+    """Compare the calendar that ``symbol`` follows with IB's schedule from ``start`` to ``end`` (ISO 8601; a year back without),
+    and with ``apply`` make IB's word count for every series of that calendar.
+
+    Raises:
+        KtrdrError: the input cannot be meant, IB failed, or what it says is no correction of this calendar.
+    """
+    now = datetime.now(UTC)
+    file_symbol(symbol)
+    first, last = parse_range(start, end, now=now)
+    window = Window(first or now - timedelta(days=DAYS_BACK), min(last or now, now))
+    if window.is_empty:
+        raise InputError(f"the window {window} is empty", advice="Choose a start before the end, and both in the past.")
+    settings = settings or load_settings()
+    instrument = name_instrument(symbol, settings)
+    if instrument.sec_type == "CONTFUT":
+        raise InputError(
+            f"IB tells no past schedule of a continuous future, as {instrument.symbol} is one",
+            advice=f"Compare a contract of it, such as {_name_contract(instrument, now)}: they share a calendar.",
+        )
+    refresh_calendars(settings.data_dir)
+    with IBHistory(GatewayResource.of(settings).address()) as history:
+        check = compare_with_ib(history, history.pin(instrument), window, now=now)
+        if apply:
+            check = replace(check, file=_keep(check, settings.data_dir, source=history.source, now=now))
+        return replace(check, requests=history.requests_made)
+
+
+def compare_with_ib(history: ScheduleSource, instrument: Instrument, window: Window, *, now: datetime) -> CalendarCheck:
+    """Ask for the schedule of ``instrument`` (pinned) in ``window`` and compare; nothing is kept.
+
+    Raises:
+        KtrdrError: IB failed, or what it says is no correction of this calendar.
+    """
+    key = CalendarKey.of(instrument)
+    table = installed_table(instrument)
+    theirs, notices = fetch_sessions(history, instrument, window)
+    dates = [session.date_s for session in theirs]
+    span = Window.from_epoch(max(dates[0], window.start_s - window.start_s % 86400), dates[-1] + 86400)
+    found = compare(table, theirs, span)
+    sessions = count_sessions(table, span)
+    _refuse_another_calendar(found, sessions, key, instrument)
+    unconfirmed = _find_unconfirmed(history, instrument, found, now)
+    confirmed = [d for d in found if d not in unconfirmed]
+    correct(table, [d.session for d in confirmed])  # refuses sessions that overlap
+    still = {d.session.date_s: d for d in compare(table_of(instrument), theirs, span)}
+    differing = {d.session.date_s for d in found}
+    return CalendarCheck(
+        instrument, key, span, sessions, confirmed, unconfirmed, notices=notices,
+        in_force=frozenset(differing - set(still)),
+        outdated=[d for date_s, d in still.items() if date_s not in differing],
+    )  # fmt: skip
+
+
+def _name_contract(instrument: Instrument, now: datetime) -> str:
+    """The next contract of a quarter: ``ESH7`` in December 2026."""
+    letter, year = next((("HMUZ"[i], now.year) for i in range(4) if 3 * (i + 1) > now.month), ("H", now.year + 1))
+    return f"{instrument.ib_symbol or instrument.symbol}{letter}{year % 10}"
+
+
+def _keep(check: CalendarCheck, data_dir: Path, *, source: Source, now: datetime) -> Path:
+    rows = [
+        CorrectedSession.of(d.session, symbol=check.instrument.symbol, asked_at=now, source=source)
+        for d in check.differences
+    ]
+    doubted = {_date(d.session) for d in check.unconfirmed}
+    return save_corrections(data_dir, check.key, _dates_in(check.span) - doubted, rows)
+
+
+def fetch_sessions(history: ScheduleSource, instrument: Instrument, window: Window) -> tuple[list[Session], list[str]]:
+    """IB's sessions from ``window``'s start to its end, oldest first, and what has to be said about them. Goes back request by
+    request, by what arrived.
+
+    Raises:
+        TransientError: no sessions came. DataError: two answers contradict each other. KtrdrError: IB failed.
+    """
+    found: dict[int, Session] = {}
+    until = window.end
+    while True:
+        days = min(DAYS_BACK, -(-(until - window.start) // _DAY) + 1)
+        answer = history.fetch_schedule(instrument, end=until, days=days)
+        new = [session for session in answer if session.date_s not in found]
+        for session in answer:
+            if session.segments and found.setdefault(session.date_s, session) != session:
+                raise DataError(
+                    f"IB's schedule gives two accounts of {_date(session)}",
+                    doing=f"asking for the schedule of {instrument.symbol}",
+                    advice="Try again; nothing was changed.",
+                )
+        sessions = [found[date_s] for date_s in sorted(found)]
+        if not sessions:
+            raise TransientError(
+                "IB sent a schedule without a session",
+                doing=f"asking for the schedule of {instrument.symbol} {window}",
+                advice="This is no proof of a closed market; try again.",
+            )
+        oldest = datetime.fromtimestamp(sessions[0].segments[0][0], UTC)
+        reached = sessions[0].date_s <= window.start_s or not session_windows(instrument, Window(window.start, oldest))
+        if reached or not new or oldest >= until:
+            said = [] if reached else [f"IB's schedule reaches back to {_date(sessions[0])} only"]
+            return sessions, said
+        until = oldest
+
+
+def _find_unconfirmed(
+    history: ScheduleSource, instrument: Instrument, found: Sequence[Difference], now: datetime
+) -> list[Difference]:
+    """Of the differences that give up trading time, those that a second, differently shaped request does not repeat."""
+    doubtful = [d for d in found if d.loses_time]
+    unconfirmed: list[Difference] = []
+    while doubtful:
+        last = datetime.fromtimestamp(doubtful[-1].session.date_s, UTC)
+        # Sessions around the doubtful ones: a shorter, later-ending question than the first, of at most a year.
+        batch = [d for d in doubtful if d.session.date_s > (last - timedelta(days=DAYS_BACK - 30)).timestamp()]
+        first = datetime.fromtimestamp(batch[0].session.date_s, UTC)
+        end = min(last + timedelta(days=9, hours=12), now)
+        answer = history.fetch_schedule(instrument, end=end, days=(end - first) // _DAY + 10)
+        again = {session.date_s: session for session in answer}
+        for difference in batch:
+            date_s = difference.session.date_s
+            is_spanned = bool(again) and min(again) < date_s and (date_s < max(again) or date_s in again)
+            repeated = again.get(date_s) or Session(date_s, (), difference.session.zone)
+            if not is_spanned or repeated.segments != difference.session.segments:
+                unconfirmed.append(difference)
+        doubtful = [d for d in doubtful if d not in batch]
+    return unconfirmed
+
+
+def _refuse_another_calendar(
+    found: Sequence[Difference], sessions: int, key: CalendarKey, instrument: Instrument
+) -> None:
+    if len(found) > max(5, sessions * MOST_DIFFERENT):
+        raise DataError(
+            f"IB's schedule of {instrument.symbol} and the calendar {key.name} differ in {len(found)} of {sessions} sessions",
+            rows="\n".join(describe_difference(d) for d in found[:5]),
+            doing=f"comparing the calendar of {instrument.symbol}",
+            advice="This is no correction but another calendar: name the right one with `calendar:` in the universe file.",
+        )
+
+
+def describe_difference(difference: Difference) -> str:
+    """``2025-01-09: 14:30..21:00 by the calendar, closed by IB``."""
+    ours, theirs = _say(difference.ours), _say(difference.session.segments)
+    return f"{_date(difference.session)}: {ours} by the calendar, {theirs} by IB"
+
+
+def _say(segments: Iterable[tuple[int, int]]) -> str:
+    parts = [f"{datetime.fromtimestamp(a, UTC):%d %H:%M}..{datetime.fromtimestamp(b, UTC):%H:%M}" for a, b in segments]
+    return " and ".join(parts) or "closed"
+
+
+def _as_dict(difference: Difference, *, confirmed: bool) -> dict[str, object]:
+    def spans(segments: Iterable[tuple[int, int]]) -> list[dict[str, str]]:
+        return [
+            {
+                "start": format_instant(datetime.fromtimestamp(a, UTC)),
+                "end": format_instant(datetime.fromtimestamp(b, UTC)),
+            }
+            for a, b in segments
+        ]
+
+    return {
+        "date": str(_date(difference.session)),
+        "kind": difference.kind,
+        "calendar": spans(difference.ours),
+        "ib": spans(difference.session.segments),
+        "confirmed": confirmed,
+    }
+
+
+def _date(session: Session) -> date:
+    return datetime.fromtimestamp(session.date_s, UTC).date()
+
+
+def _dates_in(span: Window) -> set[date]:
+    return {(span.start + i * _DAY).date() for i in range(-(-(span.end - span.start) // _DAY))}

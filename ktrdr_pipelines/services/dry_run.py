@@ -1,0 +1,197 @@
+"""What a load would do, without doing it: `ktrdr ib-load --dry-run` between parsing and printing.
+
+The gaps and the requests are the load's own: it is driven up to its plan and then left. Nothing is written, no run is made;
+a file that the load would put right first is put right in a scratch copy. When the requests could go out is `forecast.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.time import Window, format_instant
+from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.ib.contracts import Choice
+from ktrdr_pipelines.ib.discovery import NO_CHOICE, known_to_account
+from ktrdr_pipelines.ib.history import IBHistory, describe_bars
+from ktrdr_pipelines.ib.pacing.backends import ledger_path
+from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
+from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
+from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
+from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
+from ktrdr_pipelines.loading.history_source import History
+from ktrdr_pipelines.loading.report import Planned
+from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.orchestration.resources import GatewayResource
+from ktrdr_pipelines.planning.modes import Mode
+from ktrdr_pipelines.planning.requests import Gap, Request
+from ktrdr_pipelines.services.gaps import place
+from ktrdr_pipelines.services.load_inputs import Wanted, read_wanted
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.schedule_overrides import open_store
+from ktrdr_pipelines.store.snapshot import peek
+from ktrdr_pipelines.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a load would ask for. ``sendings`` belong to ``requests``, one each."""
+
+    series: Series
+    mode: Mode
+    window: Window
+    now: datetime
+    gaps: Sequence[Gap]
+    requests: Sequence[Request]
+    sendings: Sequence[Sending]
+    used: int
+    """How many of the budget's `WINDOW_UNITS` are taken now."""
+    waiting: int
+    """How many others wait for their turn; they are not in the forecast."""
+    holds: Sequence[PauseOfAll]
+    notices: Sequence[str]
+
+    @property
+    def missing_bars(self) -> int:
+        """Expected bars that are asked for because they are neither held nor proven empty."""
+        return sum(gap.opens for gap in self.gaps)
+
+    @property
+    def done_at(self) -> datetime:
+        """When the last request could go out; now, when there is none."""
+        return datetime.fromtimestamp(self.sendings[-1].at_s, UTC) if self.sendings else self.now
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON; times in ISO 8601 UTC, windows half-open."""
+        return {
+            "dry_run": True,
+            "symbol": self.series.instrument.symbol,
+            "timeframe": self.series.timeframe.name,
+            "mode": str(self.mode),
+            "start": format_instant(self.window.start),
+            "end": format_instant(self.window.end),
+            "missing_bars": self.missing_bars,
+            "gaps": [{**_ends(gap.window), "bars": gap.opens, "reason": gap.reason} for gap in self.gaps],
+            "requests": [
+                {
+                    **_ends(request.window),
+                    "duration": str(request.duration),
+                    "end_date_time": format_instant(request.end),
+                    "send_at": format_instant(datetime.fromtimestamp(sending.at_s, UTC)),
+                    "held_up_by": str(sending.held_up_by) if sending.held_up_by else None,
+                }
+                for request, sending in zip(self.requests, self.sendings, strict=True)
+            ],
+            "budget": {
+                "used": self.used,
+                "limit": WINDOW_UNITS,
+                "waiting": self.waiting,
+                "holds": [
+                    {"until": format_instant(datetime.fromtimestamp(hold.until_s, UTC)), "reason": hold.reason}
+                    for hold in self.holds
+                ],
+            },
+            "now": format_instant(self.now),
+            "done_at": format_instant(self.done_at),
+            "notices": list(self.notices),
+        }
+
+
+def _ends(window: Window) -> dict[str, str]:
+    return {"start": format_instant(window.start), "end": format_instant(window.end)}
+
+
+def plan_series(
+    symbol: str,
+    timeframe: str,
+    mode: str = "tail",
+    *,
+    start: str | None = None,
+    end: str | None = None,
+    choice: Choice = NO_CHOICE,
+    settings: Settings | None = None,
+) -> DryRun:
+    """What `loading.load_series` with the same arguments would find missing, ask for, and when it could.
+
+    IB is asked only for what cannot be known otherwise: which contract an unknown symbol means, and where history starts
+    when there is neither a CSV nor ``start`` (one or two requests, which count). Then a gateway is needed, else none.
+
+    Raises:
+        KtrdrError: as `loading.load_series`.
+    """
+    wanted = read_wanted(symbol, timeframe, mode, start=start, end=end, choice=choice, settings=settings)
+    with IBHistory(GatewayResource.of(wanted.settings).address()) as history:
+        series = wanted.identify(history)
+        with peek(open_store(wanted.settings.data_dir), series, now=wanted.now) as (store, pending):
+            notices = pending.describe()
+            window, clipped = wanted.choose_window(series, store, history)
+            if history.requests_made:
+                notices.append(_say_asked(series, history, wanted.now))
+            if clipped:
+                notices.append(clipped)
+            planned = Planned((), ()) if window.is_empty else _drive_to_plan(wanted, series, window, store)
+        budget = read_budget(history)
+    now_s = budget.now_s if budget else wanted.now.timestamp()
+    past: Sequence[Entry] = budget.past if budget else ()
+    asks = [describe_bars(series, request) for request in planned.requests]
+    return DryRun(
+        series=series,
+        mode=wanted.mode,
+        window=window,
+        now=datetime.fromtimestamp(now_s, UTC),
+        gaps=planned.gaps,
+        requests=planned.requests,
+        sendings=forecast(asks, past, now_s, hold_until_s=budget.hold_until_s if budget else None),
+        used=budget.used if budget else 0,
+        waiting=budget.waiting if budget else 0,
+        holds=budget.holds if budget else (),
+        notices=notices,
+    )
+
+
+def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
+    """That IB was asked where history starts, and what of it the load will ask again: IB's head timestamp is remembered, where
+    IB told one; that there is nothing older is looked up each time."""
+    known = known_to_account(history).find_head(history.pin(series.instrument))
+    is_told_now = known is not None and known.until - HEAD_KEPT >= since
+    again = history.requests_made - is_told_now
+    plural = "s" if history.requests_made > 1 else ""
+    asked = f"where history starts was asked of IB ({history.requests_made} request{plural})"
+    if not again:
+        return f"{asked} and is remembered: the load does not ask again"
+    return f"{asked}; the load makes {again} of them again, before these"
+
+
+def _drive_to_plan(wanted: Wanted, series: Series, window: Window, store: Store) -> Planned:
+    """The first thing a load tells is its plan; nothing was asked or written before that."""
+    load = Load(
+        series,
+        window,
+        store=store,
+        history=_refuse_to_ask,
+        limits=wanted.settings.history_limits,
+        now=lambda: wanted.now,
+        recheck_last=wanted.mode is Mode.TAIL and store.extent(series) is not None,
+    )
+    for event in load.run():
+        if isinstance(event, Planned):
+            # The load looks at its window only; people want to know how a gap lies to all that is held.
+            held = store.extent(series)
+            first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
+            gaps = [replace(g, reason=place(g.window.start_s, first_s, last_s)) for g in event.gaps]
+            return Planned(gaps, event.requests)
+    return Planned((), ())
+
+
+def _refuse_to_ask() -> History:
+    raise BugError("a dry run was about to ask IB for bars", advice="Report this.")
+
+
+def read_budget(history: IBHistory) -> Budget | None:
+    """The pacing budget of the login of ``history``; None where no request was ever made, so that no ledger is begun."""
+    address = history.address
+    if not address.ledger_url and not ledger_path(address.state_dir / "ib", address.login).exists():
+        return None
+    return history.ledger.snapshot()

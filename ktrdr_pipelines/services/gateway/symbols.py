@@ -1,0 +1,70 @@
+"""What a symbol means to IB: the one instrument, everything it may mean, and what was found before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ktrdr_pipelines.domain.instruments import Instrument, file_symbol
+from ktrdr_pipelines.ib.contracts import Choice, ContractInfo, list_candidates
+from ktrdr_pipelines.ib.discovery import NO_CHOICE, discover, find_similar, symbols_file, unknown_symbol
+from ktrdr_pipelines.ib.history import IBHistory
+from ktrdr_pipelines.orchestration.resources import GatewayResource
+from ktrdr_pipelines.services.gateway.question import quick_address
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.universe.file import universe_of
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The contracts that IB knows for a bare symbol, in the order in which they were tried."""
+
+    symbol: str
+    contracts: tuple[ContractInfo, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        fields = (
+            "con_id", "symbol", "sec_type", "exchange", "currency", "primary_exchange", "local_symbol", "expiry",
+            "long_name", "time_zone",
+        )  # fmt: skip
+        return {
+            "symbol": self.symbol,
+            "contracts": [{name: getattr(each, name) for name in fields} for each in self.contracts],
+        }
+
+
+def list_discovered(settings: Settings) -> list[Instrument]:
+    """Instruments that IB was asked for a while ago and that are still remembered; nobody is asked."""
+    with IBHistory(quick_address(settings)) as history:
+        return [known.instrument for known in symbols_file(history).list_found() if known.instrument is not None]
+
+
+def discover_symbol(settings: Settings, symbol: str, choice: Choice = NO_CHOICE) -> Instrument:
+    """What ``symbol`` means: with no ``choice`` the instrument that the universe calls so, else what IB finds; with its conId.
+
+    Raises:
+        InputError: no symbol, or several contracts fit. PermanentError: IB knows none. TransientError: IB did not answer.
+    """
+    file_symbol(symbol)
+    universe = universe_of(settings)
+    instrument = universe.find_instrument(symbol) if choice == NO_CHOICE else None
+    with IBHistory(quick_address(settings)) as history:
+        return history.pin(instrument) if instrument else discover(symbol, history=history, choice=choice).instrument
+
+
+def look_up(settings: Settings, symbol: str) -> Found:
+    """Every contract that IB knows for a bare ``symbol``, tried as a load tries it; nothing is kept.
+
+    Raises:
+        PermanentError: IB knows none. GatewayUnreachable: nobody to ask.
+    """
+    file_symbol(symbol)
+    contracts: dict[int, ContractInfo] = {}
+    candidates = list_candidates(symbol)
+    with IBHistory(replace(GatewayResource.of(settings).address(), hold_patience_s=0.0)) as history:
+        for candidate in candidates:
+            for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
+                contracts.setdefault(info.con_id, info)
+        if not contracts:
+            raise unknown_symbol(symbol, candidates, find_similar(symbol, history))
+    return Found(symbol, tuple(contracts.values()))

@@ -1,0 +1,366 @@
+"""The bytes of a series' CSV: one header, one row per bar, fixed-width stamps first, sorted, LF line ends.
+
+Renders and parses rows, and finds rows by bisecting the stamps of an open file, so that the cost of a window does not grow
+with the file. Reads through a descriptor with positioned reads and never maps the file: an editor that truncates a
+mapped file kills the reading process (SIGBUS). No locks, no writing: `series_store.py`. The format: design, section 4. Why parsed
+here and not by pandas.read_csv alone: that pads short rows, accepts quoted, blank and ``NA`` fields, and cannot name the line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from ktrdr_pipelines.bars.schema import (
+    COLUMNS,
+    BarArrays,
+    BoolArray,
+    FloatArray,
+    Int64Array,
+    Rule,
+    bars_from_columns,
+    find_faults,
+    opens_of,
+)
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.errors import BugError
+
+HEADER = (",".join(COLUMNS) + "\n").encode()
+STAMP_BYTES = 20
+MAX_ROW_BYTES = 4096
+"""Longer lines are no bars: five numbers of at most 330 digits fit."""
+
+_STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ,")
+_CHUNK_BYTES = 1 << 22
+_RENDERED_ROWS = 100_000
+_FIRST_S, _END_S = -62_135_596_800, 253_402_300_800  # years 1 to 9999: four digits
+
+_ROW_BYTE = np.zeros(256, np.bool_)
+_ROW_BYTE[list(b"0123456789.,-+eTZ:\n")] = True
+
+
+@dataclass(frozen=True, slots=True)
+class RowFault:
+    """One bad line: its number (the header is line 1), its text, and what is wrong with it."""
+
+    line: int
+    text: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.why}: {self.text}"
+
+
+class MalformedFile(Exception):
+    """The bytes are not what this module writes. Only `series_store.py` sees it; people get a DataError.
+
+    ``offset`` is where the trouble was met. Lines are counted by whoever reports it, since counting reads the file.
+    """
+
+    def __init__(self, why: str, offset: int) -> None:
+        super().__init__(why)
+        self.why = why
+        self.offset = offset
+
+
+# ---------------------------------------------------------------------------------------------------- rendering
+
+
+def render_stamps(opens_s: Int64Array) -> list[str]:
+    """``2024-01-02T14:30:00Z`` for each open."""
+    if len(opens_s) and (opens_s.min() < _FIRST_S or opens_s.max() >= _END_S):
+        raise BugError("a bar's year has more than four digits")
+    return [f"{text}Z" for text in np.datetime_as_string(opens_s.astype("datetime64[s]"), unit="s").tolist()]
+
+
+def render_stamp(open_s: int) -> bytes:
+    """One stamp as bytes; an instant outside the years 1 to 9999 becomes the nearest inside, for bisecting."""
+    return render_stamps(np.array([min(max(open_s, _FIRST_S), _END_S - 1)]))[0].encode()
+
+
+def render_number(value: float) -> str:
+    """The shortest decimal that reads back as ``value``, never with an exponent: ``1e-07`` -> ``0.0000001``."""
+    text = repr(value)
+    return format(Decimal(text), "f") if "e" in text else text
+
+
+def render_rows(bars: pd.DataFrame) -> bytes:
+    """The rows of a valid bars table, without the header. Volumes that are whole numbers are written as such."""
+    stamps = render_stamps(opens_of(bars))
+    prices = [bars[name].tolist() for name in COLUMNS[1:5]]
+    volumes = [str(int(v)) if v.is_integer() else render_number(v) for v in bars["volume"].tolist()]
+    rows = [
+        f"{stamp},{o!r},{h!r},{low!r},{c!r},{v}\n"
+        for stamp, o, h, low, c, v in zip(stamps, *prices, volumes, strict=True)
+    ]
+    for i, row in enumerate(rows):
+        if "e" in row:
+            texts = [render_number(column[i]) for column in prices]
+            rows[i] = ",".join([stamps[i], *texts, volumes[i]]) + "\n"
+    return "".join(rows).encode()
+
+
+def render_file(bars: pd.DataFrame) -> list[bytes]:
+    """A whole CSV with its header, in pieces, so that millions of rows are not held several times over."""
+    return [HEADER, *(render_rows(bars.iloc[i : i + _RENDERED_ROWS]) for i in range(0, len(bars), _RENDERED_ROWS))]
+
+
+# ---------------------------------------------------------------------------------------------------- parsing
+
+_DAYS_BEFORE_MONTH = np.array([0, 0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334], np.int64)
+_DAYS_IN_MONTH = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31], np.int64)
+
+
+def parse_stamps(data: npt.NDArray[np.uint8], starts: Int64Array) -> tuple[Int64Array, BoolArray]:
+    """Opens of the rows that begin at ``starts`` in ``data``, and which of them are well formed (others read 0)."""
+    last = max(len(data) - 1, 0)
+    good = starts + STAMP_BYTES <= last
+
+    def byte(at: int) -> npt.NDArray[np.uint8]:
+        return data[np.minimum(starts + at, last)] if len(data) else np.zeros(len(starts), np.uint8)
+
+    def number(at: int, digits: int) -> Int64Array:
+        nonlocal good
+        value = np.zeros(len(starts), np.int64)
+        for i in range(digits):
+            digit = byte(at + i) - np.uint8(48)  # wraps round for anything below "0"
+            good &= digit <= 9
+            value = value * 10 + digit
+        return value
+
+    year, month, day = number(0, 4), number(5, 2), number(8, 2)
+    hour, minute, second = number(11, 2), number(14, 2), number(17, 2)
+    for at, mark in ((4, "-"), (7, "-"), (10, "T"), (13, ":"), (16, ":"), (19, "Z"), (20, ",")):
+        good &= byte(at) == ord(mark)
+    leap = (year % 4 == 0) & ((year % 100 != 0) | (year % 400 == 0))
+    month = np.where(good & (month <= 12), month, 0)
+    good &= (month >= 1) & (year >= 1) & (day >= 1) & (hour < 24) & (minute < 60) & (second < 60)
+    good &= day <= _DAYS_IN_MONTH[month] - ((month == 2) & ~leap)
+    before = year - 1
+    days = before * 365 + before // 4 - before // 100 + before // 400 - 719_162
+    days += _DAYS_BEFORE_MONTH[month] + ((month > 2) & leap) + day - 1
+    return np.where(good, days * 86400 + hour * 3600 + minute * 60 + second, 0), good
+
+
+def _split_rows(data: npt.NDArray[np.uint8]) -> tuple[Int64Array, Int64Array]:
+    """Starts and ends (the newline, or the end of the data) of the lines in ``data``."""
+    ends = np.flatnonzero(data == 10)
+    if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
+        ends = np.append(ends, len(data))
+    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+    return starts.astype(np.int64), ends.astype(np.int64)
+
+
+def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[tuple[int, int, str]]]:
+    """Rows as a bars table, and what is wrong with them as (row number, offset in ``data``, why).
+
+    The table is complete, exact and strictly increasing only when nothing is wrong; otherwise it is empty. Each row has
+    exactly six fields of plain characters, keeps ``rules``, and comes after the one before.
+    """
+    array = np.frombuffer(data, np.uint8)
+    starts, ends = _split_rows(array)
+    opens_s, stamped = parse_stamps(array, starts)
+    if not stamped.all() or not _ROW_BYTE[array].all() or not _have_six_fields(array, starts, ends):
+        return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
+    try:
+        values = pd.read_csv(
+            io.BytesIO(data),
+            header=None,
+            names=list(COLUMNS),
+            usecols=list(COLUMNS[1:]),
+            dtype=np.float64,
+            na_filter=False,
+            skip_blank_lines=False,
+        )
+    except (ValueError, pd.errors.EmptyDataError, pd.errors.ParserError):
+        # Also the way of no rows at all: nothing to parse, nothing to diagnose.
+        return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
+    bars = bars_from_columns(opens_s, *(values[name] for name in COLUMNS[1:]))
+    if find_faults(BarArrays.of(bars), rules) or (np.diff(opens_s) <= 0).any():
+        return bars.iloc[:0], _diagnose(data, starts, ends, opens_s, stamped, rules)
+    return bars, []
+
+
+def _have_six_fields(data: npt.NDArray[np.uint8], starts: Int64Array, ends: Int64Array) -> bool:
+    commas = np.flatnonzero(data == ord(","))
+    if len(commas) != 5 * len(starts):
+        return False
+    by_row = commas.reshape(-1, 5)
+    return bool((by_row[:, 0] > starts).all() and (by_row[:, 4] < ends).all())
+
+
+_NUMBER_CHARACTERS = "0123456789.+-eE"
+
+
+def parse_number(text: str) -> float:
+    """A decimal number as people and programs write it; NaN for anything else, an empty field too."""
+    if text.strip(_NUMBER_CHARACTERS):  # float() also reads "nan", "inf", "1_000" and other scripts' digits
+        return float("nan")
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _diagnose(
+    data: bytes, starts: Int64Array, ends: Int64Array, opens_s: Int64Array, stamped: BoolArray, rules: Sequence[Rule]
+) -> list[tuple[int, int, str]]:
+    """The slow, line by line way, taken only when something is known to be wrong."""
+    faults: dict[int, str] = {}
+    values: FloatArray = np.ones((len(starts), 5))
+    for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        fields = data[start:end].decode("latin-1").split(",")
+        if not stamped[i]:
+            faults[i] = "no timestamp like 2024-01-02T14:30:00Z"
+        elif len(fields) != 6:
+            faults[i] = f"{len(fields)} fields instead of 6"
+        else:
+            values[i] = [parse_number(field) for field in fields[1:]]
+    by_rule = find_faults(BarArrays(opens_s * 1_000_000, *values.T), rules)
+    faults = {**{i: why for i, why in by_rule.items() if i not in faults}, **faults}
+    good = [i for i in range(len(starts)) if i not in faults]
+    for before, i in pairwise(good):
+        if opens_s[i] <= opens_s[before]:
+            faults[i] = (
+                "same timestamp as the row before" if opens_s[i] == opens_s[before] else "earlier than the row before"
+            )
+    return [(i, int(starts[i]), why) for i, why in sorted(faults.items())]
+
+
+# ---------------------------------------------------------------------------------------------------- finding rows
+
+
+def read_range(fd: int, start: int, end: int) -> bytes:
+    """The bytes ``start`` to ``end`` of the file, fewer if it ends before."""
+    parts = []
+    while start < end and (part := os.pread(fd, min(end - start, 1 << 24), start)):
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+def find_row(fd: int, size: int, open_s: int) -> int:
+    """Offset of the first row that opens at or after ``open_s``; ``size`` when there is none.
+
+    Correct for a sorted file only: the store knows whether a file was edited by its size and time of change.
+
+    Raises:
+        MalformedFile: a line that was looked at is no row.
+    """
+    wanted = render_stamp(open_s)
+    low, high = len(HEADER), size  # both are starts of rows, or the end
+    while low < high:
+        middle = (low + high) // 2
+        base = max(low, middle - MAX_ROW_BYTES)
+        block = os.pread(fd, middle + MAX_ROW_BYTES - base, base)
+        newline = block.rfind(b"\n", 0, middle - base)
+        if newline < 0 and base > low:
+            raise MalformedFile("a line is far too long", base)
+        start = newline + 1
+        end = block.find(b"\n", start)
+        if end < 0 or not _STAMP.match(block, start):
+            raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", base + start)
+        if block[start : start + STAMP_BYTES] < wanted:
+            low = base + end + 1
+        else:
+            high = base + start
+    return low
+
+
+def scan_opens(fd: int, start: int, end: int) -> Iterator[tuple[Int64Array, Int64Array]]:
+    """Opens and offsets of all rows between two offsets that are starts of rows, a few megabytes at a time.
+
+    Raises:
+        MalformedFile: a line does not begin with a stamp, or stamps do not strictly increase.
+    """
+    previous: int | None = None
+    while start < end:
+        data = read_range(fd, start, min(end, start + _CHUNK_BYTES))
+        cut = data.rfind(b"\n") + 1
+        if not cut:
+            raise MalformedFile(
+                "the last line has no end" if start + len(data) >= end else "a line is far too long", start
+            )
+        array = np.frombuffer(data, np.uint8)[:cut]
+        starts, _ = _split_rows(array)
+        opens_s, good = parse_stamps(array, starts)
+        if not good.all():
+            at = start + int(starts[int(np.argmin(good))])
+            raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", at)
+        steps = np.diff(opens_s, prepend=opens_s[0] - 1 if previous is None else previous)
+        if (steps <= 0).any():
+            raise MalformedFile(
+                "a row does not come after the row before it", start + int(starts[int(np.argmin(steps > 0))])
+            )
+        previous = int(opens_s[-1])
+        yield opens_s, starts + start
+        start += cut
+
+
+def count_lines(fd: int, start: int, end: int) -> int:
+    """Newlines between two offsets."""
+    return sum(chunk.count(b"\n") for chunk in _chunks(fd, start, end))
+
+
+def checksum(fd: int, start: int, end: int) -> str:
+    """CRC-32 of the bytes between two offsets, eight hexadecimal digits."""
+    crc = 0
+    for chunk in _chunks(fd, start, end):
+        crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
+    while start < end and (chunk := os.pread(fd, min(end - start, 1 << 20), start)):
+        yield chunk
+        start += len(chunk)
+
+
+def first_and_last_open(fd: int, size: int) -> tuple[int, int] | None:
+    """Opens of the first and the last row, None without rows; three small reads.
+
+    Raises:
+        MalformedFile: the header, the first or the last line is not one of ours, or the last newline is missing.
+    """
+    head = os.pread(fd, len(HEADER) + STAMP_BYTES + 1, 0)
+    if not head.startswith(HEADER):
+        raise MalformedFile("the first line is not " + HEADER.decode().strip(), 0)
+    if size == len(HEADER):
+        return None
+    base = max(len(HEADER), size - MAX_ROW_BYTES)
+    tail = os.pread(fd, size - base, base)
+    if not tail.endswith(b"\n"):
+        raise MalformedFile("the last line has no end", size)
+    start = tail.rfind(b"\n", 0, len(tail) - 1) + 1
+    stamps = np.frombuffer(head[len(HEADER) :] + tail[start : start + STAMP_BYTES + 1] + b"\n", np.uint8)
+    opens_s, good = parse_stamps(stamps, np.array([0, STAMP_BYTES + 1]))
+    if not good.all():
+        at = len(HEADER) if not good[0] else base + start
+        raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", at)
+    return int(opens_s[0]), int(opens_s[1])
+
+
+def find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
+    """Offsets of the first row of ``window`` and of the first after it, in a sorted file; all rows without a window."""
+    if window is None:
+        return len(HEADER), size
+    return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)
+
+
+def looks_normal(fd: int, size: int) -> bool:
+    """True if header, first and last line are as we write them."""
+    try:
+        first_and_last_open(fd, size)
+    except MalformedFile:
+        return False
+    return True

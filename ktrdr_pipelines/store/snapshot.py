@@ -1,0 +1,71 @@
+"""Looking at a series as the next load would find it, without touching its files.
+
+Reading through `Store` adopts a foreign file and corrects a sidecar that does not fit, which is right for a load and wrong
+for a question. Here such files are copied to a scratch folder first and settled there; files that nobody touched are read
+where they are, which costs two looks at their state. What settling means is in `intake.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.store import settle as intake
+from ktrdr_pipelines.store.paths import explained
+from ktrdr_pipelines.store.settle import Prepared
+from ktrdr_pipelines.store.store import Store
+
+
+@contextmanager
+def peek(store: Store, series: Series, *, now: datetime) -> Iterator[tuple[Store, Prepared]]:
+    """A store in which the files of ``series`` are settled, and what the next load will have to put right in the real one.
+
+    Read from the store inside the block only, and nothing but ``series``. In what is yielded, no copies are named: none
+    were made.
+
+    Raises:
+        DataError: the CSV is no bar file.
+        StoreError: the sidecar is a newer program's, or the disk refuses.
+    """
+    doing = f"looking at {series}"
+    if store.is_as_left(series):
+        yield store, Prepared()
+        return
+    with tempfile.TemporaryDirectory(prefix="ktrdr-") as folder:
+        scratch = Store(Path(folder))
+        for source, target in (
+            (store.csv_path(series), scratch.csv_path(series)),
+            (store.sidecar_path(series), scratch.sidecar_path(series)),
+        ):
+            # Another process may take a file away in between; the time of change travels with the copy.
+            with explained(source, doing), suppress(FileNotFoundError):
+                shutil.copy2(source, target)
+        with _without_log():
+            found = scratch.prepare(series, now=now)
+        adopted = replace(found.adopted, backup=None) if found.adopted else None
+        corrupt = store.sidecar_path(series) if found.corrupt_sidecar else None
+        yield scratch, replace(found, adopted=adopted, corrupt_sidecar=corrupt)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Settling writes what it did to the log; what it did to a scratch copy is nobody's business."""
+    here = threading.get_ident()
+    log = logging.getLogger(intake.__name__)
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    log.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_others)

@@ -1,0 +1,354 @@
+"""What a killed load leaves behind: a whole CSV, true claims, one request to repeat at most, and nothing going on for ever.
+
+Real processes and SIGKILL, a real Dagster instance, a simulated gateway on a real socket whose log tells what was asked.
+``KILLS=200`` in the environment (`make kills`) deals more blows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pytest
+import time_machine
+
+from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.partitions import partition_at
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
+from ktrdr_pipelines.orchestration.assets import GATEWAY_POOL, asset_key
+from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
+from ktrdr_pipelines.orchestration.runs import dead_runs
+from ktrdr_pipelines.orchestration.runs.active import find_active_runs
+from ktrdr_pipelines.orchestration.runs.dead_runs import OWNER_TAG, owner_tag, reap_dead_runs
+from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines.simulator.gateway import RequestRecord
+from ktrdr_pipelines.simulator.server import GatewayThread
+from ktrdr_pipelines_tests.conftest import LoadAt, StartGateway
+from ktrdr_pipelines_tests.fakes import utc
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import poll
+from ktrdr_pipelines_tests.load_forks import ROOT, LoadForks
+
+MakeSettings = Callable[..., Settings]
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("KILLS", "4"))
+KILLS_PER_SERIES = 25
+"""More would bring a series to the present."""
+SYMBOLS = ("AAPL", "MSFT", "SPY", "IBM", "KO", "JPM", "INTC", "AMD")
+KILLED_WITHIN_S = 0.6
+"""Every fourth blow falls so soon after the process began, the others so soon after its first request."""
+AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
+FIRST = "2008-01-01"
+
+
+# ---------------------------------------------------------------------------------------------------- killed loads
+
+
+class Witness:
+    """Looks at the files of a series after each blow, without the store: what a trader would read."""
+
+    def __init__(self, data_dir: Path, symbol: str) -> None:
+        self.csv, self.sidecar = data_dir / f"{symbol}_1h.csv", data_dir / f"{symbol}_1h.meta.json"
+        self.expected = expected_bars(AAPL_1H, Window(utc(FIRST), utc("2024-01-01"))).opens
+        self.rows: dict[str, str] = {}
+
+    def look(self) -> list[str]:
+        """What is wrong now."""
+        if not self.csv.exists():
+            return ["the CSV is gone"] if self.rows else []
+        text = self.csv.read_text()
+        header, *lines = text.splitlines()
+        rows = {line.partition(",")[0]: line for line in lines}
+        stamps = list(rows)
+        wrong = []
+        if header != "timestamp,open,high,low,close,volume" or not text.endswith("\n"):
+            wrong.append("the CSV has no header, or no newline at its end")
+        if any(line.count(",") != 5 or not all(map(float, line.split(",")[1:])) for line in lines):
+            wrong.append("a row does not parse")
+        if len(rows) != len(lines) or stamps != sorted(stamps):
+            wrong.append("stamps do not strictly increase")
+        if any(rows.get(stamp) != line for stamp, line in self.rows.items()):
+            wrong.append(f"rows are gone or changed: {len(self.rows)} before, {len(rows)} now")
+        self.rows = rows
+        return wrong + self._find_false_claims(np.array([np.datetime64(s[:-1]) for s in stamps]).astype(np.int64))
+
+    def _find_false_claims(self, held: np.ndarray) -> list[str]:
+        if not self.sidecar.exists():
+            return []
+        known = json.loads(self.sidecar.read_text())
+        wrong = []
+        for span in known["answered"]:
+            window = Window(utc(span["start"][:-1]), utc(span["end"][:-1]))
+            claimed = self.expected[(self.expected >= window.start_s) & (self.expected < window.end_s)]
+            if not np.isin(claimed, held).all():
+                wrong.append(f"the sidecar claims {window}, which is not held")
+        for key, mark in known["partitions"].items():
+            month = partition_at(AAPL_1H.timeframe, utc(key)).window
+            if mark["rows"] > ((held >= month.start_s) & (held < month.end_s)).sum():
+                wrong.append(f"the sidecar counts {mark['rows']} rows in {key}, which are not there")
+        if known["proven_empty"]:
+            wrong.append("the sidecar takes bars for proven not to exist")
+        return wrong
+
+
+def count_again(requests: list[RequestRecord], before: list[RequestRecord]) -> int:
+    """How many of ``requests`` ask for what was answered before. Loads ask from old to new."""
+    assert {r.kind for r in (*requests, *before)} <= {"history"}
+    furthest = max((r.last for r in before), default=0)
+    return sum(r.last <= furthest for r in requests)
+
+
+def add_months(month: str, months: int) -> str:
+    return f"{np.datetime64(month[:7], 'M') + np.timedelta64(months, 'M')}-01"
+
+
+def unfinished_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    return [run for run in instance.get_runs() if not run.is_finished]
+
+
+def held_slots(instance: dg.DagsterInstance) -> int:
+    return len(instance.event_log_storage.get_concurrency_info(GATEWAY_POOL).claimed_slots)
+
+
+@pytest.mark.timeout(60 + 10 * KILLS)
+@pytest.mark.long
+def test_loads_killed_at_random_instants_lose_nothing(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """After each SIGKILL the CSV is whole and has every row of before, each claim of the sidecar holds, and the next load asks
+    at most the interrupted request again. In the end the file is the truth, and Dagster has no run and no slot of the dead."""
+    gateway, chance = start_gateway(), random.Random(20240105)
+    forks = load_at(gateway.port)
+    for done in range(0, KILLS, KILLS_PER_SERIES):
+        symbol = SYMBOLS[done // KILLS_PER_SERIES]
+        kill_loads_of(symbol, min(KILLS_PER_SERIES, KILLS - done), gateway, forks, chance, tmp_path)
+    with open_instance(make_settings(gateway.port)) as instance:
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+
+
+def kill_loads_of(
+    symbol: str, kills: int, gateway: GatewayThread, forks: LoadForks, chance: random.Random, folder: Path
+) -> None:
+    witness = Witness(folder / "data", symbol)
+    wrong: list[str] = []
+    repeated = 0
+
+    def asked() -> list[RequestRecord]:
+        return [r for r in gateway.requests if r.symbol == symbol]
+
+    assert forks.wait(forks.start(symbol, "1h", FIRST, "2008-02-01")) == 0
+    witness.look()
+    for blow in range(kills):
+        before, last = asked(), max(witness.rows)
+        # Two months that are held and more to come than one load can do in time.
+        pid = forks.start(symbol, "1h", max(FIRST, add_months(last, -2)), add_months(last, 24))
+        if blow % 4:
+            poll(lambda before=before: len(asked()) > len(before))
+        ended = select.select([], [], [], chance.uniform(0.0, KILLED_WITHIN_S))  # until the blow
+        assert ended == ([], [], [])
+        os.kill(pid, signal.SIGKILL)
+        assert forks.wait(pid) == -signal.SIGKILL, "the load was over before the blow: it needs more to do"
+        again = count_again(asked()[len(before) :], before)
+        repeated += again
+        wrong += [f"blow {blow}: {what}" for what in witness.look()]
+        if again > 1:
+            wrong.append(f"blow {blow}: {again} requests were asked again")
+    before, end = asked(), add_months(max(witness.rows), 3)
+    assert forks.wait(forks.start(symbol, "1h", FIRST, end)) == 0, (folder / "loads.log").read_text()[-2000:]
+    wrong += witness.look()
+    repeated += count_again(asked()[len(before) :], before)
+    made = len(asked())
+    assert forks.wait(forks.start(symbol, "1h", FIRST, end)) == 0
+    assert len(asked()) == made, "something was left to ask for"
+    # The truth: one load that nobody disturbs, asked for in long requests.
+    (folder / "truth").mkdir(exist_ok=True)
+    options = {"folder": str(folder / "truth"), "limits": "current"}
+    assert forks.wait(forks.start(symbol, "1h", FIRST, end, **options)) == 0
+    truth = (folder / "truth" / "data" / witness.csv.name).read_bytes()
+    print(
+        f"{symbol}: {kills} kills, {made} requests, {repeated} of them asked again, {len(witness.rows)} rows, {wrong}"
+    )
+    assert not wrong, "\n".join(wrong)
+    assert len(witness.rows) > kills * 140 / 2, "the loads hardly came forward: the test proved nothing"
+    assert repeated <= kills
+    assert truth == witness.csv.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- Dagster's record
+
+
+@contextmanager
+def killed(command: Sequence[str], gateway: GatewayThread, folder: Path) -> Iterator[None]:
+    """Start ``command`` as a user does, kill it while the gateway keeps it waiting for an answer."""
+    seen = len(gateway.requests)
+    with (folder / "command.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment(gateway, folder), cwd=folder, stdout=log, stderr=log)
+        try:
+            poll(lambda: len(gateway.requests) > seen or process.poll() is not None, 60)
+            yield
+        finally:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, (folder / "command.log").read_text()
+
+
+def environment(gateway: GatewayThread, folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "IB_PORT": str(gateway.port),
+        "KTRDR_DATA_DIR": str(folder / "data"),
+        "DAGSTER_HOME": str(folder / "home"),
+    }
+
+
+def ktrdr_command(symbol: str = "AAPL") -> list[str]:
+    return [sys.executable, "-m", "ktrdr_pipelines.cli", "ib-load", symbol, "1h", "--mode", "full", "--start", "2024-02-05",
+            "--end", "2024-02-10"]  # fmt: skip
+
+
+def materialize_command(symbol: str = "AAPL") -> list[str]:
+    return [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "ktrdr_pipelines.definitions", "--select",
+            f"ohlcv/{symbol}/1h", "--partition", "2024-02-01"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [ktrdr_command(), materialize_command()], ids=["ktrdr", "materialize"])
+def test_a_killed_command_leaves_no_run_and_no_slot_to_whoever_comes_next(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path, command: list[str]
+) -> None:
+    """The only slot of the pool is free for the next load of another series, at once; the run has failed, its partition too."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
+    with open_instance(make_settings(gateway.port)) as instance:
+        with killed(command, gateway, tmp_path):
+            (run,) = unfinished_runs(instance)
+            assert (run.status, held_slots(instance)) == (dg.DagsterRunStatus.STARTED, 1)
+        assert len(unfinished_runs(instance)) == 1, "who noticed?"
+        forks = load_at(gateway.port)
+        assert forks.wait(forks.start("MSFT", "1h", "2024-02-05", "2024-02-10")) == 0
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+        dead = instance.get_run_by_id(run.run_id)
+        assert dead is not None
+        assert dead.status is dg.DagsterRunStatus.FAILURE
+        assert instance.get_status_by_partition(
+            asset_key(AAPL_1H), ["2024-02-01"], define_partitions(AAPL_1H.timeframe, make_settings(gateway.port))
+        )["2024-02-01"].value == "FAILED"  # fmt: skip
+
+
+def test_a_materialization_does_not_wait_for_the_slot_of_a_killed_load(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """`dagster asset materialize` right after a killed load: no wait for a daemon, no person needed."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
+    forks = load_at(gateway.port)
+    pid = forks.start("AAPL", "1h", "2024-02-05", "2024-02-10")
+    poll(lambda: len(gateway.requests) == 1, 60)
+    os.kill(pid, signal.SIGKILL)
+    forks.wait(pid)
+    done = subprocess.run(
+        materialize_command("MSFT"), env=environment(gateway, tmp_path), cwd=tmp_path, capture_output=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    with open_instance(make_settings(gateway.port)) as instance:
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+
+
+def test_a_load_that_waits_for_the_slot_goes_on_when_its_holder_is_killed(
+    start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """Nobody else is there to notice: the one who waits has to."""
+    gateway = start_gateway([FaultRule(kind="silent", nth=(1,))])
+    forks = load_at(gateway.port)
+    with open_instance(make_settings(gateway.port)) as instance:
+        holder = forks.start("AAPL", "1h", "2024-02-05", "2024-02-10")
+        poll(lambda: len(gateway.requests) == 1, 60)
+        waiter = forks.start("MSFT", "1h", "2024-02-05", "2024-02-10")
+        slots = instance.event_log_storage
+        poll(lambda: slots.get_concurrency_info(GATEWAY_POOL).pending_step_count == 1, 60)
+        os.kill(holder, signal.SIGKILL)
+        assert forks.wait(waiter) == 0
+        assert unfinished_runs(instance) == []
+        assert held_slots(instance) == 0
+    assert (tmp_path / "data" / "MSFT_1h.csv").exists()
+
+
+def make_run(instance: dg.DagsterInstance, **more: object) -> dg.DagsterRun:
+    """A run as it is before anybody executes it."""
+
+    @dg.job
+    def nothing() -> None:
+        pass
+
+    return instance.create_run_for_job(nothing, **more)  # type: ignore[arg-type]
+
+
+def test_a_sensor_s_tick_reaps_runs_of_dead_processes_only(instance: dg.DagsterInstance) -> None:
+    """This process' run goes on, a dead one's has failed, one with a copied tag (a re-execution) is not judged by it."""
+    mine, dead = str(uuid.uuid4()), str(uuid.uuid4())
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    tag = json.loads(owner_tag(dead)[OWNER_TAG])
+    tag[3:] = [ended.pid, "1"]
+    of_the_dead = {OWNER_TAG: json.dumps(tag)}
+    make_run(instance, run_id=mine, tags=owner_tag(mine))
+    make_run(instance, run_id=dead, tags=of_the_dead)
+    again = make_run(instance, tags=of_the_dead)
+    canceling = str(uuid.uuid4())
+    make_run(instance, run_id=canceling, tags={OWNER_TAG: json.dumps([canceling, *tag[1:]])})
+    instance.report_run_canceling(instance.get_run_by_id(canceling))
+    find_active_runs(instance, utc("2024-03-01"))
+    assert {run.run_id for run in unfinished_runs(instance)} == {mine, again.run_id}
+    assert instance.get_run_by_id(dead).status is dg.DagsterRunStatus.FAILURE
+    assert instance.get_run_by_id(canceling).status is dg.DagsterRunStatus.CANCELED
+
+
+def test_a_run_of_before_a_restart_of_the_machine_is_dead(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same machine, another boot. Of another machine's run nothing can be known."""
+    monkeypatch.setattr(dead_runs, "_machine", lambda: "this machine")
+    before, elsewhere = str(uuid.uuid4()), str(uuid.uuid4())
+    for run_id, machine in ((before, "this machine"), (elsewhere, "another machine")):
+        make_run(instance, run_id=run_id, tags={OWNER_TAG: json.dumps([run_id, machine, "another boot/1", 1, "1"])})
+    assert reap_dead_runs(instance) == [before]
+
+
+def test_a_run_that_nobody_began_is_dead_after_ten_minutes(instance: dg.DagsterInstance) -> None:
+    """Its process was killed while it made the run, before it could leave its name; a run under way is not judged so."""
+    run, begun = make_run(instance), make_run(instance)
+    instance.report_engine_event("Executing", begun)
+    with time_machine.travel(datetime.now(UTC) + timedelta(minutes=9), tick=False):
+        assert reap_dead_runs(instance) == []
+    with time_machine.travel(datetime.now(UTC) + timedelta(minutes=11), tick=False):
+        assert reap_dead_runs(instance) == [run.run_id]
+
+
+def test_a_slot_of_a_run_that_has_ended_is_freed(instance: dg.DagsterInstance) -> None:
+    """Killed between the end of its run and giving the slot back."""
+    storage = instance.event_log_storage
+    storage.set_concurrency_slots(GATEWAY_POOL, 1)
+    run = make_run(instance)
+    assert storage.claim_concurrency_slot(GATEWAY_POOL, run.run_id, "step").is_claimed
+    reap_dead_runs(instance)
+    assert held_slots(instance) == 1
+    instance.report_run_failed(run)
+    reap_dead_runs(instance)
+    assert held_slots(instance) == 0
