@@ -50,7 +50,7 @@ matrix: $(READY)
 	@$(BIN)/python tools/matrix.py
 
 kills: $(READY)
-	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/test_load_crash.py -k random_instants
+	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/scenarios/test_kills.py -k random_instants
 
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_ledger_trial.py [GRANTS] [INCIDENTS] [SEED]
 
-The trial of `ktrdr_pipelines_tests/ledger_trial.py` at full size: 28 hours of pacing in minutes. What matters is not the time
-it takes but the counts. Ends with 1 if a pacing rule was broken, budget was left lying, or the waiting order was not kept.
+The trial of `ktrdr_pipelines_tests/ib/pacing/ledger_trial.py` at full size: 28 hours of pacing in minutes. What matters is
+not the time it takes but the counts. Ends with 1 if a pacing rule was broken, budget was left lying, or the waiting order
+was not kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What one request costs the store on a long file: everything `asking.py` asks of it for one answered day, without the gateway.
+"""What one request costs the store on a long file: everything `loading/asking.py` asks of it for one answered day, without
+the gateway.
 
 The file is twenty years of minutes with a recorded sidecar; every 20th day is missing and arrives, one day a request. Beside it
 the same with sidecars parsed anew each time. Run by `make bench`, or: ``python benchmarks/bench_request.py [rows]``.

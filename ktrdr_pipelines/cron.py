@@ -1,8 +1,8 @@
 """Is a text a cron expression, and if not, why: so that a mistyped schedule is one clear line when settings are read.
 
-When a schedule ticks is Dagster's business (`orchestration/schedules.py`). Dagster's own check is private, says no more than
-"invalid" and would make settings import Dagster; croniter lives on as a copy inside Dagster only. A test holds this check
-to be at least as strict as Dagster's.
+When a schedule ticks is Dagster's business (`orchestration/automation/schedules.py`). Dagster's own check is private, says
+no more than "invalid" and would make settings import Dagster; croniter lives on as a copy inside Dagster only. A test holds
+this check to be at least as strict as Dagster's.
 """
 
 from __future__ import annotations

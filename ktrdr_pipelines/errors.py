@@ -109,7 +109,7 @@ class RequestTimeout(TransientError):
 
 
 class DataError(KtrdrError):
-    """Bars break the rules (`bars.py`). ``rows`` shows them as text; what was on disk before stays there."""
+    """Bars break the rules (`bars/schema.py`). ``rows`` shows them as text; what was on disk before stays there."""
 
     exit_code = 6
     family = "data"

@@ -1,6 +1,6 @@
 """``make matrix``: play the whole fault matrix and print it as a table, faults in rows. Exit code 1 if a promise is broken.
 
-The cells are those of `ktrdr_pipelines_tests/fault_matrix.py`. ``tools/matrix.py TEXT ...`` plays only cells whose name
+The cells are those of `ktrdr_pipelines_tests/scenarios/fault_matrix.py`. ``tools/matrix.py TEXT ...`` plays only cells whose name
 holds one of the texts.
 """
 

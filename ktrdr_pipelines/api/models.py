@@ -1,6 +1,7 @@
 """The JSON of the REST API: what is accepted, and what is answered, for checking and for OpenAPI.
 
-The answers themselves are made by `gateway_info/`, `inspection.py` and `report.py`; the models describe them.
+The answers themselves are made by `services/gateway/`, `services/inspection.py` and `loading/report.py`; the models describe
+them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The routes under ``/ib``: about the gateway, never about bars. The answers are `gateway_info/`'s."""
+"""The routes under ``/ib``: about the gateway, never about bars. The answers are `services/gateway/`'s."""
 
 from __future__ import annotations
 

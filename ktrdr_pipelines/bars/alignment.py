@@ -1,7 +1,8 @@
 """Answers that are sound bar by bar and yet cannot be what they seem: shifted against the calendar, or with labels that fit two
 periods.
 
-Pure. The rules that each bar has to keep are in `bars.py`, restated prices in `scale.py`, missing bars in `holes.py`.
+Pure. The rules that each bar has to keep are in `schema.py`, restated prices in `restatement.py`, missing bars in
+`loading/evidence.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which bar opens a series should have, and when its market is open. Pure given the installed calendar data.
 
-`exchanges.py` says which calendar an instrument follows, `tables.py` when its sessions trade, `corrections.py` what IB's own
-schedule puts right in them, `sessions.py` keeps both and answers questions, `opens.py` says which bars that promises. What
-the store holds and what to ask IB for is in `plan.py`. Words: design, section 2.
+`exchanges.py` says which calendar an instrument follows, `session_tables.py` when its sessions trade, `ib_schedule.py` what
+IB's own schedule puts right in them, `sessions.py` keeps both and answers questions, `expected.py` says which bars that
+promises. What the store holds and what to ask IB for is in `planning/requests.py`. Words: design, section 2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bars that trading sessions promise: their opens, when each is complete, and which of them held stamps satisfy.
 
-Sessions are in `sessions.py`; what to ask for missing bars in `plan.py`. Labels follow IB (`ib_facts.md`, 3): a bar is
-stamped with its start, daily and longer bars with a session date. Where IB and this module disagree, IB wins: bars that
+Sessions are in `sessions.py`; what to ask for missing bars in `planning/requests.py`. Labels follow IB (`ib_facts.md`, 3): a
+bar is stamped with its start, daily and longer bars with a session date. Where IB and this module disagree, IB wins: bars that
 were not expected are kept.
 
 How intraday bars lie: the first bar of a segment (a session, or its part before or after a lunch break) starts with it,

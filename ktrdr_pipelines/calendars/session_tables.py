@@ -2,7 +2,7 @@
 
 Session times come from pandas_market_calendars. Its FOREX opens on Saturday and is replaced by our own; a few others are
 patched (`_PATCHES`). exchange_calendars was tried too: its CMES misses the daily break and it has no extended hours. What IB's
-own schedule corrects is in `corrections.py`; the cache and the questions are in `sessions.py`.
+own schedule corrects is in `ib_schedule.py`; the cache and the questions are in `sessions.py`.
 """
 
 from __future__ import annotations

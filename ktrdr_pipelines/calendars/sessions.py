@@ -1,7 +1,7 @@
 """When the market of an instrument trades: its sessions, kept once per calendar and hours, and questions about them.
 
-Which instrument follows which calendar is in `exchanges.py`; how a table is built in `tables.py`, what IB's schedule puts right
-in it in `corrections.py`; which bars a session promises in `opens.py`.
+Which instrument follows which calendar is in `exchanges.py`; how a table is built in `session_tables.py`, what IB's schedule
+puts right in it in `ib_schedule.py`; which bars a session promises in `expected.py`.
 """
 
 from __future__ import annotations

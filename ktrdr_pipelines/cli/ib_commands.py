@@ -1,4 +1,4 @@
-"""``ktrdr ib``: questions about the gateway, none of which loads a bar. The answers are made in `gateway_info/`."""
+"""``ktrdr ib``: questions about the gateway, none of which loads a bar. The answers are made in `services/gateway/`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
 
-Printing is `cli.py`'s; what the values mean is said where they are made (`report.py`, `dry_run.py`, `gaps.py`).
-How columns are laid out is in `layout.py`.
+Printing is `main.py`'s; what the values mean is said where they are made (`loading/report.py`, `services/dry_run.py`,
+`services/gaps.py`). How columns are laid out is in `text.py`.
 """
 
 from __future__ import annotations

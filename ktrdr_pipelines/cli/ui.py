@@ -1,6 +1,6 @@
 """Run the Dagster UI with its daemon, as `ktrdr ui` and `make ui` do: one child process group, ended as a whole.
 
-While it runs, it is kept true to the universe file (`reloading.py`).
+While it runs, it is kept true to the universe file (`ui_reload.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A running Dagster web server shows the universe as it is: its code location is reloaded when the universe file changes.
 
 Definitions are made once per load of the code location, in a process of Dagster's own, so a new series would wait for a
-person to press "Reload". `webui.py` has this watch look every second instead. Reloading is asked for through GraphQL; the
+person to press "Reload". `ui.py` has this watch look every second instead. Reloading is asked for through GraphQL; the
 daemon follows the code server by itself, and runs that are going finish in the old one.
 """
 

@@ -1,4 +1,4 @@
-"""``ktrdr universe``: which series exist. What it does is `membership.py`'s."""
+"""``ktrdr universe``: which series exist. What it does is `services/membership.py`'s."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a gateway can be asked: bars, contracts, schedules, the start of history. One method for each question.
 
 Calls from any thread block until the answer, an error of `errors.py`, or the time-out. The connection and the life of a request
-are in `conversation.py`. Pacing and retries are not here: see `history.py`. How answers are read: `answers.py`.
+are in `ib/wire/session.py`. Pacing and retries are not here: see `history.py`. How answers are read: `ib/wire/decoding.py`.
 """
 
 from __future__ import annotations

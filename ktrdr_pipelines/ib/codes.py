@@ -2,8 +2,8 @@
 
 A row says what follows (`Kind`), which error a person sees, what to do, and where the fact was learned. The code is matched
 first, then the text; texts can be localised, so a text only ever *narrows* a code whose unmatched rest is a failure.
-Nothing here waits, retries or talks to a gateway: see `client.py`, `pacing.py` and `ledger.py`. What is down at the moment is
-added up in `holds.py`.
+Nothing here waits, retries or talks to a gateway: see `client.py`, `ib/pacing/rules.py` and `ib/pacing/ledger.py`. What is
+down at the moment is added up in `ib/wire/outages.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Kind(StrEnum):
 
 
 class Hold(StrEnum):
-    """What can be down. `Outcome.holds` adds, `Outcome.releases` removes; farm by farm in `holds.py`."""
+    """What can be down. `Outcome.holds` adds, `Outcome.releases` removes; farm by farm in `ib/wire/outages.py`."""
 
     LINK = "link between the gateway and IB"
     HISTORY = "history farm"

@@ -1,8 +1,8 @@
 """The connection of a process: made with a client id that is free, asked whether it is alive before it is trusted, made anew when
 it is lost, waited for when the gateway is gone for a while.
 
-One connection at a time. The wire is `conversation.py`'s, the ids of this program's processes `leases.py`'s; which request is
-tried again and when is `history.py`'s.
+One connection at a time. The wire is `ib/wire/session.py`'s, the ids of this program's processes `client_ids.py`'s; which
+request is tried again and when is `history.py`'s.
 """
 
 from __future__ import annotations

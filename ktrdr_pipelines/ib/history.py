@@ -1,7 +1,7 @@
 """Ask IB for history as it wants to be asked: paced, held while a farm is down, retried.
 
-Between the use case (`series_load.py`) and the wire (`client.py`). The connection is `connection.py`'s, the budget
-`ledger.py`'s, the meaning of codes `codes.py`'s.
+Between the use case (`loading/series_load.py`) and the wire (`client.py`). The connection is `connection.py`'s, the budget
+`ib/pacing/ledger.py`'s, the meaning of codes `codes.py`'s.
 Retries are tenacity's, with the specification's schedule: 3 after the first try, after 15, 30 and 60 s, for transient
 errors only. Nothing is decided here about which bars are missing.
 """

@@ -1,7 +1,7 @@
 """IB's schedule of an instrument, read: the sessions of a SCHEDULE answer as instants in UTC. Pure.
 
 Instants come as ``20240102-09:30:00`` in the zone that the answer names, each with the session date it belongs to. Who asked
-is in `client.py`, what is made of it in `calendars/corrections.py`.
+is in `client.py`, what is made of it in `calendars/ib_schedule.py`.
 """
 
 from __future__ import annotations

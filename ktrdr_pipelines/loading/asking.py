@@ -1,8 +1,8 @@
 """One planned request, from the question to the proof: fetch, cut, check, write, ask again for what is lacking.
 
 `series_load.py` decides which requests there are and what they complete; here each is settled: its bars are in the file, its
-holes are proven (by `holes.py`, or by an answer and IB's head timestamp together), or it has failed. Which requests confirm a
-hole is chosen in `confirming.py`.
+holes are proven (by `evidence.py`, or by an answer and IB's head timestamp together), or it has failed. Which requests confirm a
+hole is chosen in `probes.py`.
 """
 
 from __future__ import annotations

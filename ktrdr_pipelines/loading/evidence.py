@@ -9,7 +9,7 @@ in the middle or every tenth bar agrees with itself. So a hole is proven only if
   a witness has newer bars (else the newest part may be cut off), one has older bars (the oldest part), in one the hole does
   not lie in the middle of what came, and it is not one of a regular row of holes that lies alike in all of them.
 
-Prices, files and requests are not here: what is asked is chosen in `confirming.py`, who asks is `asking.py`. Beside this
+Prices, files and requests are not here: what is asked is chosen in `probes.py`, who asks is `asking.py`. Beside this
 stands IB's head timestamp, for what is older than everything held.
 """
 

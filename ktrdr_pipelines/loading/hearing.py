@@ -1,6 +1,6 @@
 """What the answers to one request have told of bars that they lack, and whether that is proof. Asks nothing, writes nothing.
 
-Keeps the answers that `asking.py` gets, knows what is held, and puts both before the judge (`holes.py`).
+Keeps the answers that `asking.py` gets, knows what is held, and puts both before the judge (`evidence.py`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Hearing:
     def are_newest(self, holes: ExpectedBars) -> bool:
         """True if there are ``holes`` and nothing newer is known than any of them: they may only be late, or their market halted.
         No answer can show that it was not cut right before them, so they are never proven but by IB's own words: they stay
-        missing and are asked for again with the next load, and the tail sensor waits longer each time (`orchestration/tail.py`).
+        missing and are asked for again with the next load, and the tail sensor waits longer each time
+        (`orchestration/automation/tail.py`).
         """
         extent = self._store.extent(self._series)
         known_s = max((int(h.stamps[-1]) for h in self.heard if len(h.stamps)), default=0)

@@ -1,4 +1,4 @@
-"""Which request shows best whether bars that answers lack really do not exist. Pure; what counts as proof is `holes.py`'s.
+"""Which request shows best whether bars that answers lack really do not exist. Pure; what counts as proof is `evidence.py`'s.
 
 The requests tried around a hole differ in how many older and newer bars they take in. Each is played through as honest
 gateways would answer it, by either reading of durations, with the bars known to exist; the first whose answers would leave

@@ -1,14 +1,14 @@
 """The use case: plan, fetch, verify, write, report. Every door ends here, by way of the assets.
 
-What is missing and how to ask is decided in `plan.py`, how bars are judged in `bars.py`, how they are kept in `store/`,
-how IB is asked (pacing, retries, connection) in `ib/history.py`, how one request is settled in `asking.py`. Here is only the
-order of things:
+What is missing and how to ask is decided in `planning/requests.py`, how bars are judged in `bars/schema.py`, how they are
+kept in `store/`, how IB is asked (pacing, retries, connection) in `ib/history.py`, how one request is settled in
+`asking.py`. Here is only the order of things:
 
 1. expected bar opens up to the last complete bar, minus held, minus proven empty: missing; nothing missing, nothing asked
 2. the fewest requests for what is missing
 3. each answer is cut, checked and written before the next request, so that an interruption loses one request at most
 4. an expected bar that an answer lacks is asked for again, in another shape; a hole is proven empty only if no gateway that
-   cuts all its answers alike could have hidden it (`holes.py`), or an answer and the head timestamp agree
+   cuts all its answers alike could have hidden it (`evidence.py`), or an answer and the head timestamp agree
 5. a failed window does not stop the others; at the end all failures are listed
 """
 
@@ -162,8 +162,8 @@ class Load:
 
     def _plan(self, asked: ExpectedBars) -> list[Request]:
         """The fewest requests for ``asked``, with a held bar in the first of them that shows whether the file is still on the
-        scale of IB's answers (`scale.py`). It may cost a request only where the file was not written for most of a day:
-        splits come overnight."""
+        scale of IB's answers (`bars/restatement.py`). It may cost a request only where the file was not written for most of
+        a day: splits come overnight."""
         now = self._now()
 
         def plan(bars: ExpectedBars, expected: ExpectedBars) -> list[Request]:

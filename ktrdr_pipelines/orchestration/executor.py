@@ -1,8 +1,8 @@
 """Dagster's in-process executor, for runs that know their process: whoever starts them, they can be reaped when it is killed.
 
-Runs of our own doors get their owner at birth (`runs.py`); those of `dagster asset materialize`, the UI and the daemon are
-made by Dagster and get it here, before anything is executed. What an owner is for is in `dead_runs.py`. In process: that saves
-four seconds a run and lets one connection serve all series of a run.
+Runs of our own doors get their owner at birth (`orchestration/runs/launch.py`); those of `dagster asset materialize`, the UI
+and the daemon are made by Dagster and get it here, before anything is executed. What an owner is for is in
+`orchestration/runs/dead_runs.py`. In process: that saves four seconds a run and lets one connection serve all series of a run.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,9 @@
 """Which expected bars are missing, and what that says of each partition: the one judgement that all doors share.
 
 Pure. The load judges the partitions of one run by it and the reconcile sensor those of a whole file, so what Dagster
-shows cannot mean two things. Reading files is `store/`'s, comparing with Dagster's record `orchestration/reconcile.py`'s.
-A partition is complete when every expected bar in it, up to the last complete one, is held or known not to exist.
+shows cannot mean two things. Reading files is `store/`'s, comparing with Dagster's record
+`orchestration/automation/reconcile.py`'s. A partition is complete when every expected bar in it, up to the last complete
+one, is held or known not to exist.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How far back one request reaches: IB's duration strings, how gateways read them, and what the limits allow.
 
-Pure arithmetic on epoch seconds. Which requests are made is in `plan.py`; the limits of each bar size are in
+Pure arithmetic on epoch seconds. Which requests are made is in `requests.py`; the limits of each bar size are in
 `series.TIMEFRAMES`; facts and their sources in `ib_facts.md`, 1 and 2.
 """
 

@@ -1,6 +1,7 @@
 """What the modes tail, backfill and full mean: from a mode and what is held to the window to load.
 
-Pure. How people write times is in `series.py`; which bars of the window are missing is decided later, in `plan.py`.
+Pure. How people write times is in `domain/instruments.py`; which bars of the window are missing is decided later, in
+`requests.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Requests for series that IB tells only up to now: continuous futures and adjusted prices take no end date.
 
 One request, however long, has to reach from now back to the oldest bar that is wanted: nothing older can be asked for later.
-Where the limits in force do not reach, IBKR's present ones do, for no other request could bring those bars. Pure, as `plan.py`.
+Where the limits in force do not reach, IBKR's present ones do, for no other request could bring those bars. Pure, as
+`requests.py`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 printing.
 
 IB is asked through `ib/history.py`, paced and counted like every history request. What differs is decided in
-`calendars/corrections.py`, what counts from then on is kept by `store/corrections.py`. A calendar that expects too much costs
-requests, one that expects too little loses bars: so a session, or a part of one, is given up only when two answers agree.
+`calendars/ib_schedule.py`, what counts from then on is kept by `store/schedule_overrides.py`. A calendar that expects too
+much costs requests, one that expects too little loses bars: so a session, or a part of one, is given up only when two
+answers agree.
 """
 
 from __future__ import annotations

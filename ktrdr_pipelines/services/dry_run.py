@@ -1,7 +1,8 @@
 """What a load would do, without doing it: `ktrdr ib-load --dry-run` between parsing and printing.
 
 The gaps and the requests are the load's own: it is driven up to its plan and then left. Nothing is written, no run is made;
-a file that the load would put right first is put right in a scratch copy. When the requests could go out is `forecast.py`'s.
+a file that the load would put right first is put right in a scratch copy. When the requests could go out is
+`ib/pacing/forecast.py`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What is held of a series, what is missing and why, and what was proven empty: the substance of `ktrdr gaps`.
 
 Nearly pure: reads one series through `store/`, asks nobody, changes nothing. Which bars are missing is judged by
-`coverage.py`, as for a load; how Dagster recorded the partitions is told by the caller (`orchestration/status.py`).
+`planning/coverage.py`, as for a load; how Dagster recorded the partitions is told by the caller
+(`orchestration/runs/partition_status.py`).
 """
 
 from __future__ import annotations

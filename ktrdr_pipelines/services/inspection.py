@@ -1,7 +1,7 @@
 """What `ktrdr gaps` and `ktrdr adopt` do between parsing and printing: find the series, its files and its record.
 
 No gateway is needed. What is counted, and why a bar is missing, is in `gaps.py`; how foreign files are read in
-`store/adopt.py`.
+`store/foreign.py`.
 """
 
 from __future__ import annotations

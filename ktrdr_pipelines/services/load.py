@@ -1,7 +1,7 @@
 """Load one series for a person, in this process: what `ktrdr ib-load` does between parsing and printing.
 
 Executes the asset's run on the project's Dagster instance. There is no second way to fetch: every bar comes through the asset.
-Which series and which window are meant is `wanted.py`'s.
+Which series and which window are meant is `load_inputs.py`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a person wants loaded, and which window of the series that means: with this a load begins, and its dry run.
 
 What is wrong by itself (a date, a window before all partitions) is refused before anybody is asked. Which contract an unknown
-symbol means, and where its history starts, is `discovery.py`'s.
+symbol means, and where its history starts, is `ib/discovery.py`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which series exist: what `ktrdr universe` does between parsing and printing.
 
-Changing the file is `universe.py`'s, finding out what IB means by a name `discovery.py`'s. No bars are asked for, no files of
-bars are touched.
+Changing the file is `universe/file.py`'s, finding out what IB means by a name `ib/discovery.py`'s. No bars are asked for, no
+files of bars are touched.
 """
 
 from __future__ import annotations

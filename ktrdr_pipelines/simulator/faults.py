@@ -3,7 +3,7 @@ the answer, plans how the answer is delivered, or begins a disturbance of the wh
 tried in order and all that match apply.
 
 A file of rules is YAML or JSON, a list of mappings with the fields of `FaultRule`:
-``[{kind: pacing, nth: [1]}, {kind: hole, symbol: AAPL, rows: 7}]``. What a real gateway does is in `history.py`, in which
+``[{kind: pacing, nth: [1]}, {kind: hole, symbol: AAPL, rows: 7}]``. What a real gateway does is in `history_service.py`, in which
 harmless ways gateways differ in `habits.py`.
 """
 

@@ -1,6 +1,6 @@
 """What all connections of one simulated gateway share: market, pacing judge, faults, client ids, the log of requests.
 
-No sockets and no clock of its own: every call is told the time. Sessions are in `session.py`, sockets in `server.py`.
+No sockets and no clock of its own: every call is told the time. Sessions are in `client_session.py`, sockets in `server.py`.
 """
 
 from __future__ import annotations

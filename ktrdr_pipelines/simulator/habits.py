@@ -1,7 +1,7 @@
 """Ways in which gateways differ that are no faults: how bars are dated, how many come, what is known of the start of history.
 
 None of it is documented by IBKR, and whatever a loader takes for granted here will be otherwise on some gateway. How
-durations are counted is such a habit too; it is in `durations.py`. Scripted faults are in `faults.py`.
+durations are counted is such a habit too; it is in `request_reach.py`. Scripted faults are in `faults.py`.
 """
 
 from __future__ import annotations

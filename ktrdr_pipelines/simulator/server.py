@@ -1,6 +1,6 @@
 """The sockets: an asyncio server that drives one `Session` per connection, and a thread to run it in. Little else.
 
-What is answered is decided in `session.py` and `gateway.py`. ``async with SimulatedGateway(market)`` in a running loop,
+What is answered is decided in `client_session.py` and `gateway.py`. ``async with SimulatedGateway(market)`` in a running loop,
 ``with run_in_thread(market)`` everywhere else.
 """
 

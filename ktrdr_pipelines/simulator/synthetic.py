@@ -1,7 +1,7 @@
 """The synthetic market: deterministic bars of every size, all cut from one price path per instrument (`path.py`).
 
 A bar of any size is the join of its minutes or seconds, so that sizes agree with each other to the last share. What is
-asked of it and how it is refused is in `history.py`.
+asked of it and how it is refused is in `history_service.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where bars are kept: one CSV per series and its sidecar. Start at `series_store.py`, the only module others need.
+"""Where bars are kept: one CSV per series and its sidecar. Start at `store.py`, the only module others need.
 
-`csvfile.py` the bytes of a CSV, `splice.py` putting rows into it, `sidecar.py` what is known beside the bars, `views.py` how much
-of that a reader may believe, `verify.py` looking for damage, `intake.py` and `adopt.py` files that somebody else touched or made,
-`files.py` names and locks, `disk.py` the calls to the system. What a good bar is: `bars.py`. Files are described in design,
-section 4.
+`csv_format.py` the bytes of a CSV, `splice.py` putting rows into it, `sidecar.py` what is known beside the bars,
+`sidecar_views.py` how much of that a reader may believe, `integrity.py` looking for damage, `settle.py` and `foreign.py`
+files that somebody else touched or made, `paths.py` names and locks, `atomic.py` the calls to the system. What a good bar
+is: `bars/schema.py`. Files are described in design, section 4.
 """

@@ -1,7 +1,7 @@
 """How a file is replaced so that a crash leaves the old one or the new one, and what to tell people when the disk refuses.
 
 `Disk` is the one seam between the store and the operating system: tests pass one whose n-th call fails or kills the
-process. What the bytes mean is in `csvfile.py` and `sidecar.py`; who may write, in `series_store.py` (the lock). No library: the
+process. What the bytes mean is in `csv_format.py` and `sidecar.py`; who may write, in `store.py` (the lock). No library: the
 atomic-write packages tried take the content as one string and cannot copy a range of the old file inside the kernel.
 """
 

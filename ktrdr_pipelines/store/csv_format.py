@@ -2,7 +2,7 @@
 
 Renders and parses rows, and finds rows by bisecting the stamps of an open file, so that the cost of a window does not grow
 with the file. Reads through a descriptor with positioned reads and never maps the file: an editor that truncates a
-mapped file kills the reading process (SIGBUS). No locks, no writing: `series_store.py`. The format: design, section 4. Why parsed
+mapped file kills the reading process (SIGBUS). No locks, no writing: `store.py`. The format: design, section 4. Why parsed
 here and not by pandas.read_csv alone: that pads short rows, accepts quoted, blank and ``NA`` fields, and cannot name the line.
 """
 
@@ -62,7 +62,7 @@ class RowFault:
 
 
 class MalformedFile(Exception):
-    """The bytes are not what this module writes. Only `series_store.py` sees it; people get a DataError.
+    """The bytes are not what this module writes. Only `store.py` sees it; people get a DataError.
 
     ``offset`` is where the trouble was met. Lines are counted by whoever reports it, since counting reads the file.
     """

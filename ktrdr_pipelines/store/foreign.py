@@ -1,6 +1,6 @@
 """Reading a CSV that something else made: which columns, which way of writing time, which rows are good.
 
-Pure: bytes in, bars and the list of dropped rows out. `series_store.py` keeps the original and writes the result. Layouts seen in
+Pure: bytes in, bars and the list of dropped rows out. `store.py` keeps the original and writes the result. Layouts seen in
 the wild: ``ib_facts``, section 10, and issue 3. Read line by line with the standard csv module and not with
 pandas.read_csv, which guesses zones and number formats and cannot say which line was bad.
 """
@@ -78,7 +78,7 @@ def read_foreign(
 
     ``last_complete_s`` (epoch seconds) is the last open whose bar is surely complete; later ones are dropped: half a bar would
     stay wrong, and one of the future would make the tail believe that nothing is missing. ``outside`` tells which opens the
-    series cannot have (`outside.py`); those bars are dropped too.
+    series cannot have (`foreign_hours.py`); those bars are dropped too.
 
     Rows that break the rules are dropped and reported; of two different bars with one stamp neither is kept.
 

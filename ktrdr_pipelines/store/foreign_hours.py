@@ -2,7 +2,7 @@
 
 IB knows better than the calendar, so what IB sent is kept whatever the calendar says. A bar of a foreign file has no other
 witness than the calendar: a file stamped on the hour where IB stamps 13:30 would hold each first bar of a day twice after a
-load. Used by `intake.py` and `series_store.py`; which bars are expected is `calendars/opens.py`'s.
+load. Used by `settle.py` and `store.py`; which bars are expected is `calendars/expected.py`'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reading a whole CSV against its sidecar and the rules for bars, and listing everything that is wrong.
 
-Changes nothing and takes no lock. What puts a file right is in `intake.py`.
+Changes nothing and takes no lock. What puts a file right is in `settle.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One load of a series at a time, from whatever process and Dagster home it comes.
 
-Two loads side by side would lose nothing (each write holds the lock in `files.py`), but they would ask IB for the same bars
+Two loads side by side would lose nothing (each write holds the lock in `paths.py`), but they would ask IB for the same bars
 twice. Dagster's pool does not part them: on SQLite two processes can claim its one slot in the same instant, and another
 Dagster home has a pool of its own. Readers and `ktrdr adopt` need no turn.
 """

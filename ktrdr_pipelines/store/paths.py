@@ -1,7 +1,7 @@
 """The files of one data directory: their names, their locks, opening them, and turning refusals into clear errors.
 
-Shared by `series_store.py` (reads and writes) and `intake.py` (what others did to the files). What is in the files is described
-in `csvfile.py` and `sidecar.py`. Locks: filelock, which times out right and is free at once after kill -9
+Shared by `store.py` (reads and writes) and `settle.py` (what others did to the files). What is in the files is described
+in `csv_format.py` and `sidecar.py`. Locks: filelock, which times out right and is free at once after kill -9
 (``dependency_facts``).
 """
 

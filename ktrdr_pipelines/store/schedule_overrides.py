@@ -2,7 +2,7 @@
 
 They lie beside the bars, ``data/calendars/NYSE_regular.json``: a folder of simulated bars has a simulator's corrections. A file
 holds only the session dates that differ from the installed calendar, and can be deleted: then the installed one counts again.
-What differs is decided in `calendars/corrections.py`.
+What differs is decided in `calendars/ib_schedule.py`.
 """
 
 from __future__ import annotations

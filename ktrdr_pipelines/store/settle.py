@@ -1,7 +1,7 @@
 """Taking in what others did to a series' files: foreign CSVs, edited ones, lost or broken sidecars.
 
 `settle` is the first step of each write and of each load: afterwards the CSV is a normal one and the sidecar claims no more
-than it holds. How a foreign file is read is in `adopt.py`. Everything here runs under the lock of the series.
+than it holds. How a foreign file is read is in `foreign.py`. Everything here runs under the lock of the series.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def settle(
 
     Costs two looks at file states when nobody touched the files, unless ``recheck`` asks to read them all the same.
 
-    A CSV without a sidecar was made by something else, and the calendar is asked about its bars (`outside.py`). If it is written
-    just as ours are it may be ours and have lost its sidecar, which shall never cost a bar: then only bars that would be
-    held twice are taken out, unless a person said that it was ``made_elsewhere``.
+    A CSV without a sidecar was made by something else, and the calendar is asked about its bars (`foreign_hours.py`). If it
+    is written just as ours are it may be ours and have lost its sidecar, which shall never cost a bar: then only bars that
+    would be held twice are taken out, unless a person said that it was ``made_elsewhere``.
 
     Raises:
         DataError: the CSV is no bar file; it was left alone.

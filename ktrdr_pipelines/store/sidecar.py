@@ -1,7 +1,7 @@
 """What is known about a CSV beside its bars: the sidecar's model, its JSON, and how knowledge is added or withdrawn.
 
 Pinned instrument, source, start of history, answered windows, proven-empty ranges, and per partition rows and checksum.
-Pure: `series_store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
+Pure: `store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
 withdrawn. See design, section 4.
 """
 
@@ -163,7 +163,7 @@ class Sidecar(_Model):
         (what a verified answer lacks is known without a range of its own), and what lies after the expiry of a future. In no
         order; they may overlap.
 
-        An edited partition loses its answered windows (`store/intake.py`), so deleted rows are still missed.
+        An edited partition loses its answered windows (`store/settle.py`), so deleted rows are still missed.
         """
         proven = tuple(item.window for item in self.proven_empty)
         if self.sparse:

@@ -1,6 +1,6 @@
 """What is known of a series, corrected to its CSV as it is now: the sidecar as a reader may believe it.
 
-Changes nothing and takes no lock: on disk `intake.py` corrects it, with the next write. What was seen counts while both files
+Changes nothing and takes no lock: on disk `settle.py` corrects it, with the next write. What was seen counts while both files
 are in the state in which they were.
 """
 

@@ -2,7 +2,7 @@
 
 Reading through `Store` adopts a foreign file and corrects a sidecar that does not fit, which is right for a load and wrong
 for a question. Here such files are copied to a scratch folder first and settled there; files that nobody touched are read
-where they are, which costs two looks at their state. What settling means is in `intake.py`.
+where they are, which costs two looks at their state. What settling means is in `settle.py`.
 """
 
 from __future__ import annotations

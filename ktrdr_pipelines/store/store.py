@@ -1,9 +1,9 @@
 """One CSV per series and its sidecar: reading windows, writing answers, noticing what others did to the files.
 
-Layout and dtypes: `bars.py` describes the table, `csvfile.py` the bytes, `sidecar.py` what is known beside them. Promises:
-writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new one; the
-sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers hold a lock beside the CSV, readers need
-none. The clock is passed in. See design, section 4.
+Layout and dtypes: `bars/schema.py` describes the table, `csv_format.py` the bytes, `sidecar.py` what is known beside them.
+Promises: writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new
+one; the sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers hold a lock beside the CSV,
+readers need none. The clock is passed in. See design, section 4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Edits of the universe file's text that leave everything else in it as a person wrote it: comments, order, layout.
 
 Places come from PyYAML's marks. Nothing is checked here: an edit of a layout that is not understood gives text that means
-something else, or nothing, and `universe.py` compares what it means before anything is written.
+something else, or nothing, and `file.py` compares what it means before anything is written.
 """
 
 from __future__ import annotations

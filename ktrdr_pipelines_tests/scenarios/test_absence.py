@@ -1,7 +1,7 @@
 """Holes: whatever a gateway leaves out of all its answers in the same way, no existing bar is ever called proven empty.
 
 Whole loads into files, from a history that cuts every answer alike; what really exists is drawn at random. The judgement of
-single answers is in `holes.py`, the choice of the next question in `confirming.py`.
+single answers is in `loading/evidence.py`, the choice of the next question in `loading/probes.py`.
 """
 
 from __future__ import annotations

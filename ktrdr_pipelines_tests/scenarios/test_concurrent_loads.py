@@ -1,6 +1,6 @@
 """Loads that are not alone: beside another load of the series, a reader, a person's editor, on a home that nobody has used.
 
-Real processes, a real Dagster instance, a simulated gateway on a real socket. Killed loads are in `test_load_crash.py`.
+Real processes, a real Dagster instance, a simulated gateway on a real socket. Killed loads are in `scenarios/test_kills.py`.
 """
 
 from __future__ import annotations

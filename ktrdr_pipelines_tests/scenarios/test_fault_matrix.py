@@ -1,7 +1,7 @@
 """The fault matrix: after every fault, in every mode, the file equals the market, or the run failed loudly and the next run
 makes it equal. Never a wrong bar, never one lost without a word, never "complete" while lacking.
 
-The cells and their promise are in `fault_matrix.py`. Here every fault meets every mode and every timeframe; all their
+The cells and their promise are in `scenarios/fault_matrix.py`. Here every fault meets every mode and every timeframe; all their
 combinations take minutes: `make matrix` plays them and prints a table.
 """
 

@@ -1,4 +1,4 @@
-"""A process in which store writers are killed for real; started by `test_store_crash.py`, prints what it saw as JSON.
+"""A process in which store writers are killed for real; started by `store/test_store_crash.py`, prints what it saw as JSON.
 
 ``kills DIR SEED COUNT`` forks writers and kills each with SIGKILL after a random time. ``calls DIR`` kills a writer right
 before, in the middle of, and right after each call that reaches the disk. ``together DIR`` lets two writers work on one

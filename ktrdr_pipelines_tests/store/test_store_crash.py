@@ -32,7 +32,7 @@ from ktrdr_pipelines.store.store import Store
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 AAPL_1M = Series(stock("AAPL"), parse_timeframe("1m"))
-WORKER = Path(__file__).with_name("crash_worker.py")
+WORKER = Path(__file__).with_name("scenarios/crash_worker.py")
 
 
 def make_bars(minutes: range, value: float = 100.0) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def write(store: Store, minutes: range) -> Written:
 
 
 def run_worker(*arguments: object) -> dict[str, Any]:
-    """What `crash_worker.py` reports."""
+    """What `scenarios/crash_worker.py` reports."""
     done = subprocess.run(
         [sys.executable, str(WORKER), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "OPENBLAS_NUM_THREADS": "1"},

@@ -1,6 +1,6 @@
 """The pacing ledger: who may send the next history request, decided once for every process of one gateway login.
 
-`pacing.decide` holds the rules, `ledger_rows.py` the past, `ledger_store.py` the file; here are the transactions in which the
+`pacing.decide` holds the rules, `ledger_rows.py` the past, `backends.py` the file; here are the transactions in which the
 three meet. A request is granted, written to the socket, stamped, and finished when answered; from the grant to the stamp it
 counts as sent at this very moment, so that whatever delays its process in between breaks no rule.
 

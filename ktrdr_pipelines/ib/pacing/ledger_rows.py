@@ -1,6 +1,6 @@
 """What the pacing ledger's rows mean at one instant: who sent what and when, who waits, what pauses all.
 
-Works inside a transaction that somebody else runs (`ledger.py`, which also decides); the tables are in `ledger_store.py`.
+Works inside a transaction that somebody else runs (`ledger.py`, which also decides); the tables are in `backends.py`.
 Ages come from two clocks, see `clock.Reading.age_of`. Rows that no longer matter are deleted in passing.
 """
 

@@ -1,6 +1,6 @@
 """The gateway's bytes, cut into messages before the library sees them; never more of them held than one message takes.
 
-What the messages mean is in `client.py` and `answers.py`. The library keeps whatever arrives in one buffer without a bound,
+What the messages mean is in `client.py` and `decoding.py`. The library keeps whatever arrives in one buffer without a bound,
 copies all of it at every arrival, and forgets the rest of a piece in which it met a greeting that it cannot read. Here a
 length that no gateway sends ends the connection before its bytes are held, and messages that nobody asked for are skipped
 unread.

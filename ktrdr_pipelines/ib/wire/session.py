@@ -3,8 +3,8 @@ importer of ib_insync.
 
 A thread of its own with its own event loop owns the connection, and the library is imported inside that thread: in
 others it finds no event loop, or the wrong one (dagster_facts.md, 7). Calls from any thread block until the answer, an
-error of `errors.py`, or the time-out. What can be asked is in `client.py`, how answers are read in `answers.py`, what is down in
-`holds.py`, what a code means in `codes.py`, which alone decides whether a message ends a request.
+error of `errors.py`, or the time-out. What can be asked is in `client.py`, how answers are read in `decoding.py`, what is down in
+`outages.py`, what a code means in `codes.py`, which alone decides whether a message ends a request.
 
 Only the API handshake is made, none of the account, position and order requests that the library's `IB.connect` sends:
 a loader needs none of them, and each is one more thing to wait for.

@@ -2,7 +2,7 @@
 
 Complete but not recorded (an adopted file, a load outside Dagster, windows before the start of history): reported. Recorded
 but incomplete now (rows deleted, a file gone): asked for again, so that it is complete again or shows as failed. What is
-complete is `coverage.py`'s judgement, the same as the load's. Bars missing after the last held one are the tail's.
+complete is `planning/coverage.py`'s judgement, the same as the load's. Bars missing after the last held one are the tail's.
 """
 
 from __future__ import annotations

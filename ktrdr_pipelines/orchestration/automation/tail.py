@@ -46,7 +46,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 300, 1800
 
 STANDSTILL_S, STANDSTILL_WAIT_S, STANDSTILL_TRIES = 5 * 86400, 6 * 3600, 20
 """A series without a bar for so long, asked for so often in vain, is halted or delisted: four questions a day find out whether it
-trades again. Its missing bars are never called empty for want of newer ones (`asking.py`), so it stays due."""
+trades again. Its missing bars are never called empty for want of newer ones (`loading/asking.py`), so it stays due."""
 
 _JITTER_S = 60  # ticks come a little early or late
 _LOCK_TIMEOUT_S = 2.0  # adopting a foreign file takes the lock; a tick does not wait for a writer

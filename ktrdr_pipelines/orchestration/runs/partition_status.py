@@ -1,6 +1,6 @@
 """What Dagster recorded of the partitions of a series, in words that need no Dagster to read (`gaps.Recorded`).
 
-For people's questions; what follows from the record is `reconcile.py`'s business.
+For people's questions; what follows from the record is `orchestration/automation/reconcile.py`'s business.
 """
 
 from __future__ import annotations

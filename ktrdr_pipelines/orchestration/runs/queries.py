@@ -1,6 +1,6 @@
 """What Dagster recorded of one run, whoever started it, in words that need no Dagster to read.
 
-For people's questions. Which runs go on now is `active.py`'s business, the status of partitions `status.py`'s.
+For people's questions. Which runs go on now is `active.py`'s business, the status of partitions `partition_status.py`'s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One process of `ledger_trial.py`: sends history requests as fast as the shared ledger lets it, until it is told to end.
+"""One process of `ib/pacing/ledger_trial.py`: sends history requests as fast as the shared ledger lets it, until it is told
+to end.
 
 Talks to the trial in lines. It says `ready`, `wants` before it asks the ledger, `sends` at the very write (this line is the
 request on its way to the gateway), `sleeps` with the time to be woken at; it hears `go` and, at that time, `wake`.

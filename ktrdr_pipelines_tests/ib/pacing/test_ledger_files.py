@@ -1,6 +1,6 @@
 """The ledger's file lost, damaged, on a full disk, in the hands of killed, forked and threaded users: never a free pass.
 
-That nobody is ever faster for it is judged in `test_ledger_judged.py`.
+That nobody is ever faster for it is judged in `ib/pacing/test_ledger_judged.py`.
 """
 
 from __future__ import annotations

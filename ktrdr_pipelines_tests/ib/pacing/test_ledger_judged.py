@@ -1,7 +1,7 @@
 """Clocks that are set, files that vanish, disks that fill up, at any moment: the simulator's judge, by true time, finds nothing.
 
-What the ledger says and does in each of these cases is in `test_ledger.py` and `test_ledger_files.py`. Here somebody who sends
-as hastily as the ledger lets him is judged by rules that the ledger's authors did not write.
+What the ledger says and does in each of these cases is in `ib/pacing/test_ledger.py` and `ib/pacing/test_ledger_files.py`.
+Here somebody who sends as hastily as the ledger lets him is judged by rules that the ledger's authors did not write.
 """
 
 from __future__ import annotations
