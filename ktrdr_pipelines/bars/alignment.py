@@ -17,7 +17,6 @@ from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.planning.requests import Request
 
 
 def list_lacking_beside_unexpected(opens: Int64Array, wanted: ExpectedBars, timeframe: Timeframe) -> ExpectedBars:
@@ -30,7 +29,7 @@ def list_lacking_beside_unexpected(opens: Int64Array, wanted: ExpectedBars, time
 
 
 def refuse_disagreement(
-    series: Series, request: Request, expected: ExpectedBars, doubted: pd.DataFrame, others: Sequence[pd.DataFrame]
+    timeframe: Timeframe, doing: str, expected: ExpectedBars, doubted: pd.DataFrame, others: Sequence[pd.DataFrame]
 ) -> None:
     """``doubted`` bars stand if ``others`` repeat them where they overlap: the same bars where none is expected, the same prices.
 
@@ -41,7 +40,7 @@ def refuse_disagreement(
     overlaps = False
     for theirs in (other.set_index("timestamp")[ours.columns] for other in others if len(other)):
         mine = ours.loc[(ours.index >= theirs.index[0]) & (ours.index <= theirs.index[-1])]
-        alien = find_unexpected(expected, opens_of(mine.reset_index()), series.timeframe)
+        alien = find_unexpected(expected, opens_of(mine.reset_index()), timeframe)
         both = mine.index.intersection(theirs.index)
         overlaps |= len(both) > 0
         differs = mine.loc[both].ne(theirs.loc[both]).any(axis=1).any()
@@ -52,7 +51,7 @@ def refuse_disagreement(
         raise DataError(
             "an answer has bars where the calendar has none and lacks some that it has, and a second answer does not agree "
             "with it",
-            doing=f"loading {series} {request.window}",
+            doing=doing,
             advice="Nothing of this window was written; run the load again.",
         )
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from ktrdr_pipelines.bars.answer import Answer
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.loading.history_source import Answer
 
 RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
 """Kinds whose history IB restates: splits of shares and of what follows them, rolls. Pairs, indices, plain futures have none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.domain.timeframes import PartitionUnit, Timeframe
@@ -27,6 +28,14 @@ class Partition:
 
     key: str
     window: Window
+
+
+class Recorded(StrEnum):
+    """What Dagster recorded of a partition; partitions of which nothing is recorded are left out of mappings."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+    UNDER_WAY = "under way"
 
 
 def _floor(unit: PartitionUnit, t: datetime) -> datetime:

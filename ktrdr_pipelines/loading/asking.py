@@ -18,6 +18,7 @@ from ktrdr_pipelines.bars.alignment import (
     refuse_ambiguous_labels,
     refuse_disagreement,
 )
+from ktrdr_pipelines.bars.answer import Answer, IntArray
 from ktrdr_pipelines.bars.restatement import RESTATED_KINDS, find_ratio, report_split
 from ktrdr_pipelines.bars.schema import (
     LATEST_SESSION_END_S,
@@ -33,7 +34,7 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.errors import DataError, TransientError
 from ktrdr_pipelines.loading.gateway_clock import GatewayClock
 from ktrdr_pipelines.loading.hearing import Hearing
-from ktrdr_pipelines.loading.history_source import Answer, History, IntArray
+from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.loading.probes import Confirmation, confirm_holes
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.planning.coverage import bars_inside, widen
@@ -152,7 +153,11 @@ class Asker:
             else:
                 others = [(o.request, self._fetch(o.request, evidence, from_s=o.from_s)) for o in again]
                 refuse_disagreement(
-                    self._series, request, self._expected, doubted.bars, [theirs.bars for _, theirs in others]
+                    self._series.timeframe,
+                    f"loading {self._series} {request.window}",
+                    self._expected,
+                    doubted.bars,
+                    [theirs.bars for _, theirs in others],
                 )
                 rows += self._write(request, doubted)
                 holes, doubted = self.find_holes(holes), None

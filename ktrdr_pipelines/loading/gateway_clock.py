@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from math import ceil
 
+from ktrdr_pipelines.bars.answer import IntArray
 from ktrdr_pipelines.calendars import ExpectedBars
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import TransientError
-from ktrdr_pipelines.loading.history_source import History, IntArray
+from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.loading.report import LoadReport
 
 CLOCK_GRACE_S = 300

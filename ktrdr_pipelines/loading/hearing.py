@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from ktrdr_pipelines.bars.answer import Answer, IntArray
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.errors import TransientError
 from ktrdr_pipelines.loading.evidence import REASONS, Doubt, Heard, judge_holes
-from ktrdr_pipelines.loading.history_source import Answer, IntArray
 from ktrdr_pipelines.planning.coverage import bars_inside, widen
 from ktrdr_pipelines.planning.durations import NOMINAL_S
 from ktrdr_pipelines.planning.requests import Request

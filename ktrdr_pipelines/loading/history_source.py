@@ -8,34 +8,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from ktrdr_pipelines.bars.answer import Answer
 from ktrdr_pipelines.domain.instruments import Instrument, Series
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.sidecar import Source
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-
-
-class Answer(Protocol):
-    """Bars of one request as IB sent them; see `ib.client.RawBars`."""
-
-    @property
-    def opens_s(self) -> IntArray: ...
-    @property
-    def open(self) -> FloatArray: ...
-    @property
-    def high(self) -> FloatArray: ...
-    @property
-    def low(self) -> FloatArray: ...
-    @property
-    def close(self) -> FloatArray: ...
-    @property
-    def volume(self) -> FloatArray: ...
-    @property
-    def no_data_text(self) -> str: ...
 
 
 class History(Protocol):

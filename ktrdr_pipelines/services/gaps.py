@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.partitions import partitions_in
+from ktrdr_pipelines.domain.partitions import Recorded, partitions_in
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.planning.coverage import STAMP_SLACK_S, mark_missing, widen
 from ktrdr_pipelines.planning.requests import GapReason
@@ -29,14 +29,6 @@ IntArray = npt.NDArray[np.int64]
 
 NEWEST_SHOWN = 5
 """How many of the proven-empty ranges are told with their evidence; the sidecar has them all."""
-
-
-class Recorded(StrEnum):
-    """What Dagster recorded of a partition; partitions of which nothing is recorded are left out of mappings."""
-
-    COMPLETE = "complete"
-    FAILED = "failed"
-    UNDER_WAY = "under way"
 
 
 class Why(StrEnum):

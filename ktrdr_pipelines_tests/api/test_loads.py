@@ -18,10 +18,10 @@ import pytest
 
 from ktrdr_pipelines.api.loads import LoadOrder, Loads, QueueFull
 from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.partition_status import Record
-from ktrdr_pipelines.services.gaps import Recorded
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread

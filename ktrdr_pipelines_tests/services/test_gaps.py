@@ -13,11 +13,12 @@ import pytest
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.cli.tables import describe_holding
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
+from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.loading.series_load import Load
-from ktrdr_pipelines.services.gaps import Forming, Holding, Recorded, Why, find_forming, inspect_series
+from ktrdr_pipelines.services.gaps import Forming, Holding, Why, find_forming, inspect_series
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window

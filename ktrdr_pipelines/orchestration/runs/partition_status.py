@@ -1,4 +1,4 @@
-"""What Dagster recorded of the partitions of a series, in words that need no Dagster to read (`gaps.Recorded`).
+"""What Dagster recorded of the partitions of a series, in words that need no Dagster to read (`Recorded`).
 
 For people's questions; what follows from the record is `orchestration/automation/reconcile.py`'s business.
 """
@@ -13,10 +13,10 @@ from typing import Self
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
-from ktrdr_pipelines.services.gaps import Recorded
 from ktrdr_pipelines.settings import Settings
 
 _WORDS = {"MATERIALIZED": Recorded.COMPLETE, "FAILED": Recorded.FAILED, "IN_PROGRESS": Recorded.UNDER_WAY}
