@@ -15,7 +15,8 @@ from ktrdr_pipelines.calendars import expected_bars, match_held
 from ktrdr_pipelines.domain.instruments import Hours, Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.planning.requests import missing_bars, plan_requests
+from ktrdr_pipelines.planning.coverage import missing_bars
+from ktrdr_pipelines.planning.requests import plan_requests
 
 YEARS = Window(datetime(2005, 1, 1, tzinfo=UTC), datetime(2025, 1, 1, tzinfo=UTC))
 DAY = Window(datetime(2024, 3, 5, tzinfo=UTC), datetime(2024, 3, 6, tzinfo=UTC))

@@ -22,7 +22,7 @@ from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, InputError, TransientError
-from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.store.store import Store
@@ -46,7 +46,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_the_name_load_stays_the_functions() -> None:
     """Whatever was imported before: there is a module of that name."""
-    import_module("ktrdr_pipelines.loading.series_load")
+    import_module("ktrdr_pipelines.loading.driver")
     assert callable(ktrdr.load)
 
 

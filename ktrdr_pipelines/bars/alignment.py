@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ktrdr_pipelines.bars.schema import Int64Array, describe_check, opens_of
+from ktrdr_pipelines.bars.schema import describe_check, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
 
 
-def list_lacking_beside_unexpected(opens: Int64Array, wanted: ExpectedBars, timeframe: Timeframe) -> ExpectedBars:
+def list_lacking_beside_unexpected(opens: IntArray, wanted: ExpectedBars, timeframe: Timeframe) -> ExpectedBars:
     """Of an answer (its ``opens``, sorted epoch seconds) that has bars where none is expected: the bars of ``wanted`` that it
     lacks between its first and last. A calendar that is wrong looks like that, and so does an answer that is shifted."""
     if timeframe.seconds > 86400 or not find_unexpected(wanted, opens, timeframe).any():
@@ -56,7 +57,7 @@ def refuse_disagreement(
         )
 
 
-def refuse_ambiguous_labels(opens_s: Int64Array, series: Series, *, end_s: float, round_the_clock: bool) -> None:
+def refuse_ambiguous_labels(opens_s: IntArray, series: Series, *, end_s: float, round_the_clock: bool) -> None:
     """Refuse weeks labelled with Sundays and months with their calendar's last days where nothing trades then: whether such a
     label ends its week or stands before it cannot be told, and a mistake would shift every bar by one. A label after the
     request's end (``end_s``) tells: those labels end their weeks. All labels of an answer have to be like that, not one.

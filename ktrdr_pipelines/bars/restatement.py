@@ -65,6 +65,17 @@ def _has_rolled(old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> n
         return np.asarray((np.abs(moved - usual) <= np.abs(usual) / 2).all(axis=1) & (usual[:, 0] != 0))
 
 
+def refuse_restatement(series: Series, held: pd.DataFrame, answer: Answer, doing: str) -> None:
+    """Compare every bar of ``answer``, inside its window or not, with the ``held`` ones.
+
+    Raises:
+        ScaleChanged: they differ by a ratio, or by the distance of a roll.
+    """
+    ratio = find_ratio(held, answer, may_roll=series.instrument.sec_type == "CONTFUT") if len(held) else None
+    if ratio is not None:
+        raise report_split(series, held, answer, ratio).while_doing(doing)
+
+
 def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: float) -> ScaleChanged:
     """The error for a ratio that `find_ratio` found, with a bar as it is held and as IB tells it now."""
     at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))

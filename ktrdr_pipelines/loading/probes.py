@@ -1,9 +1,9 @@
-"""Which request shows best whether bars that answers lack really do not exist. Pure; what counts as proof is `evidence.py`'s.
+"""Which request would settle whether missing bars are absent at IB. Pure; what counts as evidence is judged in `evidence.py`.
 
-The requests tried around a hole differ in how many older and newer bars they take in. Each is played through as honest
+The requests tried around missing bars differ in how many older and newer bars they take in. Each is played through as honest
 gateways would answer it, by either reading of durations, with the bars known to exist; the first whose answers would leave
-no doubt is taken. It is usually one request for all holes of a window, with a bar known to exist on either side: it costs no
-more than asking for the holes alone, and an answer that is cut as the first one was betrays itself.
+no doubt is taken. It is usually one request for all missing bars of a window, with a bar known to exist on either side: it costs
+no more than asking for the missing bars alone, and an answer that is cut as the first one was gives itself away.
 """
 
 from __future__ import annotations
@@ -15,97 +15,97 @@ from itertools import chain, islice, pairwise
 from math import ceil, log
 
 import numpy as np
-import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Duration, HistoryLimits, Timeframe
-from ktrdr_pipelines.loading.evidence import Doubt, Heard, judge_holes
+from ktrdr_pipelines.loading.evidence import AnswerEvidence, Doubt, judge_missing
 from ktrdr_pipelines.planning.durations import LOOSEST, Span, is_allowed, list_durations, reach_back
 from ktrdr_pipelines.planning.requests import Request, refetch_requests, split_runs
-
-IntArray = npt.NDArray[np.int64]
 
 _NONE = np.empty(0, np.int64)
 _MOST_TRIED = 40
 _RAREST = 200
-"""So many bars in a row may not exist and the next one be hoped for, before anything was asked in vain."""
+"""At most so many bars in a row are taken to be absent before one is supposed to exist, while every answer brought bars."""
 _SESSIONS_PER_MONTH, _SESSIONS_PER_YEAR = {5: 22, 7: 30}, {5: 252, 7: 365}
 
 
 @dataclass(frozen=True)
-class Confirmation:
-    """A request for holes, and from when on (epoch seconds) its answer surely holds every bar."""
+class Probe:
+    """A request for missing bars, and from when on (epoch seconds) its answer surely contains every bar."""
 
     request: Request
     from_s: int
 
 
-def confirm_holes(
+def choose_probes(
     timeframe: Timeframe,
-    holes: ExpectedBars,
+    missing: ExpectedBars,
     limits: HistoryLimits,
     *,
     expected: ExpectedBars,
-    heard: Sequence[Heard],
+    answers: Sequence[AnswerEvidence],
     previous: Sequence[Request],
     attempt: int,
     until_s: int,
     held: IntArray = _NONE,
     empty: Sequence[Window] = (),
-    fruitless: int = 0,
+    without_progress: int = 0,
     exactly: bool = False,
-) -> list[Confirmation]:
-    """Requests that cover ``holes`` (not empty) and show whether those exist that all of ``heard`` lack; usually one.
+) -> list[Probe]:
+    """Requests that cover ``missing`` bars (not empty) and show whether those exist that none of ``answers`` contains;
+    usually one.
 
-    ``expected``: bars complete at ``until_s``, as far around as they are known. ``heard``: the answers to ``previous``
-    requests, which are not repeated, the last ``fruitless`` of them in vain. ``held``: opens of bars that are known to exist,
-    ``empty``: where nothing does. ``exactly``: ask for nothing but the holes where durations can say that, for IB may answer
-    in words.
+    ``expected``: bars complete at ``until_s``, as far around as they are known. ``answers``: the answers to ``previous``
+    requests, which are not repeated; the last ``without_progress`` of them brought no missing bar. ``held``: opens of bars
+    that are known to exist, ``empty``: where none does. ``exactly``: ask for nothing but the missing bars where durations
+    can express that, because IB may then report "no data".
     """
-    if all(each.says_empty for each in heard):
-        # Nothing of it exists, IB says: another request for the same is what can get the same answer.
-        again = refetch_requests(timeframe, holes, limits, previous=previous, attempt=attempt, until_s=until_s)
-        return [Confirmation(request, request.window.start_s) for request in again]
-    found: list[Confirmation] = []
-    runs = _part_by_sides(timeframe, holes, expected, heard) if exactly else [holes]
+    if all(each.says_empty for each in answers):
+        # IB reports "no data": only another request for the same bars can get the same answer.
+        again = refetch_requests(timeframe, missing, limits, previous=previous, attempt=attempt, until_s=until_s)
+        return [Probe(request, request.window.start_s) for request in again]
+    found: list[Probe] = []
+    runs = _part_by_sides(timeframe, missing, expected, answers) if exactly else [missing]
     for run in (part for each in runs for part in split_runs(timeframe, each, limits)):
-        around = _Around(expected, timeframe, heard, held, empty, fruitless)
-        best = _choose(timeframe, run, limits, around, heard, previous, exactly)
+        around = _Around(expected, timeframe, answers, held, empty, without_progress)
+        best = _choose(timeframe, run, limits, around, answers, previous, exactly)
         if best is not None:
             found.append(best)
             continue
         again = refetch_requests(timeframe, run, limits, previous=previous, attempt=attempt, until_s=until_s)
-        found += [Confirmation(request, request.window.start_s) for request in again]
+        found += [Probe(request, request.window.start_s) for request in again]
     return found
 
 
 def _part_by_sides(
-    timeframe: Timeframe, holes: ExpectedBars, expected: ExpectedBars, heard: Sequence[Heard]
+    timeframe: Timeframe, missing: ExpectedBars, expected: ExpectedBars, answers: Sequence[AnswerEvidence]
 ) -> list[ExpectedBars]:
-    """Holes with nothing older, those with nothing newer, and those between: only by itself can a range be called empty."""
-    doubts = judge_holes(holes, expected, heard, timeframe).doubts
+    """Missing bars with nothing older, those with nothing newer, and those between: IB reports "no data" only for a whole
+    range."""
+    doubts = judge_missing(missing, expected, answers, timeframe).doubts
     sides = np.where(np.isin(doubts, (Doubt.OLDER, Doubt.NEWER)), doubts, Doubt.NONE)
-    bounds = [0, *(np.flatnonzero(np.diff(sides)) + 1).tolist(), len(holes)]
-    return [holes.take(slice(lo, hi)) for lo, hi in pairwise(bounds)]
+    bounds = [0, *(np.flatnonzero(np.diff(sides)) + 1).tolist(), len(missing)]
+    return [missing.take(slice(lo, hi)) for lo, hi in pairwise(bounds)]
 
 
 def _choose(
     timeframe: Timeframe,
-    holes: ExpectedBars,
+    missing: ExpectedBars,
     limits: HistoryLimits,
     around: _Around,
-    heard: Sequence[Heard],
+    answers: Sequence[AnswerEvidence],
     previous: Sequence[Request],
     exactly: bool,
-) -> Confirmation | None:
+) -> Probe | None:
     expected, begins, present = around.expected, around.begins, around.present
-    lacking = holes.take(~match_held(holes, around.stamps, timeframe))
+    unanswered = missing.take(~match_held(missing, around.stamps, timeframe))
     used = {(int(request.end.timestamp()), str(request.duration)) for request in previous}
     best: tuple[int, int] | None = None
     chosen = None
-    shapes = _list_shapes(timeframe, holes, limits, expected, around.exists, exactly)
-    longest = () if exactly else _list_longest(timeframe, limits, expected, around.find_newer(holes))
+    shapes = _list_shapes(timeframe, missing, limits, expected, around.exists, exactly)
+    longest = () if exactly else _list_longest(timeframe, limits, expected, around.find_newer(missing))
     for first, last, end_s, duration in chain(islice(shapes, _MOST_TRIED), longest):
         if (end_s, str(duration)) in used:
             continue
@@ -114,71 +114,67 @@ def _choose(
         doubtful = weak = 0
         for start_s in _read(duration, end_s, around, last):
             inside = present[(present >= min(start_s, from_s)) & (present < end_s)]
-            answer = Heard(from_s, end_s, inside, says_empty=not len(inside))
-            judged = judge_holes(lacking, expected, [*heard, answer], timeframe)
+            answer = AnswerEvidence(from_s, end_s, inside, says_empty=not len(inside))
+            judged = judge_missing(unanswered, expected, [*answers, answer], timeframe)
             doubtful += int((judged.doubts > 0).sum())
             weak += int(judged.weak.sum())
         score = (doubtful, 0 if exactly else weak)
         if best is None or score < best:
-            window = Window.from_epoch(int(_begin(holes)), int(holes.closes[-1]))
+            window = Window.from_epoch(missing.earliest_at(0), int(missing.closes[-1]))
             best = score
-            chosen = Confirmation(Request(window, datetime.fromtimestamp(end_s, UTC), duration), from_s)
+            chosen = Probe(Request(window, datetime.fromtimestamp(end_s, UTC), duration), from_s)
         if best == (0, 0):
             break
     return chosen
 
 
 class _Around:
-    """The bars around the holes: which of them exist, as far as that is known, and how many of the others may."""
+    """The bars around the missing ones: which of them exist, as far as that is known, and how many of the others may."""
 
     def __init__(
         self,
         expected: ExpectedBars,
         timeframe: Timeframe,
-        heard: Sequence[Heard],
+        answers: Sequence[AnswerEvidence],
         held: IntArray,
         empty: Sequence[Window],
-        fruitless: int,
+        without_progress: int,
     ) -> None:
         self.expected = expected
-        self.stamps = np.unique(np.concatenate([each.stamps for each in heard]))
-        self.begins = np.minimum(np.minimum(expected.begins, expected.aliases), expected.opens)
+        self.stamps = np.unique(np.concatenate([each.stamps for each in answers]))
+        self.begins = expected.earliest
         known = match_held(expected, np.union1d(self.stamps, held), timeframe)
         is_settled = known.copy()
-        for each in heard:
+        for each in answers:
             is_settled |= (self.begins >= each.from_s) & (expected.closes <= each.end_s)
         share = float(known[is_settled].mean()) if is_settled.any() else 1.0
         for window in empty:
             is_settled |= (expected.opens >= window.start_s) & (expected.opens < window.end_s)
-        # Of what nobody asked for as much exists as elsewhere; after each question in vain, much less.
-        apart = min(_RAREST, ceil(log(0.001) / log(1 - share)) if 0 < share < 0.999 else 1) * 4**fruitless
+        # Where nothing was asked for, as large a share exists as elsewhere; much less after each probe without progress.
+        apart = min(_RAREST, ceil(log(0.001) / log(1 - share)) if 0 < share < 0.999 else 1) * 4**without_progress
         unknown = np.flatnonzero(~is_settled)
         newer = np.searchsorted(unknown, int(np.flatnonzero(is_settled)[-1])) if is_settled.any() else 0
-        hoped = np.concatenate([unknown[:newer][::-1][apart - 1 :: apart], unknown[newer:][apart - 1 :: apart]])
+        supposed = np.concatenate([unknown[:newer][::-1][apart - 1 :: apart], unknown[newer:][apart - 1 :: apart]])
         self.exists = known.copy()
-        self.exists[hoped] = True
-        self.present = np.union1d(np.union1d(self.stamps, held), expected.opens[hoped])
+        self.exists[supposed] = True
+        self.present = np.union1d(np.union1d(self.stamps, held), expected.opens[supposed])
 
-    def find_newer(self, holes: ExpectedBars) -> list[int]:
-        """Places of some bars after ``holes`` that may exist."""
-        after = np.flatnonzero(self.exists & (self.expected.opens > holes.opens[-1]))
+    def find_newer(self, missing: ExpectedBars) -> list[int]:
+        """Places of some bars after ``missing`` that may exist."""
+        after = np.flatnonzero(self.exists & (self.expected.opens > missing.opens[-1]))
         return [int(after[k]) for k in (0, 3, 30) if k < len(after)]
-
-
-def _begin(bars: ExpectedBars) -> int:
-    return min(int(bars.begins[0]), int(bars.aliases[0]), int(bars.opens[0]))
 
 
 def _list_shapes(
     timeframe: Timeframe,
-    holes: ExpectedBars,
+    missing: ExpectedBars,
     limits: HistoryLimits,
     expected: ExpectedBars,
-    exists: npt.NDArray[np.bool_],
+    exists: BoolArray,
     exactly: bool,
 ) -> Iterator[tuple[int, int, int, Duration]]:
     """First and last bar (indexes of ``expected``) that a request has to reach, its end and its duration; the cheapest first."""
-    i, j = (int(k) for k in np.searchsorted(expected.opens, holes.opens[[0, -1]]))
+    i, j = (int(k) for k in np.searchsorted(expected.opens, missing.opens[[0, -1]]))
     there = np.flatnonzero(exists)
     before, after = there[there < i], there[there > j]
     length = j - i + 1
@@ -186,12 +182,12 @@ def _list_shapes(
     ends = [*dict.fromkeys(int(after[k - 1]) for k in (1, 4, 3 * length + 3, 2, 30, 8 * length) if k <= len(after))]
     pairs = [(s, e) for e in ends for s in starts]
     pairs.sort(key=lambda pair: pair[1] - pair[0])
-    # Where nothing older or nothing newer can be reached, the holes alone, or from one side.
+    # Where nothing older or nothing newer can be reached: the missing bars alone, or from one side.
     alone = [(i, j), *((i, e) for e in ends[:1]), *((s, j) for s in starts[:2])]
     for s, e in [*alone, *pairs] if exactly else [*pairs, *alone]:
         sessions = int(expected.sessions[e] - expected.sessions[s]) + 1
         bars = expected.take(slice(s, e + 1))
-        span = Span(_begin(bars), int(bars.closes[-1]), sessions, expected.sessions_per_week)
+        span = Span(bars.earliest_at(0), int(bars.closes[-1]), sessions, expected.sessions_per_week)
         for base in list_durations(timeframe, span, limits, LOOSEST):
             exact_s = span.end_s - span.start_s
             counts = [base.count, base.count + 1, base.count + 2] if base.unit != "S" else [exact_s, base.count]
@@ -208,7 +204,7 @@ def _list_longest(
     longest = timeframe.longest_request(limits)
     days = {"M": 31, "W": 7, "Y": 366}.get(longest.unit, 1) * longest.count
     in_days = next((d for n in range(days, 0, -1) if is_allowed(timeframe, d := Duration(n, "D"), limits)), longest)
-    begins = np.minimum(np.minimum(expected.begins, expected.aliases), expected.opens)
+    begins = expected.earliest
     for e in ends:
         end_s = int(expected.closes[e])
         for duration in dict.fromkeys((in_days, longest)):
@@ -225,5 +221,5 @@ def _read(duration: Duration, end_s: int, around: _Around, last: int) -> list[in
     if duration.unit in per_unit and len(traded):
         first_session = traded[max(0, len(traded) - duration.count * per_unit[duration.unit])]
         at = int(np.searchsorted(expected.sessions, first_session))
-        starts.append(_begin(expected.take(slice(at, at + 1))))
+        starts.append(expected.earliest_at(at))
     return starts

@@ -13,7 +13,8 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.errors import KtrdrError
-from ktrdr_pipelines.planning.requests import Gap, Request
+from ktrdr_pipelines.planning.coverage import Gap
+from ktrdr_pipelines.planning.requests import Request
 
 
 @dataclass(frozen=True)

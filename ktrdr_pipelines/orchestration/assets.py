@@ -19,8 +19,8 @@ from ktrdr_pipelines.domain.time import Window, parse_instant
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.discovery import kept_from, say_kept
 from ktrdr_pipelines.ib.history import Waiting
+from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource

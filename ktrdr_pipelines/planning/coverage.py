@@ -11,22 +11,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
+from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, match_held
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
-from ktrdr_pipelines.planning.requests import missing_bars
 from ktrdr_pipelines.store.sidecar import Sidecar
-
-IntArray = npt.NDArray[np.int64]
 
 STAMP_SLACK_S = 40 * 86400
 """How far a stamp may lie from the expected bar that it satisfies (a month labelled with its other end)."""
+
+
+GapReason = Literal["nothing held", "before the first held bar", "between held bars", "after the last held bar"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A run of consecutive expected bars that are missing: ``opens`` of them, in ``window`` (half-open, UTC)."""
+
+    window: Window
+    opens: int
+    reason: GapReason
+
+
+def missing_bars(
+    expected: ExpectedBars, held_opens: IntArray, proven_empty: Sequence[Window], timeframe: Timeframe
+) -> ExpectedBars:
+    """The bars of ``expected`` that are neither held nor known to be empty.
+
+    ``held_opens`` are sorted epoch seconds. ``proven_empty`` are half-open windows, in any order, that may overlap; a bar
+    is known to be empty when its stamp lies in one of them.
+    """
+    missing = ~match_held(expected, held_opens, timeframe)
+    for window in proven_empty:
+        lo, hi = np.searchsorted(expected.opens, [window.start_s, window.end_s], side="left")
+        missing[lo:hi] = False
+    return expected.take(missing)
+
+
+def find_gaps(expected: ExpectedBars, missing: ExpectedBars) -> list[Gap]:
+    """Maximal runs of consecutive bars of ``expected`` that are ``missing`` (a part of it), oldest first.
+
+    Closed time does not separate: Friday's last and Monday's first bar are consecutive. The reason tells where the run
+    lies among the bars of ``expected`` that are not missing.
+    """
+    if not len(missing):
+        return []
+    at = np.searchsorted(expected.opens, missing.opens)
+    bounds = [0, *(np.flatnonzero(np.diff(at) > 1) + 1).tolist(), len(at)]
+    gaps = []
+    for lo, hi in pairwise(bounds):
+        reason = _REASONS[(bool(at[lo] == 0), bool(at[hi - 1] == len(expected) - 1))]
+        gaps.append(Gap(Window.from_epoch(missing.earliest_at(lo), int(missing.closes[hi - 1])), hi - lo, reason))
+    return gaps
+
+
+_REASONS: dict[tuple[bool, bool], GapReason] = {
+    (True, True): "nothing held",
+    (True, False): "before the first held bar",
+    (False, False): "between held bars",
+    (False, True): "after the last held bar",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +114,7 @@ def valid_history_start_s(sidecar: Sidecar, first_held_s: int | None) -> int | N
 
 def mark_missing(
     expected: ExpectedBars, held_opens: IntArray, sidecar: Sidecar, first_held_s: int | None, timeframe: Timeframe
-) -> npt.NDArray[np.bool_]:
+) -> BoolArray:
     """For each bar of ``expected``: is it neither held nor known to be empty?
 
     ``held_opens`` (epoch seconds, sorted) reach `STAMP_SLACK_S` beyond ``expected`` on both sides where bars are held;
@@ -136,7 +187,7 @@ def judge_partitions(
     ]
 
 
-def _count_between(mask: npt.NDArray[np.bool_], bounds: IntArray) -> IntArray:
+def _count_between(mask: BoolArray, bounds: IntArray) -> IntArray:
     """How many are true between each bound and the next."""
     sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return np.diff(sums[bounds])

@@ -38,7 +38,7 @@ def plan_to_now(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now
     if not len(reachable):
         return PlannedToNow(None, unreachable)
     durations = _find_durations(series, reachable, limits, now_s)
-    window = Window.from_epoch(_start_s(reachable), int(reachable.closes[-1]))
+    window = Window.from_epoch(reachable.earliest_at(0), int(reachable.closes[-1]))
     return PlannedToNow(Request(window, datetime.fromtimestamp(now_s, UTC), durations[0]), unreachable)
 
 
@@ -60,16 +60,12 @@ def reshape_to_now(
 ) -> Request:
     """A request for ``wanted`` bars with another duration than any of ``previous``, where there is one; else the same again, for
     which pacing waits."""
-    window = Window.from_epoch(_start_s(wanted), int(wanted.closes[-1]))
+    window = Window.from_epoch(wanted.earliest_at(0), int(wanted.closes[-1]))
     used = {str(request.duration) for request in previous}
     bases = _find_durations(series, wanted, limits, now_s) or [previous[0].duration]
     more = [Duration(base.count + extra, base.unit) for base in bases for extra in (0, 1, 2, 3, 5, 8)]
     allowed = [d for d in more if is_allowed(series.timeframe, d, HistoryLimits.CURRENT) and str(d) not in used]
     return Request(window, datetime.fromtimestamp(now_s, UTC), allowed[0] if allowed else previous[0].duration)
-
-
-def _start_s(bars: ExpectedBars) -> int:
-    return min(int(bars.begins[0]), int(bars.aliases[0]), int(bars.opens[0]))
 
 
 def _find_durations(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now_s: int) -> list[Duration]:
@@ -84,4 +80,4 @@ def _find_durations(series: Series, wanted: ExpectedBars, limits: HistoryLimits,
 def _span_to_now(series: Series, wanted: ExpectedBars, now_s: int) -> Span:
     until = expected_bars(series, Window.from_epoch(int(wanted.opens[0]), max(now_s, int(wanted.opens[0]) + 1)))
     sessions = int(until.sessions[-1] - until.sessions[0]) + 1 if len(until) else 1
-    return Span(_start_s(wanted), max(now_s, int(wanted.closes[-1])), sessions, wanted.sessions_per_week)
+    return Span(wanted.earliest_at(0), max(now_s, int(wanted.closes[-1])), sessions, wanted.sessions_per_week)

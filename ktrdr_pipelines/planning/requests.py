@@ -14,13 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
-from ktrdr_pipelines.calendars import FIRST_YEAR, ExpectedBars, expected_bars, match_held
-from ktrdr_pipelines.domain.arrays import IntArray
+from ktrdr_pipelines.calendars import FIRST_YEAR, ExpectedBars, expected_bars
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Duration, HistoryLimits, Timeframe
@@ -36,8 +33,6 @@ from ktrdr_pipelines.planning.durations import (
     list_durations,
     reach_back,
 )
-
-GapReason = Literal["nothing held", "before the first held bar", "between held bars", "after the last held bar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,58 +50,6 @@ class Request:
 
     def __str__(self) -> str:
         return f"{self.window} as {self.duration} to {self.end.strftime('%Y-%m-%dT%H:%M:%SZ')}"
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """A run of consecutive expected bars that are missing: ``opens`` of them, in ``window`` (half-open, UTC)."""
-
-    window: Window
-    opens: int
-    reason: GapReason
-
-
-# --- what is missing -------------------------------------------------------------------------------------------------
-
-
-def missing_bars(
-    expected: ExpectedBars, held_opens: IntArray, proven_empty: Sequence[Window], timeframe: Timeframe
-) -> ExpectedBars:
-    """The bars of ``expected`` that are neither held nor known to be empty.
-
-    ``held_opens`` are sorted epoch seconds. ``proven_empty`` are half-open windows, in any order, that may overlap; a bar
-    is known to be empty when its stamp lies in one of them.
-    """
-    missing = ~match_held(expected, held_opens, timeframe)
-    for window in proven_empty:
-        lo, hi = np.searchsorted(expected.opens, [window.start_s, window.end_s], side="left")
-        missing[lo:hi] = False
-    return expected.take(missing)
-
-
-def find_gaps(expected: ExpectedBars, missing: ExpectedBars) -> list[Gap]:
-    """Maximal runs of consecutive bars of ``expected`` that are ``missing`` (a part of it), oldest first.
-
-    Closed time does not separate: Friday's last and Monday's first bar are consecutive. The reason tells where the run
-    lies among the bars of ``expected`` that are not missing.
-    """
-    if not len(missing):
-        return []
-    at = np.searchsorted(expected.opens, missing.opens)
-    bounds = [0, *(np.flatnonzero(np.diff(at) > 1) + 1).tolist(), len(at)]
-    gaps = []
-    for lo, hi in pairwise(bounds):
-        reason = _REASONS[(bool(at[lo] == 0), bool(at[hi - 1] == len(expected) - 1))]
-        gaps.append(Gap(Window.from_epoch(_start_s(missing, lo), int(missing.closes[hi - 1])), hi - lo, reason))
-    return gaps
-
-
-_REASONS: dict[tuple[bool, bool], GapReason] = {
-    (True, True): "nothing held",
-    (True, False): "before the first held bar",
-    (False, False): "between held bars",
-    (False, True): "after the last held bar",
-}
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -152,15 +95,10 @@ def plan_requests(
     return requests[::-1] if newest_first else requests
 
 
-def _start_s(bars: ExpectedBars, i: int) -> int:
-    """The earliest instant that belongs to bar ``i``, whichever way it is stamped."""
-    return min(int(bars.begins[i]), int(bars.aliases[i]), int(bars.opens[i]))
-
-
 def _span_of(bars: ExpectedBars, i: int, j: int) -> Span:
     """What a request for bars ``i`` to ``j``, both included, has to reach."""
     sessions = int(bars.sessions[j] - bars.sessions[i]) + 1
-    return Span(_start_s(bars, i), int(bars.closes[j]), sessions, bars.sessions_per_week)
+    return Span(bars.earliest_at(i), int(bars.closes[j]), sessions, bars.sessions_per_week)
 
 
 def _split(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits, reading: Reading) -> list[tuple[int, int]]:
@@ -212,7 +150,7 @@ def _closed_around(expected: ExpectedBars, missing: ExpectedBars, i: int, j: int
     after_s = span.end_s
     if last + 1 < len(expected):  # else a bar may be forming there
         # Half the way at most: a request that ends at the next open could be read as counting that session.
-        half_way_s = (span.end_s + _start_s(expected, last + 1)) // 2
+        half_way_s = (span.end_s + expected.earliest_at(last + 1)) // 2
         after_s = min(span.end_s + _STRETCH_AFTER_S, within.end_s, half_way_s)
     return min(before_s, span.start_s), max(after_s, span.end_s)
 
@@ -329,5 +267,5 @@ def longest_back(series: Series, before_s: int, limits: HistoryLimits) -> Window
         bars = expected_bars(series, Window(start, before))
         if len(bars):
             more = _count_most(partial(_fits_until, timeframe, bars, limits), len(bars) - 1)
-            return Window.from_epoch(min(before_s, _start_s(bars, len(bars) - 1 - more)), before_s)
+            return Window.from_epoch(min(before_s, bars.earliest_at(len(bars) - 1 - more)), before_s)
     return Window(before, before)

@@ -22,12 +22,13 @@ from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
 from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
+from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.loading.report import Planned
-from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.resources import GatewayResource
+from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.modes import Mode
-from ktrdr_pipelines.planning.requests import Gap, Request
+from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.services.gaps import place
 from ktrdr_pipelines.services.load_inputs import Wanted, read_wanted
 from ktrdr_pipelines.settings import Settings

@@ -20,8 +20,7 @@ from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Recorded, partitions_in
 from ktrdr_pipelines.domain.time import Window, format_instant
-from ktrdr_pipelines.planning.coverage import STAMP_SLACK_S, mark_missing, widen
-from ktrdr_pipelines.planning.requests import GapReason
+from ktrdr_pipelines.planning.coverage import STAMP_SLACK_S, GapReason, mark_missing, widen
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
 

@@ -21,17 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ktrdr_pipelines.bars.schema import (
-    COLUMNS,
-    BarArrays,
-    BoolArray,
-    FloatArray,
-    Int64Array,
-    Rule,
-    bars_from_columns,
-    find_faults,
-    opens_of,
-)
+from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, Rule, bars_from_columns, find_faults, opens_of
+from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.errors import BugError
 
@@ -76,7 +67,7 @@ class MalformedFile(Exception):
 # ---------------------------------------------------------------------------------------------------- rendering
 
 
-def render_stamps(opens_s: Int64Array) -> list[str]:
+def render_stamps(opens_s: IntArray) -> list[str]:
     """``2024-01-02T14:30:00Z`` for each open."""
     if len(opens_s) and (opens_s.min() < _FIRST_S or opens_s.max() >= _END_S):
         raise BugError("a bar's year has more than four digits")
@@ -121,7 +112,7 @@ _DAYS_BEFORE_MONTH = np.array([0, 0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 3
 _DAYS_IN_MONTH = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31], np.int64)
 
 
-def parse_stamps(data: npt.NDArray[np.uint8], starts: Int64Array) -> tuple[Int64Array, BoolArray]:
+def parse_stamps(data: npt.NDArray[np.uint8], starts: IntArray) -> tuple[IntArray, BoolArray]:
     """Opens of the rows that begin at ``starts`` in ``data``, and which of them are well formed (others read 0)."""
     last = max(len(data) - 1, 0)
     good = starts + STAMP_BYTES <= last
@@ -129,7 +120,7 @@ def parse_stamps(data: npt.NDArray[np.uint8], starts: Int64Array) -> tuple[Int64
     def byte(at: int) -> npt.NDArray[np.uint8]:
         return data[np.minimum(starts + at, last)] if len(data) else np.zeros(len(starts), np.uint8)
 
-    def number(at: int, digits: int) -> Int64Array:
+    def number(at: int, digits: int) -> IntArray:
         nonlocal good
         value = np.zeros(len(starts), np.int64)
         for i in range(digits):
@@ -152,7 +143,7 @@ def parse_stamps(data: npt.NDArray[np.uint8], starts: Int64Array) -> tuple[Int64
     return np.where(good, days * 86400 + hour * 3600 + minute * 60 + second, 0), good
 
 
-def _split_rows(data: npt.NDArray[np.uint8]) -> tuple[Int64Array, Int64Array]:
+def _split_rows(data: npt.NDArray[np.uint8]) -> tuple[IntArray, IntArray]:
     """Starts and ends (the newline, or the end of the data) of the lines in ``data``."""
     ends = np.flatnonzero(data == 10)
     if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
@@ -191,7 +182,7 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
     return bars, []
 
 
-def _have_six_fields(data: npt.NDArray[np.uint8], starts: Int64Array, ends: Int64Array) -> bool:
+def _have_six_fields(data: npt.NDArray[np.uint8], starts: IntArray, ends: IntArray) -> bool:
     commas = np.flatnonzero(data == ord(","))
     if len(commas) != 5 * len(starts):
         return False
@@ -213,7 +204,7 @@ def parse_number(text: str) -> float:
 
 
 def _diagnose(
-    data: bytes, starts: Int64Array, ends: Int64Array, opens_s: Int64Array, stamped: BoolArray, rules: Sequence[Rule]
+    data: bytes, starts: IntArray, ends: IntArray, opens_s: IntArray, stamped: BoolArray, rules: Sequence[Rule]
 ) -> list[tuple[int, int, str]]:
     """The slow, line by line way, taken only when something is known to be wrong."""
     faults: dict[int, str] = {}
@@ -277,7 +268,7 @@ def find_row(fd: int, size: int, open_s: int) -> int:
     return low
 
 
-def scan_opens(fd: int, start: int, end: int) -> Iterator[tuple[Int64Array, Int64Array]]:
+def scan_opens(fd: int, start: int, end: int) -> Iterator[tuple[IntArray, IntArray]]:
     """Opens and offsets of all rows between two offsets that are starts of rows, a few megabytes at a time.
 
     Raises:

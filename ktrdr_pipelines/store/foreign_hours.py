@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from ktrdr_pipelines.bars.schema import BoolArray, Int64Array
 from ktrdr_pipelines.calendars import (
     FIRST_YEAR,
     LAST_YEAR,
@@ -23,11 +22,12 @@ from ktrdr_pipelines.calendars import (
     find_unexpected,
 )
 from ktrdr_pipelines.calendars.exchanges import FOREX
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.errors import InputError
 
-Judge = Callable[[Int64Array], BoolArray]
+Judge = Callable[[IntArray], BoolArray]
 """True for each of these opens (epoch seconds, in any order) that the series cannot have."""
 
 _ROOM_S = 40 * 86400
@@ -56,7 +56,7 @@ def why_outside(series: Series) -> str:
     return f"not a trading day of {instrument.symbol}"
 
 
-def _find_outside(expected: ExpectedBars, opens_s: Int64Array, series: Series) -> BoolArray:
+def _find_outside(expected: ExpectedBars, opens_s: IntArray, series: Series) -> BoolArray:
     if calendar_of(series.instrument) != FOREX:
         # A load takes 13:00 for the bar that IB stamps 13:30. In a foreign file of stocks it is another cut of the day: the
         # answer for its neighbours brings 13:30 as well. Forex files write 17:00 for 17:15, and nothing else trades then.
@@ -64,7 +64,7 @@ def _find_outside(expected: ExpectedBars, opens_s: Int64Array, series: Series) -
     return find_unexpected(expected, opens_s, series.timeframe)
 
 
-def _find_overlapping(expected: ExpectedBars, opens_s: Int64Array, series: Series) -> BoolArray:
+def _find_overlapping(expected: ExpectedBars, opens_s: IntArray, series: Series) -> BoolArray:
     outside = _find_outside(expected, opens_s, series)
     if not series.timeframe.is_intraday:
         return np.zeros(len(opens_s), np.bool_)
@@ -73,9 +73,7 @@ def _find_overlapping(expected: ExpectedBars, opens_s: Int64Array, series: Serie
     return outside & (opened_before > closed_before)
 
 
-def _judge(
-    series: Series, opens_s: Int64Array, find: Callable[[ExpectedBars, Int64Array, Series], BoolArray]
-) -> BoolArray:
+def _judge(series: Series, opens_s: IntArray, find: Callable[[ExpectedBars, IntArray, Series], BoolArray]) -> BoolArray:
     found = np.zeros(len(opens_s), np.bool_)
     try:
         calendar_of(series.instrument)
@@ -89,7 +87,7 @@ def _judge(
     return np.asarray(told[places], dtype=np.bool_)
 
 
-def _parts(ordered: Int64Array, series: Series) -> Iterator[tuple[int, int]]:
+def _parts(ordered: IntArray, series: Series) -> Iterator[tuple[int, int]]:
     """Where to cut ``ordered``, so that the calendar's bars around a part fit into memory; only the years that it covers."""
     at, end = (int(i) for i in np.searchsorted(ordered, [_FIRST_S, _END_S]))
     length_s = max(series.timeframe.seconds * _BARS_AT_ONCE, _ROOM_S)

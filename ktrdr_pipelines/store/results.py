@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ktrdr_pipelines.store.settle import Prepared
+from ktrdr_pipelines.store.sidecar import Sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +44,5 @@ class Written:
     partitions: tuple[str, ...]
     """Keys of the partitions the bars fall into."""
     prepared: Prepared
+    sidecar: Sidecar
+    """What is known of the series since."""

@@ -79,6 +79,16 @@ def merge_bars(held: pd.DataFrame, new: pd.DataFrame, *, held_wins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """What has to be seen of the held bars before anything is written: those that open from ``first_s`` to ``last_s``, both
+    included (epoch seconds), are given to ``check``, which raises when the new bars do not go with them."""
+
+    first_s: int
+    last_s: int
+    check: Callable[[pd.DataFrame], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Spliced:
     """What a splice did. ``state`` is the file's state afterwards, None when there is no file."""
 
@@ -98,21 +108,22 @@ def splice_bars(
     *,
     window: Window | None,
     is_settled: Callable[[FileState | None], bool],
+    compare: Comparison | None = None,
     held_wins: bool = False,
     whole: bool = False,
 ) -> Spliced:
     """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
 
     The file is replaced only when a byte of it changes. ``held_in_window`` counts the rows of ``window`` afterwards.
-    ``is_settled`` tells whether a state of the file is the one that was looked at: on any other nothing is built, else an
-    edit of that moment would pass for our own work.
-    ``whole``: not one held bar may stay as it was told before.
+    ``is_settled`` is true for the state of the file that was looked at: on any other nothing is built, else an edit of that
+    moment would pass for our own work. ``compare`` is checked before anything is built. ``whole``: no held bar may stay.
 
     Raises:
         MalformedFile: a row that was looked at is none of ours.
         SourceChanged: another program changed the file meanwhile; nothing was written.
         LeavesOldBars: ``whole``, and ``bars`` lack a held one; nothing was written.
         OSError: the disk refuses; nothing was written.
+        KtrdrError: what ``compare`` raises; nothing was written.
     """
     opens_s = opens_of(bars)
     first_s, last_s = int(opens_s[0]), int(opens_s[-1])
@@ -128,9 +139,9 @@ def splice_bars(
         low, high, held = 0, 0, bars.iloc[:0]
         if source is not None and size:
             low, high = find_row(source, size, first_s), find_row(source, size, last_s + 1)
-            held, faults = parse_rows(read_range(source, low, high), rules)
-            if faults:
-                raise MalformedFile(faults[0][2], low + faults[0][1])
+            around = _read_around(source, size, low, high, rules, compare)
+            held_s = opens_of(around)
+            held = around[(held_s >= first_s) & (held_s <= last_s)].reset_index(drop=True)
         merged = merge_bars(held, bars, held_wins=held_wins)
         if whole and size and (low > len(HEADER) or high < size or len(merged.bars) > len(bars)):
             raise LeavesOldBars
@@ -160,8 +171,29 @@ def splice_bars(
             os.close(source)
 
 
+def _read_around(
+    fd: int, size: int, low: int, high: int, rules: Sequence[Rule], compare: Comparison | None
+) -> pd.DataFrame:
+    """The held bars between two offsets and those that ``compare`` wants to see, in one read."""
+    if compare is not None:
+        low = min(low, find_row(fd, size, compare.first_s))
+        high = max(high, find_row(fd, size, compare.last_s + 1))
+    around, faults = parse_rows(read_range(fd, low, high), rules)
+    if faults:
+        raise MalformedFile(faults[0][2], low + faults[0][1])
+    if compare is not None:
+        compare.check(around)
+    return around
+
+
 def splice_nothing(
-    path: Path, bars: pd.DataFrame, window: Window | None, *, is_settled: Callable[[FileState | None], bool]
+    path: Path,
+    bars: pd.DataFrame,
+    window: Window | None,
+    rules: Sequence[Rule],
+    *,
+    is_settled: Callable[[FileState | None], bool],
+    compare: Comparison | None = None,
 ) -> Spliced:
     """What a splice of the empty table ``bars`` amounts to: nothing changes, the rows of ``window`` are counted.
 
@@ -179,6 +211,9 @@ def splice_nothing(
         state = FileState.of(os.fstat(fd))
         if not is_settled(state):
             raise SourceChanged
+        if compare is not None and state.size:
+            start = find_row(fd, state.size, compare.first_s)
+            _read_around(fd, state.size, start, start, rules, compare)
         return Spliced(merged, state, {}, count_rows(fd, state.size, window) if window and state.size else 0)
     finally:
         os.close(fd)

@@ -17,14 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ktrdr_pipelines.bars.schema import (
-    Int64Array,
-    empty_bars,
-    latest_complete_open_s,
-    opens_of,
-    rules_for,
-    validate_bars,
-)
+from ktrdr_pipelines.bars.schema import empty_bars, latest_complete_open_s, opens_of, rules_for, validate_bars
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
@@ -63,7 +57,7 @@ from ktrdr_pipelines.store.sidecar import (
 )
 from ktrdr_pipelines.store.sidecar_cache import ParsedFiles
 from ktrdr_pipelines.store.sidecar_views import SidecarViews
-from ktrdr_pipelines.store.splice import LeavesOldBars, Spliced, splice_bars, splice_nothing
+from ktrdr_pipelines.store.splice import Comparison, LeavesOldBars, Spliced, splice_bars, splice_nothing
 
 _TRIES_AGAINST_EDITORS = 3
 
@@ -128,7 +122,7 @@ class Store:
             shown = [fault_at(fd, start + offset, why, before + row + 1) for row, offset, why in faults[:10]]
             raise bad_rows(self.csv_path(series), shown, len(faults), doing)
 
-    def held_opens(self, series: Series, window: Window | None = None) -> Int64Array:
+    def held_opens(self, series: Series, window: Window | None = None) -> IntArray:
         """Opens of the bars held in ``window`` (all without one), epoch seconds, strictly increasing. Reads stamps only.
 
         Raises:
@@ -232,15 +226,23 @@ class Store:
         proven_empty: Sequence[ProvenEmpty] = (),
         volume_unit: VolumeUnit | None = None,
         complete_until: datetime | None = None,
+        history_start: HistoryStart | None = None,
+        sparse: bool | None = None,
+        compare: Comparison | None = None,
+        asked: Window | None = None,
         whole: bool = False,
     ) -> Written:
-        """Add ``bars`` to the CSV, and what is known since to the sidecar.
+        """Add ``bars`` to the CSV, and what is known since to the sidecar: both in one step under the lock.
+
+        The only place where bars are validated on their way into a file.
 
         Same stamp: the new values count, the old ones are in the result. Held bars that ``bars`` lacks stay. ``answered`` is
         the window in which the answer was verified to be all there is (None claims nothing); ``proven_empty`` the ranges
         with expected opens and no bars. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
-        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. A claim without ``bars``
-        says something of what the file held when it was verified: it does not hold where the file turns out to be edited.
+        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. An answered window also
+        says something of what the file held when it was verified: it is not claimed where the file turns out to be edited.
+        ``history_start`` and ``sparse``: what else was learned; None changes nothing. ``compare``: which held bars have to be
+        seen first, and what refuses them. ``asked``: the window of the request, which errors name.
 
         ``whole``: ``bars`` replace everything that is held, in one step; a held bar that they lack is refused.
 
@@ -252,29 +254,32 @@ class Store:
             StoreError: the disk or the lock refuses, or the file holds something else (`sidecar.pin`).
         """
         now = require_utc(now, "now")
+        asked = asked or answered
         if len(bars):
-            validate_bars(bars, series, answered)
-        doing = f"writing bars of {series}" + (f" {answered}" if answered else "")
+            validate_bars(bars, series, asked)
+        doing = f"writing bars of {series}" + (f" {asked}" if asked else "")
         last_complete_s = latest_complete_open_s(series.timeframe, now.timestamp())
         until = require_utc(complete_until or datetime.fromtimestamp(last_complete_s + 1, UTC), "complete_until")
         with self._files.locked(series, doing):
             sidecar, spliced, prepared = self._splice(
-                series, bars, answered, source, now, doing, volume_unit, whole=whole
+                series, bars, answered, source, now, doing, volume_unit, compare=compare, whole=whole
             )
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
             spans = add_answered(sidecar.answered, answered, until) if answered else sidecar.answered
-            if not len(bars):
-                # Verified on a file that is no more: bars may have gone with an edit that nobody had seen.
-                spans = subtract_windows(spans, prepared.changed_windows(series.timeframe))
-            update = {
+            # Verified on a file that is no more: bars may have gone with an edit.
+            spans = subtract_windows(spans, prepared.changed_windows(series.timeframe))
+            update: dict[str, object] = {
                 "updated_at": now,
                 "answered": spans,
                 "proven_empty": ranges,
                 "partitions": {**sidecar.partitions, **spliced.marks},
                 "file": mark_of(spliced.state),
             }
-            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+            update |= {"history_start": history_start} if history_start is not None else {}
+            update |= {"sparse": sparse} if sparse is not None else {}
+            sidecar = sidecar.model_copy(update=update)
+            self._files.save_sidecar(series, sidecar)
         merged = spliced.merged
         return Written(
             rows_added=merged.added,
@@ -285,21 +290,13 @@ class Store:
             revised_to=merged.revised_to,
             partitions=tuple(spliced.marks),
             prepared=prepared,
+            sidecar=sidecar,
         )
 
-    def note(
-        self, series: Series, *, now: datetime, history_start: HistoryStart | None = None, sparse: bool | None = None
-    ) -> None:
-        """Remember where the history of ``series`` begins, or that IB leaves out its empty bars. None changes nothing."""
-        doing = f"noting what is known of {series}"
-        with self._files.locked(series, doing):
-            sidecar, _ = settle(self._files, series, require_utc(now, "now"), doing)
-            update: dict[str, object] = {"updated_at": now, "series": str(series)}
-            if history_start is not None:
-                update["history_start"] = history_start
-            if sparse is not None:
-                update["sparse"] = sparse
-            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+    def is_unchanged(self, written: Written) -> bool:
+        """True if the CSV is still as ``written`` left it: no other program has changed it since."""
+        with explained(written.path, f"looking at {written.path.name}"):
+            return is_as_written(written.sidecar, state_of(written.path))
 
     def note_unfinished(self, series: Series, since: datetime | None, until: datetime | None, *, now: datetime) -> None:
         """Remember what loads of newer (``since``) and of older bars (``until``) still owe; None: nothing."""
@@ -363,6 +360,7 @@ class Store:
         doing: str,
         volume_unit: VolumeUnit | None = None,
         *,
+        compare: Comparison | None = None,
         held_wins: bool = False,
         whole: bool = False,
     ) -> tuple[Sidecar, Spliced, Prepared]:
@@ -377,7 +375,10 @@ class Store:
             try:
                 is_settled = partial(is_as_written, sidecar)
                 if not len(bars):
-                    return sidecar, splice_nothing(path, bars, window, is_settled=is_settled), prepared
+                    unchanged = splice_nothing(
+                        path, bars, window, rules_for(series), is_settled=is_settled, compare=compare
+                    )
+                    return sidecar, unchanged, prepared
                 spliced = splice_bars(
                     self._files.disk,
                     path,
@@ -386,6 +387,7 @@ class Store:
                     rules_for(series),
                     window=window,
                     is_settled=is_settled,
+                    compare=compare,
                     held_wins=held_wins,
                     whole=whole,
                 )

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, find_faults, normalise_answer, opens_of, rules_for
+from ktrdr_pipelines.bars.answer import normalise_answer
+from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, find_faults, opens_of, rules_for
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import parse_timeframe

@@ -27,8 +27,8 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client import RawBars
+from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, Planned
-from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.modes import Held, Mode, resolve_window
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.results import Written
@@ -796,7 +796,7 @@ def test_a_gateways_clock_that_its_own_bars_disprove_is_not_believed(store: Stor
     job, _ = load(store, history, series, span, now=now)
     assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())
     assert (job.report.missing_bars, len(history.requests)) == (0, 2)
-    assert [notice for notice in job.report.notices if "is not believed" in notice]
+    assert [notice for notice in job.report.notices if "its clock is ignored" in notice]
 
 
 class EditedStore(Store):

@@ -17,6 +17,7 @@ from ktrdr_pipelines.domain.instruments import Hours, Instrument, Series, forex,
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration, HistoryLimits, Timeframe
 from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.planning.coverage import find_gaps, missing_bars
 from ktrdr_pipelines.planning.durations import (
     LOOSEST,
     READINGS,
@@ -26,14 +27,7 @@ from ktrdr_pipelines.planning.durations import (
     is_allowed,
     list_durations,
 )
-from ktrdr_pipelines.planning.requests import (
-    Request,
-    find_gaps,
-    longest_back,
-    missing_bars,
-    plan_requests,
-    refetch_requests,
-)
+from ktrdr_pipelines.planning.requests import Request, longest_back, plan_requests, refetch_requests
 
 CLASSIC, CURRENT = HistoryLimits.CLASSIC, HistoryLimits.CURRENT
 AAPL, EURUSD = stock("AAPL"), forex("EURUSD")

@@ -25,8 +25,8 @@ from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.evidence import Doubt, Heard, judge_holes
-from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.evidence import AnswerEvidence, Doubt, judge_missing
 from ktrdr_pipelines.planning.durations import is_allowed, reach_back
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.store import Store
@@ -54,10 +54,6 @@ CUTS: dict[str, Cut] = {
     "the last 90 %": lambda n: np.arange(n - ceil(n * 0.9), n),
     "all but seven in the middle": lambda n: _middle(n, 7, up=False),
     "all but one in the middle": lambda n: _middle(n, 1, up=True),
-    "all but every 10th": lambda n: np.flatnonzero(np.arange(n) % 10 != 9),
-    "all but every 10th from the first": lambda n: np.flatnonzero(np.arange(n) % 10 != 0),
-    "all but every 7th from the end": lambda n: np.flatnonzero((n - 1 - np.arange(n)) % 7 != 3),
-    "every second": lambda n: np.arange(0, n, 2),
     "the newest 40": lambda n: np.arange(max(0, n - 40), n),
     "the oldest 40": lambda n: np.arange(min(n, 40)),
     "all but the first": lambda n: np.arange(1, n),
@@ -97,15 +93,13 @@ SPANS = {
 SERIES = {name: Series(forex("EURUSD") if name == "5m" else stock("AAPL"), TIMEFRAMES[name]) for name in SPANS}
 
 
-def draw_truth(data: st.DataObject, name: str, span: Window, margin: timedelta, *, cut: str = "") -> IntArray:
-    """What exists: all but some single bars, some runs and perhaps everything before or after a day. Every n-th bar of a series
-    that lacks a fifth of its bars anyway is no row that can be told from chance (`holes.LONGEST_ROW`): there less is lacking."""
+def draw_truth(data: st.DataObject, name: str, span: Window, margin: timedelta) -> IntArray:
+    """What exists: all but some single bars, some runs and perhaps everything before or after a day."""
     around = expected_bars(SERIES[name], Window(span.start - margin, span.end + margin)).opens
     inside = np.flatnonzero((around >= span.start_s) & (around < span.end_s))
     exists = np.ones(len(around), np.bool_)
     seed = data.draw(st.integers(0, 2**32 - 1), label="seed")
-    most = 3 if "every" in cut else 4
-    share = data.draw(st.sampled_from([0.0, 0.003, 0.03, 0.2][:most]), label="share lacking")
+    share = data.draw(st.sampled_from([0.0, 0.003, 0.03, 0.2]), label="share absent")
     exists &= np.random.default_rng(seed).random(len(around)) >= share
     for _ in range(data.draw(st.integers(0, 3), label="runs")):
         first = data.draw(st.integers(int(inside[0]), int(inside[-1])))
@@ -135,7 +129,7 @@ def run(history: FakeHistory, name: str, span: Window, folder: Path) -> tuple[Lo
 def test_no_cut_of_all_answers_proves_an_existing_bar_empty(data: st.DataObject, name: str, cut: str) -> None:
     """The file equals the truth, or the load failed or owns up to what is missing; nothing that exists is called empty."""
     span, margin = SPANS[name]
-    truth = draw_truth(data, name, span, margin, cut=cut)
+    truth = draw_truth(data, name, span, margin)
     head = utc("2000-01-01") + timedelta(seconds=int(truth[0]) - utc("2000-01-01").timestamp()) if len(truth) else None
     history = CuttingHistory(
         truth,
@@ -194,10 +188,10 @@ def judge(hole: slice, *ranges: tuple[int, int], says_empty: bool = False, **mor
     """Doubts about ``hole`` after answers for bars from the first to before the second of each of ``ranges``."""
     truth = np.delete(MINUTES.opens, np.arange(390)[hole])
     heard = [
-        Heard(a, b, truth[(truth >= a) & (truth < b)], says_empty)
+        AnswerEvidence(a, b, truth[(truth >= a) & (truth < b)], says_empty)
         for a, b in ((int(MINUTES.opens[lo]), int(MINUTES.closes[hi - 1])) for lo, hi in ranges)
     ]
-    judged = judge_holes(MINUTES.take(hole), MINUTES, heard, TIMEFRAMES["1m"], **more)
+    judged = judge_missing(MINUTES.take(hole), MINUTES, heard, TIMEFRAMES["1m"], **more)
     return sorted({Doubt(each) for each in judged.doubts})
 
 
@@ -210,8 +204,6 @@ def judge(hole: slice, *ranges: tuple[int, int], says_empty: bool = False, **mor
         pytest.param(slice(0, 10), [(0, 390), (0, 20)], Doubt.OLDER, id="nothing older"),
         pytest.param(slice(192, 198), [(0, 390), (191, 199)], Doubt.MIDDLE, id="in the middle twice"),
         pytest.param(slice(192, 198), [(0, 390), (191, 220)], Doubt.NONE, id="in the middle once"),
-        pytest.param(slice(9, 380, 10), [(0, 390), (0, 385)], Doubt.REGULAR, id="every tenth, from the same place"),
-        pytest.param(slice(9, 380, 10), [(0, 390), (3, 385)], Doubt.NONE, id="every tenth, from another place"),
     ],
 )
 def test_what_leaves_a_hole_in_doubt(hole: slice, ranges: list[tuple[int, int]], doubt: Doubt) -> None:
@@ -224,8 +216,8 @@ def test_an_answer_that_lacks_a_known_bar_is_no_witness() -> None:
     first = np.delete(MINUTES.opens, np.arange(100, 107))
     second = np.delete(MINUTES.opens, np.r_[100:107, 200:207])
     end_s = int(MINUTES.closes[-1])
-    heard = [Heard(int(MINUTES.opens[0]), end_s, first), Heard(int(MINUTES.opens[5]), end_s, second)]
-    judged = judge_holes(MINUTES.take(slice(100, 107)), MINUTES, heard, TIMEFRAMES["1m"])
+    heard = [AnswerEvidence(int(MINUTES.opens[0]), end_s, first), AnswerEvidence(int(MINUTES.opens[5]), end_s, second)]
+    judged = judge_missing(MINUTES.take(slice(100, 107)), MINUTES, heard, TIMEFRAMES["1m"])
     assert set(judged.doubts.tolist()) == {Doubt.UNSEEN}
 
 
@@ -235,10 +227,10 @@ def test_ibs_words_prove_a_range_that_lies_in_the_hole() -> None:
     start_s, end_s = int(MINUTES.opens[380]), int(MINUTES.closes[-1])
     nothing = np.empty(0, np.int64)
     hole = MINUTES.take(slice(380, 390))
-    whole = Heard(int(MINUTES.opens[0]), end_s, truth)
+    whole = AnswerEvidence(int(MINUTES.opens[0]), end_s, truth)
     for says_empty, doubt in ((True, Doubt.NONE), (False, Doubt.UNSEEN)):
-        heard = [whole, Heard(start_s, end_s, nothing, says_empty)]
-        assert set(judge_holes(hole, MINUTES, heard, TIMEFRAMES["1m"]).doubts.tolist()) == {doubt}
+        heard = [whole, AnswerEvidence(start_s, end_s, nothing, says_empty)]
+        assert set(judge_missing(hole, MINUTES, heard, TIMEFRAMES["1m"]).doubts.tolist()) == {doubt}
 
 
 def test_an_answer_seen_whole_at_its_newest_end_speaks_for_shorter_ones() -> None:

@@ -321,8 +321,9 @@ def test_notes_are_kept_beside_the_rest(store: Store) -> None:
     """Start of history and sparseness are remembered, and other knowledge stays."""
     write(store, make_bars(range(3)), window_of(0, 3))
     start = HistoryStart(open=datetime(1980, 12, 12, tzinfo=UTC), known_by="head timestamp")
-    store.note(AAPL_1M, now=NOW, history_start=start)
-    store.note(AAPL_1M, now=NOW, sparse=True)
+    nothing = make_bars(range(0))
+    store.write(AAPL_1M, nothing, answered=None, source="simulator", now=NOW, history_start=start)
+    store.write(AAPL_1M, nothing, answered=None, source="simulator", now=NOW, sparse=True)
     sidecar = store.read_sidecar(AAPL_1M)
     assert (sidecar.history_start, sidecar.sparse, sidecar.rows) == (start, True, 3)
     assert '"open": "1980-12-12T00:00:00Z"' in store.sidecar_path(AAPL_1M).read_text()
@@ -543,7 +544,7 @@ def test_a_lost_sidecar_costs_requests_never_bars(filled: Store) -> None:
      b'{"answered": [{"start": "2024-01-01T00:00:00", "end": "2024-01-02T00:00:00"}]}'],
 )  # fmt: skip
 def test_a_garbage_sidecar_is_kept_and_built_anew(filled: Store, garbage: bytes) -> None:
-    """Reading it is a clear error; the next load keeps a copy and goes on; no bar is lost."""
+    """Reading it is a clear error; the next write keeps a copy and goes on; no bar is lost, and nothing is claimed of it."""
     path = filled.sidecar_path(AAPL_1M)
     path.write_bytes(garbage)
     with pytest.raises(DataError, match=r"AAPL_1m\.meta\.json is unreadable") as caught:
@@ -556,7 +557,7 @@ def test_a_garbage_sidecar_is_kept_and_built_anew(filled: Store, garbage: bytes)
     assert kept.name == "AAPL_1m.meta.json.corrupt-20250101T000000Z"
     assert kept.read_bytes() == garbage
     sidecar = filled.read_sidecar(AAPL_1M)
-    assert (sidecar.rows, sidecar.answered_windows) == (21, (window_of(15, 16),))
+    assert (sidecar.rows, sidecar.answered_windows) == (21, ())
 
 
 def test_a_newer_programs_sidecar_is_left_alone(filled: Store) -> None:

@@ -15,12 +15,13 @@ import dagster as dg
 import numpy as np
 import pytest
 
+from ktrdr_pipelines.bars.schema import empty_bars
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler, ReconcileTick, compare
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
@@ -186,7 +187,7 @@ def test_before_the_start_of_history_is_complete_with_no_bars(settings: Settings
     """Once it is known where history starts, the older months are materialized with no rows; the first one too."""
     hold(settings.data_dir, AAPL_1H, utc("2024-01-10"), NOW)
     start = HistoryStart(open=utc("2024-01-10T14:30:00"), known_by="test")
-    Store(settings.data_dir).note(AAPL_1H, now=NOW, history_start=start)
+    Store(settings.data_dir).write(AAPL_1H, empty_bars(), answered=None, source="simulator", now=NOW, history_start=start)
     tick = reconcile(settings, instance)
     keys = [p.key for p in partitions_in(AAPL_1H.timeframe, window("2023-06-01", "2024-06-15"))]
     assert tick.reported == len(keys) == 13

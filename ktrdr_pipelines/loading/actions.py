@@ -1,0 +1,146 @@
+"""What the load machine wants done, and what its driver reports back. Values only.
+
+An action names the episode (one planned request, see `episode.py`) that waits for its result; the driver carries actions out in
+order and gives each result to the machine as an input for that episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import pandas as pd
+
+from ktrdr_pipelines.bars.answer import Answer
+from ktrdr_pipelines.domain.instruments import Instrument
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.loading.knowledge import HeldBars
+from ktrdr_pipelines.loading.report import Event
+from ktrdr_pipelines.planning.requests import Request
+from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty, Sidecar
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Find out whether the file can be written and holds this contract, and remember what this load may leave unfinished.
+    Answered with `Begun` or `Refused`."""
+
+    unfinished_from: datetime | None
+    unfinished_until: datetime | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Fetch ``request``. Answered with `Answered` or `Refused`."""
+
+    episode: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class AskHead:
+    """Ask for IB's head timestamp. Answered with `HeadFound` or `Refused`."""
+
+    episode: int
+
+
+@dataclass(frozen=True, eq=False)
+class Claims:
+    """What is known since an episode settled: IB answered ``answered`` in full, and the bars of ``absent`` do not exist. Claims
+    end at ``complete_until``, before which every bar has closed."""
+
+    answered: Window
+    absent: Sequence[ProvenEmpty] = ()
+    complete_until: datetime | None = None
+    history_start: HistoryStart | None = None
+    sparse: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """Write ``bars`` and, with them, ``claims``; the held bars must be on the price scale of all ``compared`` answers. ``whole``:
+    the bars replace everything held. Answered with `Stored` or `Refused`."""
+
+    episode: int
+    bars: pd.DataFrame
+    window: Window
+    claims: Claims | None
+    compared: Sequence[Answer]
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Remember:
+    """Note in the sidecar what is still unfinished after this load. Nothing waits for it."""
+
+    unfinished_from: datetime | None
+    unfinished_until: datetime | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Show ``event`` to whoever follows the load."""
+
+    event: Event
+
+
+Action = Begin | Ask | AskHead | Write | Remember | Report
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Open the episode."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The gateway is connected: ``instrument`` with IB's conId and time zone; its clock is ``clock_lag_s`` behind this
+    machine's."""
+
+    instrument: Instrument
+    clock_lag_s: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """IB's ``answer``, received ``at``."""
+
+    answer: Answer
+    at: datetime
+    clock_lag_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeadFound:
+    """IB's head timestamp; None when IB has none. ``at``: when it was received."""
+
+    head: datetime | None
+    at: datetime
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The bars and claims are in the files. ``sidecar`` as it is now. ``held`` is set when another program changed the file
+    meanwhile: the bars as they were read again."""
+
+    added: int
+    revised: int = 0
+    first_revised: datetime | None = None
+    sidecar: Sidecar | None = None
+    held: HeldBars | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The action failed with ``error``."""
+
+    error: KtrdrError
+
+
+Input = Start | Answered | HeadFound | Stored | Refused

@@ -1,0 +1,250 @@
+"""One planned request, from the question until its window is settled: what every kind of episode does.
+
+No I/O, no clock, no store: inputs and actions are values (`actions.py`), and each kind has its transitions in one table
+(`window_episode.py`, `whole_episode.py`). An episode is settled when every expected bar of its window is held, confirmed as
+absent, or known to be late; or it has failed. Every decision can thus be tested with an input and a look at the actions, and
+several episodes can be open at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from ktrdr_pipelines.bars.answer import Answer, NormalisedAnswer
+from ktrdr_pipelines.bars.schema import empty_bars, opens_of
+from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
+from ktrdr_pipelines.domain.time import format_instant
+from ktrdr_pipelines.errors import BugError, DataError, KtrdrError
+from ktrdr_pipelines.loading.actions import Action, Answered, Ask, AskHead, Claims, Input, Refused, Stored, Write
+from ktrdr_pipelines.loading.context import LoadContext
+from ktrdr_pipelines.loading.cutting import cut_answer
+from ktrdr_pipelines.loading.evidence import RequestEvidence
+from ktrdr_pipelines.planning.coverage import bars_inside
+from ktrdr_pipelines.planning.requests import Request
+from ktrdr_pipelines.store.sidecar import Evidence
+from ktrdr_pipelines.store.splice import merge_bars
+
+
+class State(Enum):
+    """Where an episode stands. The last three are final."""
+
+    PLANNED = "planned"
+    ASKED = "the planned request is out"
+    DOUBTED = "the answer contradicts the calendar: nothing is written, requests of another shape are out"
+    PROBING = "expected bars are missing: requests of another shape are out"
+    COLLECTING = "a request for the whole series is out"
+    AWAITING_HEAD = "the head timestamp is asked for"
+    WRITING = "bars are being written, and the next action waits for that"
+    SETTLING = "the last bars and the claims are being written"
+    PUT_OFF = "only the head timestamp speaks for it: it is asked again when bars are held"
+    COMPLETE = "settled"
+    FAILED = "failed"
+
+
+FINAL = (State.PUT_OFF, State.COMPLETE, State.FAILED)
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """The episode ends without claims: put off, or failed with ``error``."""
+
+    error: KtrdrError | None = None
+
+
+Transitions = Mapping[tuple[State, type], Callable[[Any, Any], list[Action]]]
+"""The method that takes an input in a state, and returns the actions that follow. What is not in the table is a bug."""
+
+
+class Episode(ABC):
+    """One planned request. `receive` an input, carry out the actions; `state` is final at the end."""
+
+    transitions: ClassVar[Transitions]
+
+    def __init__(self, number: int, request: Request, load: LoadContext) -> None:
+        """``number`` names the episode in its actions."""
+        self.number, self.request, self.load = number, request, load
+        self.state = State.PLANNED
+        self.error: KtrdrError | None = None
+        """Why the episode failed."""
+        self.rows = 0
+        """New rows in the file."""
+        self.wanted = bars_inside(load.expected, request.window)
+        self.pending = self.absent = self.wanted.take(slice(0, 0))
+        """Bars that stay missing because they may only be late; bars that are confirmed as absent."""
+        self.history_start_s: int | None = None
+        """The first open of all history, epoch seconds, when this episode showed it."""
+        self.seen = RequestEvidence(
+            load.series, request.window, load.known, load.limits, load.all_expected, load.clock.now_s
+        )
+        self.evidence: list[Evidence] = []
+        """What goes into the sidecar with the claims."""
+        self.asked: list[Request] = []
+        self.has_no_word = True
+        """Until a bar or IB's own "no data" arrives."""
+        self._arrived = self._fresh = np.empty(0, np.int64)
+        self._unwritten: pd.DataFrame = empty_bars()
+        self._compared: list[Answer] = []
+        self._deferred: Ask | AskHead | End | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def doing(self) -> str:
+        """What is being done, for errors."""
+        return f"loading {self.load.series} {self.request.window}"
+
+    def receive(self, event: Input) -> list[Action]:
+        """Take an input; the actions that follow from it, at most one of which waits for a result.
+
+        Raises:
+            BugError: the input does not belong to the state.
+        """
+        handler = self.transitions.get((self.state, type(event)))
+        if handler is None:
+            raise BugError(
+                f"{type(event).__name__} in state {self.state.name} of the request {self.request}",
+                advice="Report this: a fault of the load machine or its driver.",
+            )
+        try:
+            return handler(self, event)
+        except BugError:
+            raise
+        except KtrdrError as error:
+            return self.then(End(error))
+
+    @abstractmethod
+    def decide(self) -> list[Action]:
+        """What follows from all that is known: another request, the head timestamp, the last write, or the end. May be called
+        again when the head timestamp has become known."""
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def take(self, event: Answered, asked: Request, cut_to: Request, from_s: int | None = None) -> NormalisedAnswer:
+        """Keep what the answer to ``asked`` shows, and cut it to the window of ``cut_to``."""
+        raw = event.answer
+        self.seen.add(raw, asked, from_s)
+        self.load.clock.check(raw.opens_s)
+        self._compared.append(raw)
+        answer = cut_answer(self.load, raw, cut_to)
+        self.has_no_word &= not len(raw.opens_s) and not raw.no_data_text
+        text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
+        self.evidence.append(Evidence(asked_at=event.at, duration=str(asked.duration), end=asked.end, text=text))
+        return answer
+
+    def hold(self, bars: pd.DataFrame) -> None:
+        """Count ``bars`` as held from now on; they are written before anything else is asked."""
+        opens = opens_of(bars)
+        known = self.load.known
+        self._arrived = np.union1d(self._arrived, opens)
+        self._fresh = np.union1d(self._fresh, np.setdiff1d(opens, known.held.opens, assume_unique=True))
+        known.held = known.held.add(opens)
+        self._unwritten = merge_bars(self._unwritten, bars).bars if len(self._unwritten) else bars
+
+    # -- actions ------------------------------------------------------------------------------------------------------
+
+    def then(self, action: Ask | AskHead | End) -> list[Action]:
+        """``action``, after what arrived is in the file: an interruption loses one answer at most."""
+        if not len(self._unwritten):
+            return self._go(action)
+        self._deferred, self.state = action, State.WRITING
+        return [self._write(None)]
+
+    def settle(self, claims: Claims, *, whole: bool = False) -> list[Action]:
+        """Write what arrived and ``claims`` in one step."""
+        self.state = State.SETTLING
+        return [self._write(claims, whole=whole)]
+
+    def _write(self, claims: Claims | None, *, whole: bool = False) -> Write:
+        compared, self._compared = self._compared, []
+        return Write(self.number, self._unwritten, self.request.window, claims, compared, whole)
+
+    def _go(self, action: Ask | AskHead | End) -> list[Action]:
+        if isinstance(action, End):
+            self.error = action.error
+            self.state = State.PUT_OFF if action.error is None else State.FAILED
+            return []
+        self.state = State.AWAITING_HEAD if isinstance(action, AskHead) else self.asking_state
+        return [action]
+
+    @property
+    def asking_state(self) -> State:
+        """The state while a request other than the planned one is out."""
+        return State.PROBING
+
+    # -- transitions that all kinds share -------------------------------------------------------------------------------
+
+    def resume(self, _: Input) -> list[Action]:
+        """The head timestamp is known."""
+        return self.decide()
+
+    def go_on(self, event: Stored) -> list[Action]:
+        """The bars are in the file: carry out what waited for that."""
+        self._count(event)
+        assert self._deferred is not None
+        if not isinstance(self._deferred, End):
+            self.refuse_vanished()
+        return self._go(self._deferred)
+
+    def finish(self, event: Stored) -> list[Action]:
+        """Bars and claims are in the files."""
+        self._count(event)
+        self.refuse_vanished()
+        self.state = State.COMPLETE
+        return []
+
+    def fail(self, event: Refused) -> list[Action]:
+        """The action failed. What the store refused is not held; the reason to end that came first remains the reason."""
+        if len(self._unwritten):
+            self.load.known.held = self.load.known.held.remove(self._fresh)
+            self._unwritten = empty_bars()
+        is_ending = self.state is State.WRITING and isinstance(self._deferred, End) and self._deferred.error is not None
+        return self._go(self._deferred if is_ending and self._deferred is not None else End(event.error))
+
+    def _count(self, event: Stored) -> None:
+        written, self._unwritten = self._unwritten, empty_bars()
+        self._fresh = self._fresh[:0]
+        load = self.load
+        if event.sidecar is not None:
+            load.known.sidecar = event.sidecar
+        if event.held is not None:
+            load.known.held = event.held
+        self.rows += event.added
+        load.report.fetched_bars += event.added
+        load.report.revised_bars += event.revised
+        self.report_written(event, written)
+
+    def report_written(self, event: Stored, written: pd.DataFrame) -> None:
+        """Count the ``written`` bars that the calendar does not expect, and say that held ones have other values now."""
+        report = self.load.report
+        expected = bars_inside(
+            self.load.all_expected, self.request.window
+        )  # a bar to compare with may lie outside the run
+        unexpected = find_unexpected(expected, opens_of(written), self.load.series.timeframe)
+        report.unexpected_bars += int(unexpected.sum())
+        if event.first_revised is not None:
+            first = format_instant(event.first_revised)
+            report.notices.append(f"IB answers {event.revised} held bars differently now, first {first}")
+
+    def refuse_vanished(self) -> None:
+        """Bars that an answer brought and the file does not hold were taken away by another program: no evidence of anything.
+
+        Raises:
+            DataError: there are such bars.
+        """
+        missing: ExpectedBars = self.load.known.find_missing(self.wanted)
+        vanished = int(match_held(missing, self._arrived, self.load.series.timeframe).sum()) if len(missing) else 0
+        if vanished:
+            raise DataError(
+                f"{vanished} bars that IB sent are not in the file: another program changed it meanwhile",
+                doing=self.doing,
+                advice="Close the file there (an editor, a copy under way) and run the load again.",
+            )

@@ -1,0 +1,384 @@
+"""The load of one series as a state machine: which request comes next, what became of it, what is complete now.
+
+No I/O, no clock, no store, in the manner of h11: `start`, `open_next` and `receive` return actions (`actions.py`), whoever
+drives the machine carries them out in order and gives each result back (`driver.py`). What one request needs until it is
+settled is an episode (`window_episode.py`, `whole_episode.py`); here is what lies between the episodes:
+
+1. what is missing of the window becomes the fewest requests (`load_plan.py`)
+2. requests that a found start of history has answered are not made; those that it puts in doubt come last
+3. a failed request does not stop the others, unless the next one cannot fare better
+4. bars that were the newest when they were asked for are looked at once more when newer ones are held
+5. partitions are reported as complete when they are, and what is left unfinished is remembered
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from ktrdr_pipelines.bars.restatement import ScaleChanged
+from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.partitions import Partition
+from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import HistoryLimits
+from ktrdr_pipelines.errors import BugError, DataError, GatewayUnreachable, KtrdrError, TransientError
+from ktrdr_pipelines.loading.actions import (
+    Action,
+    Answered,
+    Begin,
+    Begun,
+    HeadFound,
+    Input,
+    Refused,
+    Remember,
+    Report,
+    Start,
+)
+from ktrdr_pipelines.loading.claims import describe_pending
+from ktrdr_pipelines.loading.context import LoadContext
+from ktrdr_pipelines.loading.episode import Episode, State
+from ktrdr_pipelines.loading.gateway_clock import GatewayClock
+from ktrdr_pipelines.loading.knowledge import Knowledge
+from ktrdr_pipelines.loading.load_plan import plan_load
+from ktrdr_pipelines.loading.report import Completed, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.loading.whole_episode import WholeEpisode
+from ktrdr_pipelines.loading.window_episode import WindowEpisode
+from ktrdr_pipelines.planning.coverage import bars_inside, owed_from, owed_until
+from ktrdr_pipelines.planning.requests import Request, plan_requests
+
+
+class LoadMachine:
+    """One load of one series. ``report`` is true at every moment."""
+
+    def __init__(
+        self,
+        series: Series,
+        window: Window,
+        known: Knowledge,
+        limits: HistoryLimits,
+        *,
+        now: datetime,
+        report: LoadReport,
+        recheck_last: bool = False,
+    ) -> None:
+        """``window`` (not empty) is what was asked for; its end may lie after ``now``. ``known``: what the files hold of it.
+        ``recheck_last``: if anything is asked at all, the last held bar is asked again (tail).
+
+        Raises:
+            InputError: no calendar is known for the instrument.
+        """
+        self.report = report
+        self.plan = plan = plan_load(series, window, known, limits, now=now, recheck_last=recheck_last)
+        now_s = int(now.timestamp())
+        clock = GatewayClock(series.timeframe, now_s, report)
+        self._load = LoadContext(series, limits, now_s, plan.expected, plan.all_expected, known, clock, report)
+        self._window, self._is_missing = window, plan.missing.copy()
+        self._reported: set[str] = set()
+        self._history_start_is_new = False
+        self._waiting: deque[Request] = deque()
+        self._skipped: deque[Request] = deque()  # wholly before IB's head timestamp, oldest first
+        self._pending: list[ExpectedBars] = []
+        self._second_looks: deque[Request] = deque()
+        self._looking_at: ExpectedBars | None = None
+        self._open: dict[int, Episode] = {}
+        self._opened = self._done = 0
+        self._is_second_look = False
+        self._is_stopped = False
+        self._everything = (
+            Window(plan.requests[0].window.start, plan.requests[-1].window.end) if plan.requests else None
+        )
+        report.gaps_analyzed, report.requests_planned = len(plan.gaps), len(plan.requests)
+
+    # -- the interface ------------------------------------------------------------------------------------------------
+
+    def start(self) -> list[Action]:
+        """The plan, the partitions that are complete already, and `Begin` when something has to be asked."""
+        actions: list[Action] = [Report(Planned(self.plan.gaps, self.plan.requests))]
+        for partition in self.plan.partitions:
+            actions += self._report_if_complete(partition)
+        if self.plan.unreachable is not None:
+            actions.append(self._fail(*self.plan.unreachable))
+        if self.plan.requests:
+            actions.append(self._begin())
+        return actions
+
+    def begun(self, result: Begun | Refused) -> list[Action]:
+        """The result of `Begin`."""
+        if isinstance(result, Refused):
+            self._is_stopped = True
+            assert self._everything is not None
+            return [self._fail(self._everything, result.error)]
+        self._load.series = Series(result.instrument, self._load.series.timeframe)
+        self._load.clock.lag_s = result.clock_lag_s
+        known = self._load.known
+        known.sidecar = known.sidecar.model_copy(update=self._unfinished)
+        self._waiting.extend(self.plan.requests)
+        return []
+
+    def open_next(self) -> list[Action]:
+        """Open the next episode, if there is one: its `Ask`. Requests that are not needed any more are reported as done.
+        Empty when nothing more can be opened; if nothing is open either, the load is over and `finish` is next."""
+        actions: list[Action] = []
+        while not any(not isinstance(action, Report) for action in actions):
+            request = self._choose_next()
+            if request is None:
+                break
+            if not self._is_second_look and not self._is_needed(request):
+                self._done += 1
+                actions.append(Report(Fetched(request, 0, self._done, len(self.plan.requests))))
+                actions += self._report_touched(request, 0)
+                continue
+            episode = self._make_episode(request)
+            self._open[episode.number] = episode
+            actions += episode.receive(Start())
+        return actions
+
+    def receive(self, number: int, event: Input) -> list[Action]:
+        """Give the result of an action to the episode that waits for it.
+
+        Raises:
+            BugError: no such episode is open, or the input does not belong to its state.
+        """
+        if number not in self._open:
+            raise BugError(f"episode {number} of the load of {self._load.series} is not open")
+        if isinstance(event, Answered):
+            self._load.clock.lag_s = event.clock_lag_s
+        if isinstance(event, HeadFound):
+            self._load.head, self._load.head_asked_at, self._load.head_is_asked = event.head, event.at, True
+        episode = self._open[number]
+        actions = episode.receive(event)
+        if episode.is_final:
+            del self._open[number]
+            actions += self._close(episode)
+        return actions
+
+    def finish(self, *, is_broken_off: bool = False) -> list[Action]:
+        """The end, also of a load that ``is_broken_off``: the last failure, and what the next load has to remember."""
+        actions: list[Action] = []
+        if self._everything is not None and not self._is_stopped and not is_broken_off:
+            forming = self._load.expected.take(self._load.expected.closes > self._load.clock.now_s)
+            held_back = self._load.clock.find_held_back(self._load.known.find_missing(forming))
+            if held_back is not None:
+                last = self.plan.requests[-1].window
+                actions.append(self._fail(Window(last.start, self._everything.end), held_back))
+        actions += self._remember_unfinished()
+        if self._everything is not None or self.plan.unreachable is not None:
+            self._sum_up()
+        return actions
+
+    # -- which request is next ----------------------------------------------------------------------------------------
+
+    def _choose_next(self) -> Request | None:
+        """The next request to open. What was skipped needs asking after all when the start of history could not be shown to lie
+        later; bars that were the newest are looked at again at the end."""
+        if self._is_stopped:
+            return None
+        if self._waiting:
+            return self._waiting.popleft()
+        if self._open:
+            return None
+        if self._skipped:
+            return self._skipped.pop()
+        if not self._second_looks:
+            self._prepare_second_look()
+        if not self._second_looks:
+            return None
+        self._is_second_look = True
+        return self._second_looks.popleft()
+
+    def _prepare_second_look(self) -> None:
+        """Bars that were the newest when they were asked for and are not any more: those after them can show now whether they
+        exist."""
+        self._end_second_look()
+        while self._pending and not self._second_looks:
+            self._looking_at = bars = self._pending.pop(0)
+            last_s = self._load.known.held.last_s
+            if last_s is not None and last_s >= bars.opens[-1] and not self._load.series.instrument.ends_now:
+                self._second_looks.extend(plan_requests(self._load.series.timeframe, bars, self._load.limits))
+            else:
+                self._end_second_look()
+
+    def _end_second_look(self) -> None:
+        if self._looking_at is not None:
+            missing = self._load.expected.opens[self._is_missing]
+            still = self._looking_at.take(np.flatnonzero(np.isin(self._looking_at.opens, missing)))
+            self.report.notices += [describe_pending(self._load, still)] if len(still) else []
+            self._looking_at = None
+
+    def _make_episode(self, request: Request) -> Episode:
+        self._opened += 1
+        if self._load.series.instrument.refreshes_whole:
+            return WholeEpisode(self._opened, request, self._load)
+        return WindowEpisode(self._opened, request, self._load, may_put_off=bool(self._waiting))
+
+    def _is_needed(self, request: Request) -> bool:
+        """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
+        last_s = self._load.known.held.last_s
+        is_recheck = last_s is not None and request.window.start_s <= last_s < request.window.end_s
+        if self.plan.anchor_s is not None:
+            is_recheck |= request.window.contains(datetime.fromtimestamp(self.plan.anchor_s, UTC))
+        return is_recheck or bool(self._is_missing[self._indexes(request.window)].any())
+
+    # -- what became of a request -------------------------------------------------------------------------------------
+
+    def _close(self, episode: Episode) -> list[Action]:
+        request = episode.request
+        if episode.state is State.FAILED:
+            return self._close_failed(episode)
+        if episode.state is State.PUT_OFF:
+            self._skipped.append(request)
+        else:
+            self._mark_known(episode)
+        actions: list[Action] = []
+        if episode.state is State.COMPLETE:
+            if not self._is_second_look:
+                self._done += 1
+                self.report.segments_fetched += 1
+                self._pending += [episode.pending] if len(episode.pending) else []
+                actions.append(Report(Fetched(request, episode.rows, self._done, len(self.plan.requests))))
+            actions += self._report_touched(request, episode.rows)
+        if self._load.head is not None and self._load.known.held.is_empty:
+            head = self._load.head
+            self._skipped += [r for r in self._waiting if r.window.end <= head]
+            self._waiting = deque(r for r in self._waiting if r.window.end > head)
+        return actions
+
+    def _close_failed(self, episode: Episode) -> list[Action]:
+        request, error = episode.request, episode.error
+        assert error is not None
+        self._count_what_arrived(request.window)
+        if self._is_second_look:
+            return [self._fail(request.window, error)]
+        if _concerns_all(error):
+            assert self._everything is not None
+            self._is_stopped = True
+            return [self._fail(Window(request.window.start, self._everything.end), error)]
+        return [self._fail(request.window, error), *self._report_touched(request, 0)]
+
+    def _mark_known(self, episode: Episode) -> None:
+        """Everything of a settled request is held or confirmed as absent now, but for bars that may only be late."""
+        self._is_missing[self._indexes(episode.request.window)] = False
+        self._is_missing |= np.isin(self._load.expected.opens, episode.pending.opens)
+        if episode.history_start_s is not None:
+            self._is_missing &= self._load.expected.opens >= episode.history_start_s
+            self._history_start_is_new = True
+        self.report.proven_empty += len(episode.absent)
+        first_s = self._load.known.held.first_s
+        if first_s is not None:
+            absent = episode.absent
+            wanted = episode.wanted.take(np.flatnonzero(episode.wanted.closes <= self._load.clock.now_s))
+            traded = wanted.sessions[~np.isin(wanted.opens, absent.opens)]
+            self.report.empty_sessions += len(np.setdiff1d(absent.sessions[absent.opens > first_s], traded))
+
+    def _count_what_arrived(self, window: Window) -> None:
+        """After a failure in the middle of a window: what is in the file is not missing any more."""
+        mine = self._indexes(window)
+        still = self._load.known.find_missing(self._load.expected.take(mine))
+        self._is_missing[mine] &= np.isin(self._load.expected.opens[mine], still.opens)
+
+    def _fail(self, window: Window, error: KtrdrError) -> Report:
+        doing = f"loading {self._load.series} {window}"
+        if str(self._load.series) not in error.doing:
+            error.doing = f"{doing}: {error.doing}" if error.doing else doing
+        failure = Failure(window, error)
+        self.report.failures.append(failure)
+        return Report(failure)
+
+    # -- partitions ---------------------------------------------------------------------------------------------------
+
+    def _indexes(self, window: Window) -> slice:
+        """Where the expected bars that open in ``window`` stand."""
+        lo, hi = np.searchsorted(self._load.expected.opens, [window.start_s, window.end_s])
+        return slice(int(lo), int(hi))
+
+    def _report_touched(self, request: Request, rows: int) -> list[Action]:
+        """Report the partitions that ``request`` completed, and those complete before whose bars it changed; all that are
+        still open when it showed where history starts."""
+        partitions: Sequence[Partition] = self.plan.partitions
+        first = bisect_right(partitions, request.window.start, key=lambda p: p.window.end)
+        last = bisect_left(partitions, request.window.end, key=lambda p: p.window.start)
+        if self._history_start_is_new:
+            self._history_start_is_new, first = False, 0
+        actions: list[Action] = []
+        for partition in partitions[first:last]:
+            common = partition.window.intersect(request.window)
+            if rows and common is not None and len(bars_inside(self._load.expected, common)):
+                self._reported.discard(partition.key)
+            if partition.key not in self._reported:
+                actions += self._report_if_complete(partition)
+        return actions
+
+    def _report_if_complete(self, partition: Partition) -> list[Action]:
+        mine = self._indexes(partition.window)
+        if self._is_missing[mine].any():
+            return []
+        completed = self._describe(partition, self._load.expected.take(mine))
+        self._reported.add(partition.key)
+        self.report.completed[partition.key] = completed
+        return [Report(completed)]
+
+    def _describe(self, partition: Partition, expected: ExpectedBars) -> Completed:
+        load, timeframe = self._load, self._load.series.timeframe
+        around = load.known.held.opens
+        lo, hi = np.searchsorted(around, [partition.window.start_s, partition.window.end_s])
+        held = around[lo:hi]
+        return Completed(
+            partition=partition,
+            rows=len(held),
+            first_open=datetime.fromtimestamp(int(held[0]), UTC) if len(held) else None,
+            last_open=datetime.fromtimestamp(int(held[-1]), UTC) if len(held) else None,
+            is_unfinished=partition.window.end_s > load.own_now_s,
+            proven_empty=int((~match_held(expected, around, timeframe)).sum()),
+            unexpected=int(find_unexpected(expected, held, timeframe).sum()),
+        )
+
+    # -- what is left for the next load -------------------------------------------------------------------------------
+
+    def _begin(self) -> Begin:
+        """Should this load fail or be killed half way, newer bars may be held than some it owes. The next tail or backfill would
+        then pass over them."""
+        first_s, last_s = self._load.known.held.first_s, self._load.known.held.last_s
+        sidecar, requests = self._load.known.sidecar, self.plan.requests
+        newer = [r.window.start for r in requests if last_s is None or r.window.end_s > last_s]
+        older = [r.window.end for r in requests if first_s is not None and r.window.start_s < first_s]
+        since = min([*newer, *filter(None, [sidecar.unfinished_from])], default=None)
+        until = max([*older, *filter(None, [sidecar.unfinished_until])], default=None)
+        self._unfinished = {"unfinished_from": since, "unfinished_until": until}
+        return Begin(since, until)
+
+    def _remember_unfinished(self) -> list[Action]:
+        """What is still owed of what this and earlier loads were asked for. What lies outside of this load stays as it was."""
+        sidecar, held = self._load.known.sidecar, self._load.known.held
+        noted = (sidecar.unfinished_from, sidecar.unfinished_until)
+        if noted == (None, None):
+            return []
+        missing = self._load.expected.take(np.flatnonzero(self._is_missing))
+        ends = (held.first_s, held.last_s) if held.first_s is not None and held.last_s is not None else None
+        since = owed_from(noted[0], self.plan.span, missing, ends)
+        until = owed_until(noted[1], self.plan.span, missing, ends)
+        return [Remember(since, until)] if (since, until) != noted else []
+
+    def _sum_up(self) -> None:
+        report = self.report
+        if report.unexpected_bars or report.empty_sessions:
+            report.notices.append(
+                f"IB and the calendar disagree ({report.unexpected_bars} bars that it does not expect, "
+                f"{report.empty_sessions} of its sessions without a bar); IB's bars are what is kept. "
+                f"`ktrdr calendar {self._load.series.instrument.symbol}` compares the calendar with IB's schedule"
+            )
+        report.missing_bars = int(self._is_missing[self._indexes(self._window)].sum())
+        if report.failures:
+            report.status = "partial" if report.segments_fetched or report.fetched_bars else "failed"
+
+
+def _concerns_all(error: KtrdrError) -> bool:
+    """True if the next window cannot fare better: bad bars or an unanswered request concern one window; a refusal, an
+    unreachable gateway or a full disk concern all of them."""
+    if isinstance(error, GatewayUnreachable | ScaleChanged):
+        return True
+    return not isinstance(error, DataError | TransientError)
