@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ktrdr_pipelines.calendars.session_tables import LAST_YEAR, IntArray, SessionTable
+from ktrdr_pipelines.calendars.session_tables import LAST_YEAR, SessionTable
 from ktrdr_pipelines.calendars.sessions import check_years, table_of
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.domain.timeframes import Timeframe
@@ -50,7 +50,14 @@ class ExpectedBars:
     def __len__(self) -> int:
         return len(self.opens)
 
-    def take(self, which: slice | NDArray[np.bool_] | IntArray) -> ExpectedBars:
+    @property
+    def earliest(self) -> IntArray:
+        """The earliest instant that belongs to each bar, in epoch seconds: the start of its trading or the earlier of the stamps
+        that it may carry. No answer that reaches back to it leaves the bar out."""
+        # `begins` is never after `opens`, but an alias may lie before both: 17:00 for the forex bar that opens at 17:15.
+        return np.minimum(self.begins, self.aliases)
+
+    def take(self, which: slice | BoolArray | IntArray) -> ExpectedBars:
         """The bars chosen by a slice (views, no copies), a mask or ascending indices."""
         return ExpectedBars(
             self.opens[which],
@@ -137,7 +144,7 @@ def period_keys(timeframe: Timeframe, stamps: IntArray) -> IntArray:
     return stamps
 
 
-def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> NDArray[np.bool_]:
+def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> BoolArray:
     """True for each expected bar that ``held_opens`` (sorted epoch seconds) satisfies.
 
     By the same stamp; for a first bar off the clock grid (17:15) also by the grid point before it (17:00) when nothing
@@ -153,7 +160,7 @@ def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timefram
     return found
 
 
-def find_unexpected(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> NDArray[np.bool_]:
+def find_unexpected(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> BoolArray:
     """True for each of ``held_opens`` (sorted epoch seconds) that satisfies no bar of ``expected``: to be reported, kept."""
     held = period_keys(timeframe, held_opens)
     known = _is_in(held, period_keys(timeframe, expected.opens))
@@ -161,7 +168,7 @@ def find_unexpected(expected: ExpectedBars, held_opens: IntArray, timeframe: Tim
     return ~(known | _is_in(held, off_grid))
 
 
-def _is_in(values: IntArray, ordered: IntArray) -> NDArray[np.bool_]:
+def _is_in(values: IntArray, ordered: IntArray) -> BoolArray:
     if not len(ordered):
         return np.zeros(len(values), dtype=np.bool_)
     at = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)

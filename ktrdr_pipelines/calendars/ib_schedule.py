@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from ktrdr_pipelines.calendars.session_tables import IntArray, SessionTable, local_offsets
+from ktrdr_pipelines.calendars.session_tables import SessionTable, local_offsets
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.errors import DataError
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ktrdr_pipelines.calendars.exchanges import FOREX, ROUND_THE_CLOCK
+from ktrdr_pipelines.domain.arrays import IntArray
 
 if TYPE_CHECKING:
     import pandas as pd
-
-IntArray = NDArray[np.int64]
 
 FIRST_YEAR, LAST_YEAR = 1950, 2069
 """The years a table covers, both included. Future holidays follow the rules known at the time of the installed data."""

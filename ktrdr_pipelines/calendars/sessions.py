@@ -16,7 +16,8 @@ import numpy as np
 
 from ktrdr_pipelines.calendars.exchanges import calendar_of
 from ktrdr_pipelines.calendars.ib_schedule import Session, correct
-from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR, IntArray, SessionTable, build_table
+from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR, SessionTable, build_table
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Hours, Instrument
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import InputError

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from ktrdr_pipelines.calendars import FIRST_YEAR, ExpectedBars, expected_bars, match_held
-from ktrdr_pipelines.calendars.session_tables import IntArray
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Duration, HistoryLimits, Timeframe

@@ -164,6 +164,25 @@ def test_windows_cut_anywhere_add_up(
     assert (np.diff(whole.closes) >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("instrument", "timeframe", "earliest"),
+    [
+        (AAPL, "1h", "2024-03-05T15:00Z"),  # the stamp
+        (EURUSD, "1h", "2024-03-04T22:00Z"),  # the other stamp of the bar that opens at 17:15 New York
+        (EURUSD, "1d", "2024-03-04T22:15Z"),  # the session begins on the evening before its date
+        (AAPL, "1w", "2024-03-04T00:00Z"),  # the week's Monday
+    ],
+)
+def test_the_earliest_instant_of_a_bar_is_before_all_its_stamps(
+    instrument: Instrument, timeframe: str, earliest: str
+) -> None:
+    """`earliest` is the minimum of begin, stamp and accepted stamp, whichever of them is the smallest."""
+    year = expected_bars(Series(instrument, TIMEFRAMES[timeframe]), window("2024-01-01T00:00Z", "2025-01-01T00:00Z"))
+    assert seconds(earliest)[0] in year.earliest
+    smallest = np.minimum(np.minimum(year.begins, year.aliases), year.opens)
+    assert year.earliest.tolist() == smallest.tolist()
+
+
 def test_cached_arrays_cannot_be_changed_by_a_caller() -> None:
     """Bars are shared between callers, so writing to them is refused."""
     bars = expected_bars(Series(AAPL, TIMEFRAMES["1m"]), window("2023-01-01T00:00Z", "2024-01-01T00:00Z"))
