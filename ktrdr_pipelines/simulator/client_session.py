@@ -115,8 +115,8 @@ class Session:
     # --- bytes in -----------------------------------------------------------------------------------------------------
 
     @property
-    def is_stranger(self) -> bool:
-        """Whether the client has still to come to terms with the gateway."""
+    def is_unready(self) -> bool:
+        """True until the client has finished the handshake."""
         return self.state in (State.PREFIX, State.VERSIONS, State.START)
 
     @property

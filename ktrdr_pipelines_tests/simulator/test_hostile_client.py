@@ -18,11 +18,11 @@ from random import Random
 
 import pytest
 
-from ktrdr_pipelines.simulator import server as server_module
-from ktrdr_pipelines.simulator.client_session import Session, State
+from ktrdr_pipelines.simulator import client_connection
+from ktrdr_pipelines.simulator.client_session import Close, Session, State
 from ktrdr_pipelines.simulator.gateway import Gateway
 from ktrdr_pipelines.simulator.messages import PARSERS
-from ktrdr_pipelines.simulator.server import MAX_STRANGERS, run_in_thread
+from ktrdr_pipelines.simulator.server import MAX_UNREADY, run_in_thread
 from ktrdr_pipelines.simulator.wire import LENGTH_BYTES, MAX_ANSWER_BYTES, MAX_FRAME_BYTES, encode, frame
 
 from .talk import AAPL, EURUSD, MARKET, NOW, FaultRule, Talk, errors, head, history
@@ -353,14 +353,14 @@ def test_strangers_who_stay_make_room_for_others(gateway):
     served."""
     sane = Client(gateway)
     with contextlib.ExitStack() as idle:
-        for _ in range(MAX_STRANGERS + 60):
+        for _ in range(MAX_UNREADY + 60):
             idle.enter_context(socket.create_connection((gateway.host, gateway.port), timeout=5))
         newcomer = Client(gateway, 2)
         for client in (sane, newcomer):
             client.say(49, 1)
             assert client.read()[0] == "49"
             client.close()
-        assert wait_until(gateway, lambda: counts(gateway)[0] <= MAX_STRANGERS)
+        assert wait_until(gateway, lambda: counts(gateway)[0] <= MAX_UNREADY)
     assert wait_until(gateway, lambda: counts(gateway) == (0, 0, 0))
 
 
@@ -409,11 +409,11 @@ def test_late_answers_to_a_client_that_does_not_read_wait_too():
 @pytest.mark.slow
 def test_a_client_that_is_closed_and_does_not_read_is_dropped(gateway, monkeypatch):
     """An answer that nobody takes keeps no connection open for ever once the gateway has closed it."""
-    monkeypatch.setattr(server_module, "_LINGER_S", 0.05)
+    monkeypatch.setattr(client_connection, "LINGER_S", 0.05)
     idle = Client(gateway)
     ask_much(idle, 30)
     assert wait_until(gateway, lambda: backlog(gateway) > 0)
-    gateway.call(lambda: [each.perform([server_module.Close("a test")]) for each in list(gateway.server._connections)])
+    gateway.call(lambda: [each.perform([Close("a test")]) for each in list(gateway.server._connections)])
     assert wait_until(gateway, lambda: counts(gateway)[0] == 0)
     idle.close()
 
