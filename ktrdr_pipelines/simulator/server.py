@@ -37,7 +37,7 @@ class SimulatedGateway:
     ``clock`` gives epoch seconds and defaults to the system's; it decides what "now" is for bars, pacing and current time,
     while delays of answers and messages a second are real seconds. ``judge`` True judges pacing by the specification, None
     or False does not. Other keyword arguments are `Gateway`'s: ``pace_clock`` (needed where ``clock`` stands still and
-    pacing is judged), ``zone``, ``durations``, ``habits``, ``limits``, ``account``, ``latency_s``, ``on_record``,
+    pacing is judged), ``zone``, ``durations``, ``habits``, ``account``, ``latency_s``, ``on_record``,
     ``server_version``.
     """
 
@@ -167,7 +167,7 @@ class SimulatedGateway:
         if disturbance.end is not None:
             self.broadcast(disturbance.end.code, disturbance.end.text)
         for connection in list(self._connections):
-            connection.perform(connection.session.deliver_held())
+            connection.perform(connection.session.deliver_delayed())
 
     def _set_hanging(self, is_hanging: bool) -> None:
         self.is_hanging = is_hanging
@@ -208,7 +208,7 @@ class SimulatedGateway:
 
 
 class GatewayThread:
-    """A `SimulatedGateway` in a thread with a loop of its own. A context manager; attributes are the gateway's.
+    """A `SimulatedGateway` in a thread with its own event loop. A context manager; attributes are the gateway's.
 
     Arguments are those of `SimulatedGateway`. Leaving the block stops the gateway and ends the thread.
     """
