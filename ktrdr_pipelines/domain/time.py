@@ -1,4 +1,4 @@
-"""Instants and windows: aware datetimes in UTC, half-open intervals, and how users write them. Pure, no clock."""
+"""Instants and windows: aware datetimes in UTC, half-open intervals, and how users write them. Pure, without a clock."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from ktrdr_pipelines.errors import InputError
 
 
 def require_utc(instant: datetime, what: str = "time") -> datetime:
-    """Return ``instant`` in UTC. Raises ``ValueError`` for a naive one: a guessed zone shifts a whole file."""
+    """``instant`` in UTC. Raises ``ValueError`` for a naive one: a guessed zone shifts a whole file."""
     if instant.tzinfo is None or instant.utcoffset() is None:
         raise ValueError(f"{what} {instant.isoformat()} has no time zone")
     return instant.astimezone(UTC)
 
 
 def format_instant(instant: datetime) -> str:
-    """``2024-01-02T14:30:00Z``: how instants are written in files, messages and answers; bare date at midnight is not
-    abbreviated here (see ``Window.__str__``)."""
+    """``2024-01-02T14:30:00Z``: the format of instants in files, messages and REST answers. Midnight is not abbreviated to a date
+    (`Window.__str__` does that)."""
     return require_utc(instant).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_instant(text: str, what: str) -> datetime:
-    """An instant as a person writes it: ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC.
+    """An instant from ISO 8601 text; a bare date is midnight UTC, a time without a zone is UTC.
 
     Raises:
         InputError: not a date, or a year before 1970 or after 2100.
@@ -37,7 +37,7 @@ def parse_instant(text: str, what: str) -> datetime:
         ) from None
     if instant.tzinfo is None:
         instant = instant.replace(tzinfo=UTC)
-    # With a margin first: near the years 1 and 9999 the other zone has no such time.
+    # With a margin first: near the years 1 and 9999 the conversion to UTC fails.
     if not 1969 <= instant.year <= 2101 or not 1970 <= instant.astimezone(UTC).year <= 2100:
         raise InputError(f"{what} {text[:40]!r} is outside the years 1970 to 2100")
     return instant.astimezone(UTC)
@@ -46,16 +46,17 @@ def parse_instant(text: str, what: str) -> datetime:
 def parse_range(
     start: str | None, end: str | None, *, now: datetime | None = None
 ) -> tuple[datetime | None, datetime | None]:
-    """Start (included) and end (not included) as people write them on every door; None where they wrote nothing.
+    """Start (included) and end (not included) from the text of any entry point; None where none was given.
 
     Raises:
-        InputError: one is no date, start is not before end, or (with ``now``) start lies in the future.
+        InputError: one is not a date, start is not before end, or (with ``now``) start lies in the future.
     """
     first = parse_instant(start, "start") if start is not None else None
     last = parse_instant(end, "end") if end is not None else None
     if first is not None and last is not None and first >= last:
         raise InputError(
-            f"start {format_instant(first)} is not before end {format_instant(last)}", advice="Swap or widen them."
+            f"start {format_instant(first)} is not before end {format_instant(last)}",
+            advice="Give a start before the end.",
         )
     if first is not None and now is not None and first >= now:
         raise InputError(f"start {format_instant(first)} is in the future", advice="Give an earlier start.")
@@ -69,7 +70,7 @@ def _short(instant: datetime) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Window:
-    """A half-open interval of time: ``start`` included, ``end`` not. Both are aware and kept in UTC.
+    """A half-open interval of time: ``start`` included, ``end`` not. Both are aware and in UTC.
 
     Raises:
         ValueError: one end is naive, or ``end`` is before ``start``. An empty window (equal ends) is allowed.
@@ -91,12 +92,12 @@ class Window:
 
     @property
     def start_s(self) -> int:
-        """Start in whole seconds since 1970-01-01 UTC, rounded up: no bar open before ``start`` slips in."""
+        """Start in whole seconds since 1970-01-01 UTC, rounded up: a bar open before ``start`` is outside."""
         return -int(-self.start.timestamp() // 1)
 
     @property
     def end_s(self) -> int:
-        """End in whole seconds since 1970-01-01 UTC, rounded up: a bar open just before ``end`` stays in."""
+        """End in whole seconds since 1970-01-01 UTC, rounded up: a bar open just before ``end`` is inside."""
         return -int(-self.end.timestamp() // 1)
 
     @property
@@ -111,7 +112,7 @@ class Window:
         return self.start <= other.start and other.end <= self.end
 
     def intersect(self, other: Window) -> Window | None:
-        """The common part, or None when there is none (touching windows share nothing)."""
+        """The common part; None if there is none (adjacent windows have none)."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return Window(start, end) if start < end else None
 

@@ -14,7 +14,7 @@ from ktrdr_pipelines.errors import InputError
 
 
 class HistoryLimits(StrEnum):
-    """Which table bounds one request: the specification's (default) or IBKR's present, far larger one."""
+    """The table of the longest requests: the specification's (default), or IBKR's present one with far longer requests."""
 
     CLASSIC = "classic"
     CURRENT = "current"
@@ -27,8 +27,8 @@ DurationUnit = Literal["S", "D", "W", "M", "Y"]
 class Duration:
     """How far back a request reaches, in IB's own notation: ``str(Duration(1, "M")) == "1 M"``.
 
-    S counts clock seconds; D, W and M count trading sessions in practice (a request may reach further back than the
-    calendar says, never less far when counted in calendar days and rounded up). Hour is not a unit of IB's.
+    S counts clock seconds; D, W and M count trading sessions in practice: a request may reach further back than the same number
+    of calendar days, rounded up, but never less far. IB has no unit for hours.
     """
 
     count: int
@@ -45,8 +45,8 @@ PartitionUnit = Literal["day", "week", "month", "year"]
 class Timeframe:
     """One row of `TIMEFRAMES`.
 
-    ``seconds`` is the bar's nominal length (1mo: 31 days), for intraday bars the exact grid. ``ib_bar_size`` is IB's own
-    wording. ``classic`` and ``current`` are the longest durations of one request under each table of limits.
+    ``seconds`` is the bar's nominal length (1mo: 31 days), for intraday bars the exact grid. ``ib_bar_size`` is IB's
+    name of it. ``classic`` and ``current`` are the longest durations of one request under each table of limits.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Timeframe:
 
     @property
     def is_intraday(self) -> bool:
-        """False for daily and longer bars: IB stamps those with a session date instead of an instant."""
+        """False for daily and longer bars, which IB stamps with a session date instead of an instant."""
         return self.seconds < 86400
 
     def longest_request(self, limits: HistoryLimits) -> Duration:
@@ -98,8 +98,8 @@ def _rows() -> dict[str, Timeframe]:
 
 
 TIMEFRAMES: dict[str, Timeframe] = _rows()
-"""Every timeframe by name, shortest first. Current limits stay well below IBKR's maxima where large answers were seen to
-be slow (1 min: 1 M takes 9 to 24 s, 2 M a minute)."""
+"""Every timeframe by name, shortest first. The current limits are well below IBKR's maxima where large answers are slow (1 min:
+1 M takes 9 to 24 s, 2 M a minute)."""
 
 _TIMEFRAME_ALIASES = {"1M": "1mo"}
 
@@ -109,7 +109,7 @@ def parse_timeframe(text: str) -> Timeframe:
     ``X_1m.csv`` and ``X_1M.csv`` are one file.
 
     Raises:
-        InputError: no such timeframe; the message lists those that exist.
+        InputError: no such timeframe; the message lists the valid ones.
     """
     name = _TIMEFRAME_ALIASES.get(text, text)
     try:
