@@ -57,6 +57,10 @@ class ExpectedBars:
         # `begins` is never after `opens`, but an alias may lie before both: 17:00 for the forex bar that opens at 17:15.
         return np.minimum(self.begins, self.aliases)
 
+    def earliest_at(self, i: int) -> int:
+        """`earliest` of the bar at ``i``, without computing it for the others."""
+        return min(int(self.begins[i]), int(self.aliases[i]))
+
     def take(self, which: slice | BoolArray | IntArray) -> ExpectedBars:
         """The bars chosen by a slice (views, no copies), a mask or ascending indices."""
         return ExpectedBars(

@@ -1,7 +1,7 @@
 """Partition keys and windows of each timeframe, as pure functions.
 
-`orchestration/partition_definitions.py` builds Dagster's definitions of the same grid; a test compares the two. This module serves
-packages without Dagster. All partitions are UTC. Source: docs/design.md, 4.
+`orchestration/partition_definitions.py` builds Dagster's definitions of the same grid; a test compares the two. All partitions
+are UTC. Source: docs/design.md, 4.
 """
 
 from __future__ import annotations

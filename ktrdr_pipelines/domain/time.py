@@ -22,7 +22,7 @@ def format_instant(instant: datetime) -> str:
 
 
 def parse_instant(text: str, what: str) -> datetime:
-    """An instant from ISO 8601 text; a bare date is midnight UTC, a time without a zone is UTC.
+    """An instant as a person writes it: ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC.
 
     Raises:
         InputError: not a date, or a year before 1970 or after 2100.
@@ -37,7 +37,7 @@ def parse_instant(text: str, what: str) -> datetime:
         ) from None
     if instant.tzinfo is None:
         instant = instant.replace(tzinfo=UTC)
-    # With a margin first: near the years 1 and 9999 the conversion to UTC fails.
+    # With a margin first: near the years 1 and 9999 the other zone has no such time.
     if not 1969 <= instant.year <= 2101 or not 1970 <= instant.astimezone(UTC).year <= 2100:
         raise InputError(f"{what} {text[:40]!r} is outside the years 1970 to 2100")
     return instant.astimezone(UTC)
@@ -46,17 +46,16 @@ def parse_instant(text: str, what: str) -> datetime:
 def parse_range(
     start: str | None, end: str | None, *, now: datetime | None = None
 ) -> tuple[datetime | None, datetime | None]:
-    """Start (included) and end (not included) from the text of any entry point; None where none was given.
+    """Start (included) and end (not included) as people write them on every door; None where they wrote nothing.
 
     Raises:
-        InputError: one is not a date, start is not before end, or (with ``now``) start lies in the future.
+        InputError: one is no date, start is not before end, or (with ``now``) start lies in the future.
     """
     first = parse_instant(start, "start") if start is not None else None
     last = parse_instant(end, "end") if end is not None else None
     if first is not None and last is not None and first >= last:
         raise InputError(
-            f"start {format_instant(first)} is not before end {format_instant(last)}",
-            advice="Give a start before the end.",
+            f"start {format_instant(first)} is not before end {format_instant(last)}", advice="Swap or widen them."
         )
     if first is not None and now is not None and first >= now:
         raise InputError(f"start {format_instant(first)} is in the future", advice="Give an earlier start.")
