@@ -136,8 +136,9 @@ def next_complete(series: Series, after: datetime) -> datetime | None:
 def period_keys(timeframe: Timeframe, stamps: IntArray) -> IntArray:
     """A key for each stamp (epoch seconds) that is equal for stamps of the same bar.
 
-    Weekly: the week, Monday to Sunday, UTC dates. Monthly: the calendar month. All others: the stamp itself. IB stamps weeks and
-    months with their last session, and a forming one with the present day; other gateways with the first day.
+    Weekly: the week, Monday to Sunday, UTC dates. Monthly: the calendar month. All others: the stamp itself. In observed
+    answers IB stamps weeks and months with their last session, and a forming one with the present day; other gateways may use the
+    first day.
     """
     stamps = np.asarray(stamps, dtype=np.int64)
     if timeframe.name == "1w":

@@ -7,6 +7,7 @@ Sources: bar sizes and current limits from IBKR's "Historical Data Limitations" 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
@@ -40,6 +41,10 @@ class Duration:
 
 PartitionUnit = Literal["day", "week", "month", "year"]
 
+SHORT_BARS_S = 30
+SHORT_BARS_RETENTION = timedelta(days=183)
+"""Bars of `SHORT_BARS_S` seconds and less that are older than six months are beyond IB's retention (docs/ib_facts.md, 5)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timeframe:
@@ -60,6 +65,16 @@ class Timeframe:
     def is_intraday(self) -> bool:
         """False for daily and longer bars, which IB stamps with a session date instead of an instant."""
         return self.seconds < 86400
+
+    def retained_from(self, now: datetime) -> datetime | None:
+        """The midnight, in the zone of ``now``, from which IB certainly has these bars; None: there is no limit.
+
+        No request asks for older bars: an empty answer about them is no evidence.
+        """
+        if self.seconds > SHORT_BARS_S:
+            return None
+        oldest = now - SHORT_BARS_RETENTION
+        return oldest.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
 
     def longest_request(self, limits: HistoryLimits) -> Duration:
         return self.classic if limits is HistoryLimits.CLASSIC else self.current
