@@ -25,7 +25,7 @@ DEFAULT_PORT = 4001
     default=DEFAULT_PORT,
     show_default=True,
     type=click.IntRange(0, 65535),
-    help="0: any free port.",
+    help="Port to listen on; 0: any free port.",
 )
 @click.option(
     "--replay",
@@ -60,7 +60,7 @@ DEFAULT_PORT = 4001
     default=0,
     show_default=True,
     type=click.IntRange(0, 2**32 - 1),
-    help="Choose other synthetic prices.",
+    help="Seed of the synthetic prices.",
 )
 @click.option(
     "--durations",
