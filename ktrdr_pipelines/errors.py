@@ -1,21 +1,21 @@
-"""The exception tree. Each family says whether a retry can help, who has to act, and with which exit code a command ends.
+"""The exception tree. Each family has one exit code, and defines whether a retry can succeed and who has to act.
 
 ```
 KtrdrError
-├── InputError            what a person typed or configured is wrong             exit 2
-│   └── ConfigurationError    it stands in a file: whoever asks over REST is not to blame
-├── PermanentError        IB refuses, and will again: no such contract, no permission     3
-├── TransientError        IB or the way to it is in trouble; a retry may help             4
-│   ├── GatewayUnreachable    nothing usable answers at the configured host and port      5
-│   ├── PacingError           IB says that we ask too fast
+├── InputError            invalid input or configuration                             exit 2
+│   └── ConfigurationError    invalid settings or files: the server's fault, not a REST client's
+├── PermanentError        IB refuses the request: no such contract, no permission         3
+├── TransientError        a failure of IB or the connection; a retry may succeed          4
+│   ├── GatewayUnreachable    no gateway answers at the configured host and port          5
+│   ├── PacingError           IB reports a pacing violation
 │   └── RequestTimeout        no answer in time; a failure, never "no data"
 ├── DataError             IB's answer, or a file, breaks the rules for bars               6
 ├── StoreError            the disk refuses: read-only, full, locked                       7
-└── BugError              our own request was malformed; report it, retries stop          70
+└── BugError              the program's own request is malformed; never retried          70
 ```
 
-Exit 1 is left to unforeseen exceptions (a traceback: a bug), 130 to Ctrl-C. A load of which some windows failed ends with the
-code of its first failure. No messages of IB are interpreted here: see `ib/codes.py`.
+Exit 1 means an unexpected exception (a traceback: a bug), 130 Ctrl-C. A load with failed windows ends with the code of its first
+failure. IB's messages are classified in `ib/codes.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import ClassVar, Self
 
 
 class KtrdrError(Exception):
-    """A failure with the four facts a person needs: what was being done, for what, what came back, what to do.
+    """A failure with the facts a user needs: what was being done and for what, what came back, what to do.
 
-    ``doing`` names the activity with its series and window ("loading AAPL 5m 2024-03-11..2024-03-12"), ``observed`` what
-    happened, ``advice`` what to do next. Each is kept as an attribute so that no caller parses text.
+    ``doing`` is the activity with its series and window ("loading AAPL 5m 2024-03-11..2024-03-12"), ``observed`` what happened,
+    ``advice`` what to do next. Each is an attribute, so that no caller parses text.
     """
 
     retry_helps: ClassVar[bool] = False
@@ -42,17 +42,17 @@ class KtrdrError(Exception):
         self.code = code
         """IB's error code, when the failure came from IB."""
         self.pauses_login = False
-        """True if every process of the login has to wait now (pacing, another session of the same login)."""
+        """True if every process of the login must wait now (pacing, another session of the same login)."""
 
     def while_doing(self, doing: str) -> Self:
-        """Say what was being done, once: the innermost, most precise description stays."""
+        """Set ``doing`` if it is empty, and return the error: the innermost, most precise description stays."""
         if not self.doing:
             self.doing = doing
         return self
 
     @property
     def message(self) -> str:
-        """What happened while what was being done; the advice is told apart."""
+        """What was being done and what happened, without the advice."""
         return f"{self.doing}: {self.observed}" if self.doing else self.observed
 
     def __str__(self) -> str:
@@ -62,27 +62,27 @@ class KtrdrError(Exception):
 
 
 class InputError(KtrdrError):
-    """What a person typed or configured cannot be meant. Nothing was asked of IB, nothing was written."""
+    """Invalid input or configuration. No request was sent to IB, nothing was written."""
 
     exit_code = 2
     family = "input"
 
 
 class ConfigurationError(InputError):
-    """What the program is configured with cannot be meant: a person has to mend it, and not whoever asked."""
+    """Invalid settings or files of this installation: its operator must correct them, a REST client cannot."""
 
     family = "configuration"
 
 
 class PermanentError(KtrdrError):
-    """IB refuses and will refuse again: unknown contract, missing permission, expired instrument."""
+    """IB refuses the request and will refuse it again: unknown contract, missing permission, expired instrument."""
 
     exit_code = 3
     family = "permanent"
 
 
 class TransientError(KtrdrError):
-    """IB or the way to it is in trouble; the same request may succeed later."""
+    """A failure of IB or of the connection to it; the same request may succeed later."""
 
     retry_helps = True
     exit_code = 4
@@ -90,26 +90,26 @@ class TransientError(KtrdrError):
 
 
 class GatewayUnreachable(TransientError):
-    """No gateway answers at the configured host and port, or what answers is not one."""
+    """No gateway answers at the configured host and port, or the peer is not a gateway."""
 
     exit_code = 5
     family = "gateway"
 
 
 class PacingError(TransientError):
-    """IB answered that requests come too fast. Every process of this login has to wait."""
+    """IB reports a pacing violation. Every process of this login must wait."""
 
     family = "pacing"
 
 
 class RequestTimeout(TransientError):
-    """A request was not answered in time and was cancelled. Says nothing about whether there is data."""
+    """A request was not answered in time and was cancelled. It is no evidence about the data."""
 
     family = "timeout"
 
 
 class DataError(KtrdrError):
-    """Bars break the rules (`bars/schema.py`). ``rows`` shows them as text; what was on disk before stays there."""
+    """Bars break the rules (`bars/schema.py`). ``rows`` shows them as text; the files stay as they were."""
 
     exit_code = 6
     family = "data"
@@ -122,21 +122,21 @@ class DataError(KtrdrError):
 
 
 class StoreError(KtrdrError):
-    """The disk refuses: read-only, full, or locked by another process for too long. Files are as before."""
+    """The disk refuses: read-only, full, or locked by another process for too long. Files stay as they were."""
 
     exit_code = 7
     family = "store"
 
 
 class BugError(KtrdrError):
-    """Something this program made itself is wrong (a malformed request, a broken invariant). Never retried."""
+    """A fault of this program (a malformed request, a broken invariant). Never retried."""
 
     exit_code = 70
     family = "bug"
 
 
 def exit_code_of(family: str) -> int:
-    """The exit code of a family by its name (``transient``): for answers that tell of a failure without raising it."""
+    """The exit code of a family by its name (``transient``): for reports of a failure that is not raised."""
     found = [KtrdrError]
     for kind in found:
         if kind.family == family:

@@ -1,8 +1,8 @@
-"""Which bar opens a series should have, and when its market is open. Pure given the installed calendar data.
+"""The expected bars of a series, and when its market is open. Pure, given the installed calendar data.
 
-`exchanges.py` says which calendar an instrument follows, `session_tables.py` when its sessions trade, `ib_schedule.py` what
-IB's own schedule puts right in them, `sessions.py` keeps both and answers questions, `expected.py` says which bars that
-promises. What the store holds and what to ask IB for is in `planning/requests.py`. Words: design, section 2.
+`exchanges.py`: the calendar of an instrument. `session_tables.py`: the sessions of a calendar. `ib_schedule.py`: corrections of
+them by IB's own schedule. `sessions.py`: both, cached, and questions about open hours. `expected.py`: the bars of the sessions.
+What to request for missing bars is in `planning/requests.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from ktrdr_pipelines.calendars.sessions import (
     CalendarKey,
     installed_table,
     is_open,
-    next_close,
-    next_open,
     session_starts_off,
     session_windows,
     table_of,
@@ -46,9 +44,7 @@ __all__ = [
     "installed_table",
     "is_open",
     "match_held",
-    "next_close",
     "next_complete",
-    "next_open",
     "period_keys",
     "session_starts_off",
     "session_windows",

@@ -1,13 +1,13 @@
-"""The bars that trading sessions promise: their opens, when each is complete, and which of them held stamps satisfy.
+"""The expected bars of a series: their stamps, when each is complete, and which of them are held.
 
-Sessions are in `sessions.py`; what to ask for missing bars in `planning/requests.py`. Labels follow IB (`ib_facts.md`, 3): a
-bar is stamped with its start, daily and longer bars with a session date. Where IB and this module disagree, IB wins: bars that
+Sessions are in `sessions.py`; requests for missing bars in `planning/requests.py`. Stamps follow IB (docs/ib_facts.md, 3): a bar
+is stamped with its start, daily and longer bars with a session date. Where IB and this module disagree, IB is right: bars that
 were not expected are kept.
 
-How intraday bars lie: the first bar of a segment (a session, or its part before or after a lunch break) starts with it,
-the next ones at multiples of the bar length on the exchange's own clock, counted from local midnight. So an hourly
-series of a US stock has 09:30, then 10:00 to 15:00, and forex has 17:15, then 18:00. Of bars above one hour IB's
-alignment is not documented; the same rule is used.
+The grid of intraday bars: the first bar of a segment (a session, or its part before or after a lunch break) starts with it,
+the next ones at multiples of the bar length in local time of the exchange, counted from midnight. So an hourly
+series of a US stock has 09:30, then 10:00 to 15:00, and forex has 17:15, then 18:00. IB's alignment of bars above one
+hour is not documented; the same rule is used.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class ExpectedBars:
     ``opens``: the stamps, strictly increasing (for daily and longer bars a session date at 00:00 UTC; a week or month
     carries the date of its last session). ``closes``: when each bar is complete, never decreasing. ``sessions``: number
     of the trading session within its calendar, for a week or month that of the last one. ``aliases``: another stamp
-    that is accepted for the bar, else the stamp itself. ``begins``: when trading of the bar begins or its stamp, whichever
-    is earlier (a daily forex bar begins on the evening before its date). ``sessions_per_week``: 5, or 7 round the clock.
+    that is accepted for the bar (never after the stamp), else the stamp itself. ``begins``: the start of the bar's trading or its
+    stamp, whichever is earlier (a daily forex bar begins on the evening before its date). ``sessions_per_week``: 5, or 7.
     """
 
     opens: IntArray
@@ -52,8 +52,8 @@ class ExpectedBars:
 
     @property
     def earliest(self) -> IntArray:
-        """The earliest instant that belongs to each bar, in epoch seconds: the start of its trading or the earlier of the stamps
-        that it may carry. No answer that reaches back to it leaves the bar out."""
+        """The earliest instant of each bar, in epoch seconds: the start of its trading or its earliest accepted stamp. An
+        answer that reaches back to it covers the whole bar."""
         # `begins` is never after `opens`, but an alias may lie before both: 17:00 for the forex bar that opens at 17:15.
         return np.minimum(self.begins, self.aliases)
 
@@ -76,9 +76,9 @@ class ExpectedBars:
 def expected_bars(series: Series, window: Window, *, complete_at_s: int | None = None) -> ExpectedBars:
     """The bars of ``series`` whose stamp lies in the half-open ``window``.
 
-    With ``complete_at_s`` (epoch seconds, the caller's now) only those complete by then: closed at or before it. A half
-    day yields fewer bars, a holiday none, a future that has expired none (`Instrument.trades_until`). Two million bars take
-    about 30 ms, a day of them about 0.1 ms; the arrays may be shared with other callers and are read-only.
+    With ``complete_at_s`` (epoch seconds, the caller's now) only bars that close at or before it. A half day has fewer bars, a
+    holiday none, an expired future none (`Instrument.trades_until`). Two million bars take about 30 ms, one day about 0.1 ms. The
+    arrays may be shared with other callers and are read-only.
 
     Raises:
         InputError: no calendar is known for the instrument, or ``window`` is outside the years of `check_years`.
@@ -98,8 +98,8 @@ def expected_bars(series: Series, window: Window, *, complete_at_s: int | None =
 
 
 def _last_session(series: Series, table: SessionTable) -> int | None:
-    """The session of ``table`` that the last bar of ``series`` may belong to; None: there is always another one. A week or month
-    is numbered by its last session, even if the instrument expires within it."""
+    """The number of the last session that may have a bar of ``series``; None: no last one. A week or month has the number of its
+    last session, even if the instrument expires within it."""
     until = series.instrument.trades_until
     if until is None:
         return None
@@ -112,7 +112,7 @@ def _last_session(series: Series, table: SessionTable) -> int | None:
 
 
 def next_complete(series: Series, after: datetime) -> datetime | None:
-    """When the next bar of ``series`` is complete: the earliest close after ``after`` (aware). In UTC. None: it has expired.
+    """When the next bar of ``series`` is complete: the earliest close after ``after`` (aware), in UTC. None: it has expired.
 
     Raises:
         InputError: no calendar is known, or there is no later bar in the years that calendars cover.
@@ -134,11 +134,11 @@ def next_complete(series: Series, after: datetime) -> datetime | None:
 
 
 def period_keys(timeframe: Timeframe, stamps: IntArray) -> IntArray:
-    """What must be equal for two stamps (epoch seconds) to label the same bar.
+    """A key for each stamp (epoch seconds) that is equal for stamps of the same bar.
 
-    Weekly: the week, Monday to Sunday, UTC dates. Monthly: the calendar month. Everything else: the stamp itself. IB was
-    seen to stamp weeks and months with their last session, and a forming one with the present day; other gateways
-    with the first day.
+    Weekly: the week, Monday to Sunday, UTC dates. Monthly: the calendar month. All others: the stamp itself. In observed
+    answers IB stamps weeks and months with their last session, and a forming one with the present day; other gateways may use the
+    first day.
     """
     stamps = np.asarray(stamps, dtype=np.int64)
     if timeframe.name == "1w":
@@ -149,10 +149,10 @@ def period_keys(timeframe: Timeframe, stamps: IntArray) -> IntArray:
 
 
 def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> BoolArray:
-    """True for each expected bar that ``held_opens`` (sorted epoch seconds) satisfies.
+    """True for each expected bar that is held, by the stamps ``held_opens`` (sorted epoch seconds).
 
-    By the same stamp; for a first bar off the clock grid (17:15) also by the grid point before it (17:00) when nothing
-    trades there; for a week or month by any stamp within it.
+    A bar is held under its own stamp; a first bar off the grid (17:15) also under the grid point before it (17:00) if the
+    market is closed there; a week or month under any stamp within it.
     """
     held = period_keys(timeframe, held_opens)
     keys = period_keys(timeframe, expected.opens)
@@ -165,7 +165,7 @@ def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timefram
 
 
 def find_unexpected(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> BoolArray:
-    """True for each of ``held_opens`` (sorted epoch seconds) that satisfies no bar of ``expected``: to be reported, kept."""
+    """True for each of ``held_opens`` (sorted epoch seconds) that matches no bar of ``expected``. Such bars are kept."""
     held = period_keys(timeframe, held_opens)
     known = _is_in(held, period_keys(timeframe, expected.opens))
     off_grid = expected.aliases[expected.aliases != expected.opens]
@@ -192,8 +192,8 @@ def _freeze(*arrays: IntArray) -> None:
 # --- intraday --------------------------------------------------------------------------------------------------------
 
 
-class _KeptBars:
-    """The large blocks of bars last built: at most one a table and bar length, ``limit`` bars together, oldest dropped."""
+class _BarCache:
+    """A cache of large blocks of bars: one a table and bar length, at most ``limit`` bars in total, oldest dropped first."""
 
     def __init__(self, smallest: int, limit: int) -> None:
         self._smallest, self._limit = smallest, limit
@@ -201,13 +201,13 @@ class _KeptBars:
         self._lock = threading.Lock()
 
     def find(self, table: SessionTable, step: int, lo: int, hi: int) -> ExpectedBars | None:
-        """A block that holds the segments ``lo`` to ``hi`` (excluded), or None."""
+        """A block that contains the segments ``lo`` to ``hi`` (excluded), or None."""
         block = self._blocks.get((table, step))
         return block[2] if block and block[0] <= lo and hi <= block[1] else None
 
     def keep(self, table: SessionTable, step: int, lo: int, hi: int, bars: ExpectedBars) -> None:
         if not self._smallest <= len(bars) <= self._limit:
-            return  # built again faster than it is worth keeping, or too large
+            return  # faster to build again than to keep, or too large
         with self._lock:
             self._blocks.pop((table, step), None)
             self._blocks[table, step] = (lo, hi, bars)
@@ -216,17 +216,17 @@ class _KeptBars:
 
 
 # 2.5 million bars are 60 MB: twenty years of minutes in regular hours.
-_kept = _KeptBars(smallest=20_000, limit=2_500_000)
+_cache = _BarCache(smallest=20_000, limit=2_500_000)
 
 
 def _make_intraday(table: SessionTable, step: int, start_s: int, end_s: int) -> ExpectedBars:
-    """Bars of (at least) every segment that shares an instant with [start_s, end_s)."""
+    """Bars of (at least) every segment that overlaps [start_s, end_s)."""
     lo = int(np.searchsorted(table.ends, start_s, side="right"))
     hi = max(lo, int(np.searchsorted(table.starts, end_s, side="left")))
-    bars = _kept.find(table, step, lo, hi)
+    bars = _cache.find(table, step, lo, hi)
     if bars is None:
         bars = _fill_segments(table, step, lo, hi)
-        _kept.keep(table, step, lo, hi, bars)
+        _cache.keep(table, step, lo, hi, bars)
     return bars
 
 
@@ -256,7 +256,7 @@ def _fill_segments(table: SessionTable, step: int, lo: int, hi: int) -> Expected
     aliases = opens
     before = first_grid - step
     shut = np.concatenate([table.ends[lo - 1 : lo] if lo else starts[:1] - _DAY_S, ends[:-1]])
-    # Only where the market is shut at the grid point: else that stamp is another bar's (a two-hour forex bar from 16:00).
+    # Only where the market is closed at the grid point: else it is the stamp of another bar (a two-hour forex bar from 16:00).
     odd = (before != starts) & (before >= shut)
     if odd.any():
         aliases = opens.copy()
@@ -270,7 +270,7 @@ def _fill_segments(table: SessionTable, step: int, lo: int, hi: int) -> Expected
 
 @lru_cache(maxsize=64)
 def _make_by_date(table: SessionTable, timeframe_name: str) -> ExpectedBars:
-    """Every bar of the table: one a session, week or month. Complete at the close of its last session."""
+    """Every bar of the table: one a session, week or month, complete at the close of its last session."""
     ids = np.arange(len(table.dates), dtype=np.int64)
     if timeframe_name == "1d":
         begins = np.minimum(table.dates, table.opens)

@@ -1,8 +1,8 @@
-"""Tables of a calendar's sessions, built from the installed calendar data: when each session of 120 years trades.
+"""Tables of a calendar's sessions over 120 years, built from the installed calendar data.
 
 Session times come from pandas_market_calendars. Its FOREX opens on Saturday and is replaced by our own; a few others are
-patched (`_PATCHES`). exchange_calendars was tried too: its CMES misses the daily break and it has no extended hours. What IB's
-own schedule corrects is in `ib_schedule.py`; the cache and the questions are in `sessions.py`.
+patched (`_PATCHES`). exchange_calendars is not used: its CMES has no daily break, and it has no extended hours. Corrections by
+IB's own schedule are in `ib_schedule.py`, the cache in `sessions.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FIRST_YEAR, LAST_YEAR = 1950, 2069
-"""The years a table covers, both included. Future holidays follow the rules known at the time of the installed data."""
+"""The years of a table, both included. Future holidays follow the rules of the installed data."""
 
 _DAY_S = 86400
 
@@ -31,7 +31,7 @@ class SessionTable:
 
     Per session, in order: ``dates`` (the session date at 00:00 UTC), ``opens`` and ``closes``. Per segment (a lunch break
     makes two of one session), in order and never overlapping: ``starts``, ``ends``, ``session_ids`` (index of the session)
-    and ``offsets`` (what local time is ahead of UTC). All int64 seconds, instants since 1970-01-01 UTC, ends excluded.
+    and ``offsets`` (local time minus UTC). All int64 seconds, instants since 1970-01-01 UTC, ends excluded.
     """
 
     dates: IntArray
@@ -45,7 +45,7 @@ class SessionTable:
 
 
 def build_table(calendar: str, *, extended: bool) -> SessionTable:
-    """The sessions of ``calendar`` at regular or all hours. Takes up to a second; changes the process's warning filters."""
+    """The sessions of ``calendar`` with regular or all hours. Takes up to a second; changes the process's warning filters."""
     if calendar == FOREX:
         return _build_forex()
     if calendar == ROUND_THE_CLOCK:
@@ -58,7 +58,7 @@ def _seconds(times: pd.DatetimeIndex) -> IntArray:
 
 
 def local_offsets(instants_s: IntArray, zone: object) -> IntArray:
-    """How far the local time of ``zone`` is ahead of UTC at each instant, in seconds."""
+    """Local time of ``zone`` minus UTC at each instant, in seconds."""
     import pandas as pd
 
     local = pd.to_datetime(instants_s, unit="s", utc=True).tz_convert(str(zone)).tz_localize(None)
@@ -78,12 +78,12 @@ def _build_round_the_clock() -> SessionTable:
 
 FOREX_HOLIDAYS = ((12, 25), (1, 1))
 """Session dates (month, day) on which forex does not trade: the session that ends on 25 December and on 1 January at 17:00
-New York. Seen in hourly quotes of December 2017 and January 2018; IB publishes no rule. Bars that IB does send then are
-kept like all unexpected bars."""
+New York. Source: hourly quotes of December 2017 and January 2018; IB publishes no rule. Bars that IB sends on those days are kept
+like all unexpected bars."""
 
 
 def _build_forex() -> SessionTable:
-    """Sessions dated Monday to Friday, from 17:15 New York on the day before to 17:00 on the date (`ib_facts.md`, 3)."""
+    """Sessions dated Monday to Friday, from 17:15 New York on the day before to 17:00 on the date (docs/ib_facts.md, 3)."""
     import pandas as pd
 
     days = _all_days()
@@ -102,10 +102,10 @@ def _build_forex() -> SessionTable:
 
 @dataclass(frozen=True, slots=True)
 class _Patch:
-    """What the calendar data lacks. Times are minutes of the exchange's own day; dates are session dates.
+    """A correction of the calendar data. Times are minutes of the local day; dates are session dates.
 
-    ``halt``: start and end of a daily halt that was in force before ``halt_until``. ``open_at``: when sessions open from
-    ``open_since`` on. ``closed``: dates on which there was no session.
+    ``halt``: start and end of a daily halt before the date ``halt_until``. ``open_at``: the open of sessions from ``open_since``
+    on. ``closed``: dates without a session.
     """
 
     halt: tuple[int, int] = (0, 0)
@@ -120,7 +120,7 @@ _PATCHES = {
     "CME Globex Equity": _Patch(halt=(15 * 60 + 15, 15 * 60 + 30), halt_until="2021-06-28"),
     # Eurex has traded its large index and bond futures from 01:10 since 10 December 2018 (extended trading hours).
     "EUREX": _Patch(open_at=70, open_since="2018-12-10"),
-    # HKEX was shut all day for typhoon Saola and for a black rainstorm.
+    # HKEX was closed all day for typhoon Saola and for a black rainstorm.
     "XHKG": _Patch(closed=("2023-09-01", "2023-09-08")),
 }
 
@@ -134,7 +134,7 @@ def _build_exchange(calendar: str, extended: bool) -> SessionTable:
     import pandas_market_calendars
 
     with warnings.catch_warnings():
-        # Its use of deprecated pandas names is not ours to mend.
+        # The library uses names that pandas has deprecated.
         warnings.simplefilter("ignore")
         source = pandas_market_calendars.get_calendar(calendar)
         schedule = source.schedule(f"{FIRST_YEAR}-01-01", f"{LAST_YEAR}-12-31", market_times="all")
@@ -147,7 +147,7 @@ def _build_exchange(calendar: str, extended: bool) -> SessionTable:
     opens = column("pre", "market_open") if extended else column("market_open")
     closes = column("post", "market_close") if extended else column("market_close")
     if "break_start" in schedule.columns:
-        # Days without a break hold NaT, or equal ends, or ends outside the session.
+        # Days without a break have NaT, or equal ends, or ends outside the session.
         pauses, resumes = column("break_start"), column("break_end")
         split = (opens < pauses) & (pauses < resumes) & (resumes < closes)
     else:

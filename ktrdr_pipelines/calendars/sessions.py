@@ -1,7 +1,7 @@
-"""When the market of an instrument trades: its sessions, kept once per calendar and hours, and questions about them.
+"""The sessions of an instrument, cached per calendar and hours, and questions about open hours.
 
-Which instrument follows which calendar is in `exchanges.py`; how a table is built in `session_tables.py`, what IB's schedule
-puts right in it in `ib_schedule.py`; which bars a session promises in `expected.py`.
+The calendar of an instrument is in `exchanges.py`; tables are built in `session_tables.py` and corrected by IB's schedule in
+`ib_schedule.py`; the bars of a session are in `expected.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from ktrdr_pipelines.calendars.exchanges import calendar_of
 from ktrdr_pipelines.calendars.ib_schedule import Session, correct
 from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR, SessionTable, build_table
-from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Hours, Instrument
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import InputError
@@ -25,15 +24,15 @@ from ktrdr_pipelines.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class CalendarKey:
-    """What a table is kept by: the calendar's name, and whether it holds regular or all hours."""
+    """The key of a cached table: the calendar's name, and regular or all hours."""
 
     name: str
     hours: Hours
 
     @classmethod
     def of(cls, instrument: Instrument) -> CalendarKey:
-        """Only stocks have a choice of hours; everything else holds all there are. An index is calculated while its stocks trade
-        regularly. Raises InputError, see `calendar_of`."""
+        """The key for ``instrument``. Only stocks have a choice of hours; an index has regular hours, other kinds have all hours.
+        Raises InputError, see `calendar_of`."""
         is_regular = instrument.use_rth or instrument.sec_type == "IND"
         return cls(calendar_of(instrument), Hours.REGULAR if is_regular else Hours.EXTENDED)
 
@@ -45,7 +44,7 @@ _lock = threading.Lock()
 
 
 def use_corrections(corrections: Mapping[CalendarKey, Sequence[Session]]) -> None:
-    """From now on, in this process, the sessions of ``corrections`` stand in place of the installed ones of the same date."""
+    """From now on, in this process, the sessions of ``corrections`` replace the installed ones of the same date."""
     global _corrections
     with _lock:
         changed = {key for key in {*corrections, *_corrections} if corrections.get(key) != _corrections.get(key)}
@@ -83,7 +82,7 @@ def _find_installed(key: CalendarKey) -> SessionTable:
 
 
 def session_starts_off(instrument: Instrument, step_s: int) -> tuple[int, ...]:
-    """When trading of ``instrument`` starts at no whole multiple of ``step_s`` seconds since 1970: epoch seconds, oldest first.
+    """The starts of trading of ``instrument`` that are not multiples of ``step_s``: epoch seconds, oldest first.
     Raises InputError for an unknown calendar."""
     return _starts_off(table_of(instrument), step_s)
 
@@ -94,7 +93,7 @@ def _starts_off(table: SessionTable, step_s: int) -> tuple[int, ...]:
 
 
 def check_years(window: Window) -> None:
-    """Raise InputError when ``window`` leaves the years that calendars cover."""
+    """Raise InputError if ``window`` is outside the years that calendars cover."""
     if window.start.year < FIRST_YEAR or window.end > datetime(LAST_YEAR + 1, 1, 1, tzinfo=UTC):
         raise InputError(
             f"{window} is outside the years {FIRST_YEAR} to {LAST_YEAR} that trading calendars cover",
@@ -103,9 +102,9 @@ def check_years(window: Window) -> None:
 
 
 def session_windows(instrument: Instrument, window: Window) -> list[Window]:
-    """From open to close of each session that trades at some instant of ``window``, oldest first, not cut to it.
+    """Open to close of each session that overlaps ``window``, oldest first, not cut to it.
 
-    A lunch break lies inside its session. Raises InputError for an unknown calendar or years out of range.
+    A lunch break is part of its session. Raises InputError for an unknown calendar or years out of range.
     """
     check_years(window)
     table = table_of(instrument)
@@ -115,35 +114,8 @@ def session_windows(instrument: Instrument, window: Window) -> list[Window]:
 
 
 def is_open(instrument: Instrument, at: datetime) -> bool:
-    """True if the market trades at ``at`` (aware): false in breaks and at the instant of the close."""
+    """True if the market trades at ``at`` (aware): False in breaks and at the instant of the close."""
     at_s = int(require_utc(at).timestamp() // 1)
     table = table_of(instrument)
     i = int(np.searchsorted(table.starts, at_s, side="right")) - 1
     return i >= 0 and at_s < int(table.ends[i])
-
-
-def next_open(instrument: Instrument, at: datetime) -> datetime:
-    """The first instant not before ``at`` (aware) at which trading starts, after a night or a break. In UTC.
-
-    Raises:
-        InputError: beyond the years that calendars cover.
-    """
-    return _first_from(table_of(instrument).starts, at)
-
-
-def next_close(instrument: Instrument, at: datetime) -> datetime:
-    """The first instant after ``at`` (aware) at which trading stops, for a break or for the day. In UTC.
-
-    Raises:
-        InputError: beyond the years that calendars cover.
-    """
-    return _first_from(table_of(instrument).ends, at, after=True)
-
-
-def _first_from(instants: IntArray, at: datetime, *, after: bool = False) -> datetime:
-    at = require_utc(at)
-    at_s = int(at.timestamp() // 1) if after else int(-(-at.timestamp() // 1))
-    i = int(np.searchsorted(instants, at_s, side="right" if after else "left"))
-    if i == len(instants):
-        check_years(Window(at, max(at, datetime(LAST_YEAR + 1, 1, 2, tzinfo=UTC))))
-    return datetime.fromtimestamp(int(instants[i]), UTC)

@@ -1,6 +1,6 @@
-"""Instruments and series: what is traded, its symbol and kind, and the names of its files and asset. Pure values.
+"""Instruments and series: symbol, kind, contract fields, and the names of files and assets. Pure values.
 
-Which bars a series should have is in `calendars/expected.py`; what IB's contract objects look like in `ib/contracts.py`.
+The expected bars of a series are in `calendars/expected.py`; IB's contract objects in `ib/contracts.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ktrdr_pipelines.errors import InputError
 
 
 class Hours(StrEnum):
-    """Which hours a series holds. IB's ``useRTH`` is 1 for regular, else 0. Only stocks have a choice."""
+    """The trading hours of a series. IB's ``useRTH`` is 1 for regular, else 0. Only stocks have a choice."""
 
     REGULAR = "regular"
     EXTENDED = "extended"
@@ -24,16 +24,16 @@ class Hours(StrEnum):
 SECURITY_TYPES = ("STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD")
 
 DEFAULT_WHAT_TO_SHOW = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
-"""What to show of a kind where nothing is said; of all others TRADES."""
+"""The default what to show of a kind; TRADES for all other kinds."""
 
 DEFAULT_EXCHANGES = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
-"""Where a kind is asked for when nothing is said; futures and indices need an exchange."""
+"""The default exchange of a kind; futures and indices have none."""
 
 _FUTURE_CODE = re.compile(r"([A-Z0-9]{1,5}?)([FGHJKMNQUVXZ])([0-9]{1,2})")
 
 
 def is_future_code(symbol: str) -> bool:
-    """True for a future's own name: product, month letter and year, ``ESZ4`` or ``CLF25``."""
+    """True for the code of one future: product, month letter and year, ``ESZ4`` or ``CLF25``."""
     return _FUTURE_CODE.fullmatch(symbol) is not None
 
 
@@ -55,11 +55,13 @@ ASSET_ROOT = "ohlcv"
 
 
 def file_symbol(symbol: str) -> str:
-    """``symbol`` as it stands in file names and asset keys: letters and digits as they are, a space as ``_``, any other
+    """``symbol`` in file names and asset keys: letters and digits unchanged, a space as ``_``, any other
     character as its two-digit hexadecimal code between underscores. ``BRK B`` -> ``BRK_B``, ``EUR.USD`` -> ``EUR_2E_USD``.
 
-    `symbol_from_file` reverses it; ``file_symbol`` raises InputError for what is not a symbol. (``_2E_`` cannot be mistaken:
-    symbols hold no double spaces around a lone pair of hexadecimal digits, which is checked here.)
+    `symbol_from_file` reverses it.
+
+    Raises:
+        InputError: not a symbol, or its file name would be read back as another symbol.
     """
     if not _SYMBOL.fullmatch(symbol) or symbol != symbol.strip() or "  " in symbol:
         raise InputError(
@@ -69,24 +71,24 @@ def file_symbol(symbol: str) -> str:
     name = "".join(c if _PLAIN.match(c) else "_" if c == " " else f"_{ord(c):02X}_" for c in symbol)
     if symbol_from_file(name) != symbol:
         raise InputError(
-            f"{symbol!r} cannot be written as a file name", advice="Choose another alias in the universe file."
+            f"{symbol!r} has no unambiguous file name", advice="Choose another alias in the universe file."
         )
     return name
 
 
 def symbol_from_file(name: str) -> str:
-    """The symbol that `file_symbol` wrote as ``name``."""
+    """The symbol of a ``name`` made by `file_symbol`."""
     return _ESCAPED.sub(lambda m: chr(int(m.group(1), 16)) if m.group(1) else " ", name)
 
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """What is traded, as asked of IB and as pinned in the sidecar.
+    """A contract, as requested from IB and as pinned in the sidecar.
 
     ``symbol`` is the project's name for it and the stem of its files (``AAPL``, ``EURUSD``, ``ESZ4``); ``ib_symbol`` and
-    ``currency`` are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until IB has told it. ``what_to_show`` uses IB's words.
-    ``last_trade_date`` (``20241220``) is what IB said of a future, empty until then. ``calendar`` names the exchange calendar
-    where ``exchange`` does not tell it (see `calendars.py`).
+    ``currency`` are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until IB has reported it. ``what_to_show`` has IB's values.
+    ``last_trade_date`` (``20241220``) is a future's, as IB reports it, empty until then. ``calendar`` names the exchange
+    calendar where ``exchange`` does not determine it (see `calendars/exchanges.py`).
     """
 
     symbol: str
@@ -115,20 +117,20 @@ class Instrument:
 
     @property
     def use_rth(self) -> bool:
-        """IB's ``useRTH``: regular trading hours only. Stocks have a choice; of everything else all hours are held."""
+        """IB's ``useRTH``: regular trading hours only. Stocks have a choice; all other kinds have all hours."""
         return self.sec_type == "STK" and self.hours is Hours.REGULAR
 
     @property
     def ends_now(self) -> bool:
-        """True where IB takes no end date: continuous futures and adjusted prices are told up to now, in one request."""
+        """True where IB accepts no end date: it serves continuous futures and adjusted prices only up to now, in one request."""
         return self.sec_type == "CONTFUT" or self.refreshes_whole
 
     @property
     def trades_until(self) -> date | None:
-        """The last date on which a future may still trade; None for what has no expiry, or where nobody said which.
+        """The last date on which a future may still trade; None for other kinds, and where the expiry is not known.
 
-        A contract month is no date: a three-month rate future trades for a quarter beyond its own, none for longer. A week is
-        added to a date, since closed exchanges move it.
+        A date gets a week more, since closed exchanges move it. A contract month gets a quarter more: three-month rate futures
+        trade so long after their month, no future longer.
         """
         if self.sec_type != "FUT" or not re.fullmatch(r"[0-9]{6}([0-9]{2})?", self.expiry):
             return None
@@ -140,12 +142,12 @@ class Instrument:
 
     @property
     def refreshes_whole(self) -> bool:
-        """True where a dividend or split restates every bar, so that held bars and new ones never go together."""
+        """True where a dividend or split restates every bar, so that held and new bars may have different price scales."""
         return self.what_to_show == "ADJUSTED_LAST"
 
     @property
     def has_volume(self) -> bool:
-        """False where IB sends -1 for the volume (anything but trades)."""
+        """False where IB sends -1 as volume (every what to show but trades)."""
         return self.what_to_show in ("TRADES", "ADJUSTED_LAST", "AGGTRADES") and self.sec_type not in (
             "IND",
             "CASH",
@@ -161,7 +163,7 @@ def stock(
     primary_exchange: str = "",
     hours: Hours = Hours.REGULAR,
 ) -> Instrument:
-    """A stock or ETF, TRADES, regular hours unless ``hours`` says otherwise."""
+    """A stock or ETF with TRADES; regular hours by default."""
     return Instrument(symbol, "STK", exchange, currency, primary_exchange=primary_exchange, hours=hours)
 
 
@@ -189,12 +191,12 @@ class Series:
 
     @property
     def name(self) -> str:
-        """Stem of its files: ``AAPL_1h``."""
+        """The stem of its file names: ``AAPL_1h``."""
         return f"{file_symbol(self.instrument.symbol)}_{self.timeframe.name}"
 
     @property
     def asset_path(self) -> tuple[str, str, str]:
-        """Asset key ``ohlcv/<symbol>/<timeframe>``."""
+        """The asset key ``ohlcv/<symbol>/<timeframe>``."""
         return (ASSET_ROOT, file_symbol(self.instrument.symbol), self.timeframe.name)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """Partition keys and windows of each timeframe, as pure functions.
 
-`orchestration/partition_definitions.py` builds Dagster's definitions for the same grid, and a test holds the two together; here
-lives what the store and the load need without importing Dagster. All partitions are UTC. Source: design, section 3.
+`orchestration/partition_definitions.py` builds Dagster's definitions of the same grid; a test compares the two. All partitions
+are UTC. Source: docs/design.md, 4.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ _FORMAT: dict[PartitionUnit, str] = {"day": "%Y-%m-%d", "week": "%Y-%m-%d", "mon
 class Partition:
     """One partition: Dagster's key (``2024-03-05``, for a year ``2024``) and its window.
 
-    Friday's window of a weekday grid runs to Monday 00:00 UTC, so that no partition is for ever empty; weeks start on
-    Sunday.
+    In the grid of weekdays, Friday's window ends on Monday 00:00 UTC, so that no partition stays empty; weeks start on Sunday.
     """
 
     key: str
@@ -31,7 +30,7 @@ class Partition:
 
 
 class Recorded(StrEnum):
-    """What Dagster recorded of a partition; partitions of which nothing is recorded are left out of mappings."""
+    """The status of a partition in Dagster's records. Mappings leave out partitions without records."""
 
     COMPLETE = "complete"
     FAILED = "failed"
@@ -64,12 +63,12 @@ def _partition(unit: PartitionUnit, start: datetime) -> Partition:
 
 
 def partition_at(timeframe: Timeframe, instant: datetime) -> Partition:
-    """The partition that holds ``instant`` (aware)."""
+    """The partition that contains ``instant`` (aware)."""
     return _partition(timeframe.partition, _floor(timeframe.partition, require_utc(instant)))
 
 
 def partitions_in(timeframe: Timeframe, window: Window) -> Iterator[Partition]:
-    """Every partition that shares an instant with ``window``, oldest first; none for an empty window."""
+    """Every partition that overlaps ``window``, oldest first; none for an empty window."""
     unit = timeframe.partition
     start = _floor(unit, window.start)
     while start < window.end and not window.is_empty:
@@ -79,10 +78,10 @@ def partitions_in(timeframe: Timeframe, window: Window) -> Iterator[Partition]:
 
 
 def partition_from_key(timeframe: Timeframe, key: str) -> Partition:
-    """The partition called ``key``.
+    """The partition with the key ``key``.
 
     Raises:
-        InputError: not a key of this timeframe's grid (a Saturday, say, or a month key that is not the 1st).
+        InputError: not a key of this timeframe's grid (for example a Saturday, or a month key that is not the 1st).
     """
     try:
         instant = datetime.strptime(key, _FORMAT[timeframe.partition]).replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Instants and windows: aware datetimes in UTC, half-open intervals, and how users write them. Pure, no clock."""
+"""Instants and windows: aware datetimes in UTC, half-open intervals, and how users write them. Pure, without a clock."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ktrdr_pipelines.errors import InputError
 
 
 def require_utc(instant: datetime, what: str = "time") -> datetime:
-    """Return ``instant`` in UTC. Raises ``ValueError`` for a naive one: a guessed zone shifts a whole file."""
+    """``instant`` in UTC. Raises ``ValueError`` for a naive one: a guessed zone shifts a whole file."""
     if instant.tzinfo is None or instant.utcoffset() is None:
         raise ValueError(f"{what} {instant.isoformat()} has no time zone")
     return instant.astimezone(UTC)
 
 
 def format_instant(instant: datetime) -> str:
-    """``2024-01-02T14:30:00Z``: how instants are written in files, messages and answers; bare date at midnight is not
-    abbreviated here (see ``Window.__str__``)."""
+    """``2024-01-02T14:30:00Z``: the format of instants in files, messages and REST answers. Midnight is not abbreviated to a date
+    (`Window.__str__` does that)."""
     return require_utc(instant).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -69,7 +69,7 @@ def _short(instant: datetime) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Window:
-    """A half-open interval of time: ``start`` included, ``end`` not. Both are aware and kept in UTC.
+    """A half-open interval of time: ``start`` included, ``end`` not. Both are aware and in UTC.
 
     Raises:
         ValueError: one end is naive, or ``end`` is before ``start``. An empty window (equal ends) is allowed.
@@ -91,12 +91,12 @@ class Window:
 
     @property
     def start_s(self) -> int:
-        """Start in whole seconds since 1970-01-01 UTC, rounded up: no bar open before ``start`` slips in."""
+        """Start in whole seconds since 1970-01-01 UTC, rounded up: a bar open before ``start`` is outside."""
         return -int(-self.start.timestamp() // 1)
 
     @property
     def end_s(self) -> int:
-        """End in whole seconds since 1970-01-01 UTC, rounded up: a bar open just before ``end`` stays in."""
+        """End in whole seconds since 1970-01-01 UTC, rounded up: a bar open just before ``end`` is inside."""
         return -int(-self.end.timestamp() // 1)
 
     @property
@@ -111,7 +111,7 @@ class Window:
         return self.start <= other.start and other.end <= self.end
 
     def intersect(self, other: Window) -> Window | None:
-        """The common part, or None when there is none (touching windows share nothing)."""
+        """The common part; None if there is none (adjacent windows have none)."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return Window(start, end) if start < end else None
 

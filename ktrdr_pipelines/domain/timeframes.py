@@ -7,6 +7,7 @@ Sources: bar sizes and current limits from IBKR's "Historical Data Limitations" 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
@@ -14,7 +15,7 @@ from ktrdr_pipelines.errors import InputError
 
 
 class HistoryLimits(StrEnum):
-    """Which table bounds one request: the specification's (default) or IBKR's present, far larger one."""
+    """The table of the longest requests: the specification's (default), or IBKR's present one with far longer requests."""
 
     CLASSIC = "classic"
     CURRENT = "current"
@@ -27,8 +28,8 @@ DurationUnit = Literal["S", "D", "W", "M", "Y"]
 class Duration:
     """How far back a request reaches, in IB's own notation: ``str(Duration(1, "M")) == "1 M"``.
 
-    S counts clock seconds; D, W and M count trading sessions in practice (a request may reach further back than the
-    calendar says, never less far when counted in calendar days and rounded up). Hour is not a unit of IB's.
+    S counts clock seconds; D, W and M count trading sessions in practice: a request may reach further back than the same number
+    of calendar days, rounded up, but never less far. IB has no unit for hours.
     """
 
     count: int
@@ -40,13 +41,17 @@ class Duration:
 
 PartitionUnit = Literal["day", "week", "month", "year"]
 
+SHORT_BARS_S = 30
+SHORT_BARS_RETENTION = timedelta(days=183)
+"""Bars of `SHORT_BARS_S` seconds and less that are older than six months are beyond IB's retention (docs/ib_facts.md, 5)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timeframe:
     """One row of `TIMEFRAMES`.
 
-    ``seconds`` is the bar's nominal length (1mo: 31 days), for intraday bars the exact grid. ``ib_bar_size`` is IB's own
-    wording. ``classic`` and ``current`` are the longest durations of one request under each table of limits.
+    ``seconds`` is the bar's nominal length (1mo: 31 days), for intraday bars the exact grid. ``ib_bar_size`` is IB's
+    name of it. ``classic`` and ``current`` are the longest durations of one request under each table of limits.
     """
 
     name: str
@@ -58,8 +63,18 @@ class Timeframe:
 
     @property
     def is_intraday(self) -> bool:
-        """False for daily and longer bars: IB stamps those with a session date instead of an instant."""
+        """False for daily and longer bars, which IB stamps with a session date instead of an instant."""
         return self.seconds < 86400
+
+    def retained_from(self, now: datetime) -> datetime | None:
+        """The midnight, in the zone of ``now``, from which IB certainly has these bars; None: there is no limit.
+
+        No request asks for older bars: an empty answer about them is no evidence.
+        """
+        if self.seconds > SHORT_BARS_S:
+            return None
+        oldest = now - SHORT_BARS_RETENTION
+        return oldest.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
 
     def longest_request(self, limits: HistoryLimits) -> Duration:
         return self.classic if limits is HistoryLimits.CLASSIC else self.current
@@ -98,8 +113,8 @@ def _rows() -> dict[str, Timeframe]:
 
 
 TIMEFRAMES: dict[str, Timeframe] = _rows()
-"""Every timeframe by name, shortest first. Current limits stay well below IBKR's maxima where large answers were seen to
-be slow (1 min: 1 M takes 9 to 24 s, 2 M a minute)."""
+"""Every timeframe by name, shortest first. The current limits are well below IBKR's maxima where large answers are slow (1 min:
+1 M takes 9 to 24 s, 2 M a minute)."""
 
 _TIMEFRAME_ALIASES = {"1M": "1mo"}
 
@@ -109,7 +124,7 @@ def parse_timeframe(text: str) -> Timeframe:
     ``X_1m.csv`` and ``X_1M.csv`` are one file.
 
     Raises:
-        InputError: no such timeframe; the message lists those that exist.
+        InputError: no such timeframe; the message lists the valid ones.
     """
     name = _TIMEFRAME_ALIASES.get(text, text)
     try:

@@ -1,8 +1,8 @@
 """One client's connection as a state machine without I/O: bytes and the time go in, actions come out.
 
 States: PREFIX (waiting for ``API``), VERSIONS (waiting for the version range), START (waiting for startApi), READY, CLOSED.
-Only READY serves requests. Field layouts are in `messages.py`, what is shared between connections in `gateway.py`; whoever
-drives this (`server.py`, or a test) carries out the actions in order.
+Only READY serves requests. Field layouts are in `messages.py`, the state shared between connections in `gateway.py`. The driver
+(`client_connection.py`, or a test) carries out the actions in order.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Open:
 
 
 class Session:
-    """One connection. Call `receive` with whatever arrives, `wake` when a `Wait` is over, `release` when the socket is gone."""
+    """One connection. Call `receive` with arriving bytes, `wake` when a `Wait` is over, `release` when the socket is gone."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.state = State.PREFIX
@@ -115,19 +115,19 @@ class Session:
     # --- bytes in -----------------------------------------------------------------------------------------------------
 
     @property
-    def is_stranger(self) -> bool:
-        """Whether the client has still to come to terms with the gateway."""
+    def is_unready(self) -> bool:
+        """True until the client has finished the handshake."""
         return self.state in (State.PREFIX, State.VERSIONS, State.START)
 
     @property
     def has_message(self) -> bool:
-        """Whether a message is held that `receive` was not allowed to answer yet."""
+        """True if `receive` has kept a message because of its ``limit``."""
         return self.state is not State.CLOSED and self._frames.has_payload
 
     def receive(self, data: bytes, now: float, at: float | None = None, limit: int = 1 << 30) -> list[Action]:
-        """What to do about ``data``, or about its first ``limit`` messages: the rest is kept (`has_message`) and answered when
-        this is called again. ``now`` is the market's time in epoch seconds; ``at``, by which messages a second are counted, is
-        any steady clock in seconds and matters where ``now`` stands still. After a `Close` nothing is answered.
+        """The actions for ``data``, or for its first ``limit`` messages: the rest is kept (`has_message`) for the next
+        call. ``now`` is the market's time in epoch seconds; ``at``, which counts messages a second, is any monotonic clock in
+        seconds and matters where ``now`` stands still. After a `Close` there are no actions.
         """
         at = now if at is None else at
         now -= self._gateway.clock_lag_s
@@ -185,7 +185,7 @@ class Session:
         self._excesses += 1
         return [excess, self._close("too many messages")] if self._excesses >= 3 else [excess]
 
-    # --- the conversation ---------------------------------------------------------------------------------------------
+    # --- handshake and requests ----------------------------------------------------------------------------------------
 
     def _negotiate(self, text: bytes, now: float) -> list[Action]:
         try:
@@ -209,7 +209,7 @@ class Session:
             return [self._close(f"more than {gateway.max_clients} clients")]
         planned = gateway.plan_connection(message.client_id, now)
         if planned.answer.refusal is not None:
-            return [self._refuse(NO_REQUEST, planned.answer.refusal), self._close("refused, as a fault says")]
+            return [self._refuse(NO_REQUEST, planned.answer.refusal), self._close("refused by a fault rule")]
         gateway.client_ids.add(message.client_id)
         self.client_id, self.state = message.client_id, State.READY
         return [
@@ -263,18 +263,18 @@ class Session:
         self._gateway.open_requests += 1
 
     def wake(self, token: int) -> list[Action]:
-        """The answer whose `Wait` is over; nothing if its request was cancelled meanwhile."""
+        """The answer whose `Wait` is over; no actions if its request was cancelled in between."""
         for req_id, entry in list(self._open.items()):
             if entry.token == token and self.state is State.READY:
                 self._forget(req_id)
                 return self._deliver(entry.request, entry.planned)
         return []
 
-    def deliver_held(self) -> list[Action]:
-        """The answers that an outage has held up."""
-        held = [(req_id, entry) for req_id, entry in self._open.items() if entry.planned.is_held]
+    def deliver_delayed(self) -> list[Action]:
+        """The answers that an outage has delayed."""
+        delayed = [(req_id, entry) for req_id, entry in self._open.items() if entry.planned.is_delayed]
         actions: list[Action] = []
-        for req_id, entry in held:
+        for req_id, entry in delayed:
             self._forget(req_id)
             actions += self._deliver(entry.request, entry.planned)
         return actions
@@ -331,7 +331,7 @@ class Session:
         if cut is not None:
             return [Send(data[:cut]), self._close(f"dropped after {cut} bytes")]
         if isinstance(request, HistoryRequest) and request.keep_up_to_date and answer.bars is not None:
-            # Updates are not simulated: the subscription stays open and quiet until it is cancelled.
+            # Updates are not simulated: the subscription stays open without messages until it is cancelled.
             self._remember(request, Planned(Answer(), Delivery(silent=True)))
         return [Send(data)]
 
@@ -356,7 +356,7 @@ class Session:
         return Close(reason)
 
     def release(self) -> None:
-        """Give the client id and open requests back. Safe to call more than once."""
+        """Free the client id and the open requests. Safe to call more than once."""
         if self.state is State.READY:
             self._gateway.client_ids.discard(self.client_id)
         for req_id in list(self._open):

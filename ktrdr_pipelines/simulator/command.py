@@ -1,6 +1,6 @@
-"""``ktrdr simulator``: run the simulated gateway by hand. Parses, starts, prints one line; the gateway is in `server.py`.
+"""``ktrdr simulator``: run the simulated gateway from the command line. The gateway itself is in `server.py`.
 
-Everything heavy is imported inside the function, so that ``ktrdr --help`` stays quick.
+Heavy modules are imported inside the functions, so that ``ktrdr --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -15,29 +15,36 @@ if TYPE_CHECKING:
     from ktrdr_pipelines.simulator.market import Market
 
 DEFAULT_PORT = 4001
-"""The project's default for a gateway (`IB_PORT`), so that ``ktrdr`` finds the simulator without being told."""
+"""The project's default port of a gateway (`IB_PORT`), so that ``ktrdr`` finds the simulator without any setting."""
 
 
 @click.command(name="simulator")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", default=DEFAULT_PORT, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free port."
+    "--port",
+    default=DEFAULT_PORT,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on; 0: any free port.",
 )
 @click.option(
     "--replay",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Serve recorded bars from a folder of SYMBOL_TF.csv files instead of synthetic ones.",
+    help="Serve recorded bars from a folder of SYMBOL_TF.csv files instead of synthetic bars.",
 )
 @click.option(
-    "--faults", type=click.Path(path_type=Path), metavar="FILE", help="Misbehave as the YAML or JSON list in FILE says."
+    "--faults",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Apply the fault rules in FILE, a YAML or JSON list.",
 )
 @click.option(
     "--log",
     "log_path",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Append each request to FILE, a JSON object a line.",
+    help="Append each request to FILE as one line of JSON.",
 )
 @click.option(
     "--judge/--no-judge", default=True, show_default=True, help="Refuse requests that break IB's pacing rules."
@@ -45,28 +52,33 @@ DEFAULT_PORT = 4001
 @click.option(
     "--now",
     metavar="ISO",
-    help="Start the gateway's clock at this instant (2024-03-05T15:00:00Z; a bare date is its midnight UTC) instead of now.",
+    help="Start the gateway's clock at this instant (2024-03-05T15:00:00Z; a bare date is midnight UTC) instead of now.",
 )
-@click.option("--freeze", is_flag=True, help="With --now: keep the clock there.")
+@click.option("--freeze", is_flag=True, help="Stop the clock at --now.")
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Choose another synthetic market."
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Seed of the synthetic prices.",
 )
 @click.option(
     "--durations",
     type=click.Choice(["sessions", "strict", "calendar"]),
     default="sessions",
     show_default=True,
-    help="How D, W, M and Y are counted.",
+    help="How the gateway counts durations in D, W, M and Y.",
 )
 @click.option(
     "--habit",
     "habit_texts",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Differ as gateways do: periods=first, days=open, newest=N, head=early|late|none, empty=wordless. Repeatable.",
+    help="Change one habit of the gateway: periods=first|before, days=open, newest=N, head=early|late|none, empty=no_bars. "
+    "Repeatable.",
 )
-@click.option("--zone", default="America/New_York", show_default=True, help="The gateway's own time zone.")
-@click.option("--latency", default=0.0, show_default=True, metavar="SECONDS", help="Delay of every history answer.")
+@click.option("--zone", default="America/New_York", show_default=True, help="Time zone of the gateway.")
+@click.option("--latency", default=0.0, show_default=True, metavar="SECONDS", help="Delay of each history answer.")
 def simulator_command(
     host: str,
     port: int,
@@ -84,7 +96,7 @@ def simulator_command(
 ) -> None:
     """Run a simulated IB gateway until Ctrl-C.
 
-    It speaks the real protocol on a real socket, serves made-up or recorded bars, and answers bad, unknown or too
+    It uses the real protocol on a real socket, serves synthetic or recorded bars, and refuses invalid, unknown and too
     frequent requests as IB does. Its account is SIM0000001.
 
     \b
@@ -123,26 +135,35 @@ def simulator_command(
 
 
 def check_host(host: str) -> None:
-    """Raises:
-    InputError: nobody said which address is meant; empty would be every one of this machine."""
+    """Refuse an empty or unprintable address: an empty one would listen on every address of the machine.
+
+    Raises:
+        InputError: it is one of those.
+    """
     from ktrdr_pipelines.errors import InputError
 
     if not host.strip() or not host.isprintable():
-        raise InputError(f"{host[:40]!r} is no --host", advice="Leave it out, or name one.")
+        raise InputError(f"{host[:40]!r} is not a valid --host", advice="Leave the option out, or give an address.")
 
 
 def check_latency(seconds: float) -> None:
-    """Raises:
-    InputError: no number of seconds that can be waited."""
+    """Refuse a latency outside 0 to 3600 seconds.
+
+    Raises:
+        InputError: it is outside, or not a number.
+    """
     from ktrdr_pipelines.errors import InputError
 
     if not 0 <= seconds <= 3600:  # NaN is neither
-        raise InputError(f"--latency {seconds} is not from 0 to 3600 seconds")
+        raise InputError(f"--latency {seconds} is not between 0 and 3600 seconds")
 
 
 def check_zone(zone: str) -> None:
-    """Raises:
-    InputError: no such time zone."""
+    """Refuse an unknown time zone.
+
+    Raises:
+        InputError: no such time zone.
+    """
     from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
     from ktrdr_pipelines.errors import InputError
@@ -179,7 +200,7 @@ def open_market(replay: Path | None, seed: int) -> Market:
     """The recorded market in ``replay``, else the synthetic one.
 
     Raises:
-        InputError: no recordings there.
+        InputError: the folder has no recordings.
     """
     if replay is not None:
         from ktrdr_pipelines.simulator.replay import ReplayMarket
@@ -194,7 +215,7 @@ async def run_gateway(market: Market, log_path: Path | None, **options: object) 
     """Serve until SIGINT or SIGTERM, then close every connection and return.
 
     Raises:
-        InputError: the address or the log file cannot be had.
+        InputError: the address is not available, or the log file cannot be written.
     """
     import asyncio
     import contextlib

@@ -1,4 +1,4 @@
-"""Bars and sessions as the texts the wire carries: the one hot loop of the simulator.
+"""Bars and sessions as text for the wire: the one hot loop of the simulator.
 
 Field order per message is in `messages.py`. Bars are formatted with one big format string, about 1.5 microseconds a bar.
 """
@@ -13,17 +13,18 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pandas as pd
 
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.simulator.market import DAY_S, Bars
 from ktrdr_pipelines.simulator.messages import Fields, build_history_head, build_schedule
-from ktrdr_pipelines.simulator.trading_hours import Int, Sessions
+from ktrdr_pipelines.simulator.trading_hours import Sessions
 from ktrdr_pipelines.simulator.wire import frame, join_fields
 
 _ZONED_SINCE = 165
-"""From here on instants in words name their zone; before, two spaces and no zone, as old gateways wrote them."""
+"""From this version on, written instants name their zone; before it, two spaces and no zone, as old gateways wrote them."""
 
 
 def write_instant(seconds: int, zone: str, version: int) -> str:
-    """An instant in words in the gateway's zone."""
+    """An instant as text in the gateway's zone."""
     local = datetime.fromtimestamp(seconds, UTC).astimezone(ZoneInfo(zone))
     return local.strftime("%Y%m%d %H:%M:%S ") + zone if version >= _ZONED_SINCE else local.strftime("%Y%m%d  %H:%M:%S")
 
@@ -84,6 +85,6 @@ def write_schedule(req_id: int, sessions: Sessions, *, regular: bool) -> Fields:
     return build_schedule(req_id, start, end, sessions.zone, rows)
 
 
-def _write_local(seconds: Int) -> list[str]:
+def _write_local(seconds: IntArray) -> list[str]:
     texts = np.datetime_as_string(seconds.astype("datetime64[s]")).tolist()
     return [f"{text[:4]}{text[5:7]}{text[8:10]}-{text[11:]}" for text in texts]

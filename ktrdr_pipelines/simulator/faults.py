@@ -1,10 +1,10 @@
-"""Scripted misbehaviour: rules that spoil chosen answers. A rule matches requests and is one step of three kinds: it transforms
-the answer, plans how the answer is delivered, or begins a disturbance of the whole gateway (`disturbances.py`). Rules are
-tried in order and all that match apply.
+"""Scripted faults: rules that damage selected answers. A rule matches requests and does one of three things: it changes the
+answer, plans its delivery, or starts a disturbance of the whole gateway (`disturbances.py`). Rules are tried in order, and all
+that match apply.
 
 A file of rules is YAML or JSON, a list of mappings with the fields of `FaultRule`:
-``[{kind: pacing, nth: [1]}, {kind: hole, symbol: AAPL, rows: 7}]``. What a real gateway does is in `history_service.py`, in which
-harmless ways gateways differ in `habits.py`.
+``[{kind: pacing, nth: [1]}, {kind: gap, symbol: AAPL, rows: 7}]``. What a gateway without faults answers is in
+`history_service.py`, the harmless differences between gateways in `habits.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ktrdr_pipelines.simulator.refusals import Refusal
 
 @dataclass(frozen=True)
 class Delivery:
-    """How an answer reaches the client. ``drop_after`` bytes the connection breaks; ``silent`` answers never come, unless
-    ``after_cancel`` says that they come when the client has given up. ``begins``: what else happens on this occasion."""
+    """How an answer reaches the client. The connection breaks after ``drop_after`` bytes. A ``silent`` answer is never sent, with
+    ``after_cancel`` only after the client has cancelled. ``begins``: the disturbances that start with this request."""
 
     delay_s: float = 0.0
     silent: bool = False
@@ -41,8 +41,8 @@ CONNECT = "connect"
 
 @dataclass(frozen=True)
 class Asked:
-    """What rules can match on. ``kind`` is history, schedule, head, or connect for a client that comes; ``number`` counts
-    requests of all kinds from 1; ``now`` is epoch seconds."""
+    """What rules match on. ``kind`` is history, schedule, head, or connect for a new client; ``number`` counts requests of all
+    kinds from 1; ``now`` is epoch seconds."""
 
     kind: str
     number: int
@@ -60,9 +60,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class FaultRule:
-    """One fault. Empty conditions match everything that is asked; a client that connects only ``on: connect``.
+    """One fault. Empty conditions match every request; new clients match only ``on: connect``.
 
-    ``nth``: of the requests that fit the other conditions, only these (from 1). ``times``: at most so often (0: always).
+    ``nth``: of the requests that match the other conditions, only these (from 1). ``times``: the most often (0: no limit).
     ``when``: a further test, from Python only. ``rows``, ``after_bytes``, ``code``, ``text``, ``seconds``, ``factor``,
     ``part`` are the amounts of the kinds that use them; ``delay``, ``back`` and ``meanwhile`` those of disturbances.
     """
@@ -93,10 +93,12 @@ class FaultRule:
         if self.kind not in KINDS:
             raise InputError(f"unknown fault {self.kind!r}", advice=f"Use one of {', '.join(sorted(KINDS))}.")
         if self.meanwhile not in ("", *MEANWHILE):
-            raise InputError(f"meanwhile cannot be {self.meanwhile!r}", advice=f"Use one of {', '.join(MEANWHILE)}.")
+            raise InputError(
+                f"unknown value of meanwhile: {self.meanwhile!r}", advice=f"Use one of {', '.join(MEANWHILE)}."
+            )
 
     def fits(self, asked: Asked) -> bool:
-        """True if every condition but ``nth`` and ``times`` holds."""
+        """True if every condition except ``nth`` and ``times`` matches."""
         symbol = asked.local_symbol if self.symbol == asked.local_symbol else asked.symbol
         tests = (
             (self.on, asked.kind),
@@ -116,7 +118,7 @@ class FaultRule:
 
 @dataclass(frozen=True)
 class Step:
-    """An answer on its way through the rules, with the rule at hand."""
+    """An answer on its way through the rules, with the rule being applied."""
 
     rule: FaultRule
     asked: Asked
@@ -148,7 +150,7 @@ def _begin(step: Step) -> Step:
 
 
 def _spoil(change: Callable[[FaultRule, Bars], Bars]) -> Callable[[Step], Step]:
-    """Faults of bars: an answer without bars stays as it is."""
+    """A fault that changes bars: an answer without bars stays as it is."""
 
     def apply(step: Step) -> Step:
         bars = step.answer.bars
@@ -185,7 +187,7 @@ def _take_part(rule: FaultRule, bars: Bars) -> Bars:
     return bars.take(slice(0, half) if rule.part == "first" else slice(half, None))
 
 
-def _cut_hole(rule: FaultRule, bars: Bars) -> Bars:
+def _cut_gap(rule: FaultRule, bars: Bars) -> Bars:
     first, stop = _middle(rule, bars)
     return bars.take(np.r_[0:first, stop : len(bars)])
 
@@ -261,7 +263,7 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     "empty": _spoil(lambda _, bars: bars.take(slice(0, 0))),
     "lag": _lag,
     "revise": _spoil(_revise),
-    "hole": _spoil(_cut_hole),
+    "gap": _spoil(_cut_gap),
     "duplicate": _spoil(_repeat),
     "out_of_order": _spoil(_swap),
     "conflict": _spoil(_contradict),
@@ -272,9 +274,10 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     **dict.fromkeys(DISTURBANCES, _begin),
 }
 """Every fault by name. Rows are taken from the middle of the answer, for ``newest`` and ``revise`` from its end, for ``oldest``
-from its begin; ``without_first`` and ``without_last`` leave out as many at an end, ``every`` each ``rows``-th; ``shift`` moves
-all stamps, or a head timestamp, by ``seconds``; ``lag`` leaves out bars that opened less than ``seconds`` ago;
-``query_notice`` sends 165 before the answer, ``unknown_query`` 366 in place of it; ``empty`` is no bars without a word."""
+from its start. ``gap`` leaves out ``rows`` bars, ``without_first`` and ``without_last`` so many at one end, ``every`` each
+``rows``-th bar; ``shift`` moves all stamps, or a head timestamp, by ``seconds``; ``lag`` leaves out bars that opened less than
+``seconds`` ago; ``query_notice`` sends 165 before the answer, ``unknown_query`` 366 in place of it; ``empty`` sends no bars and
+no error."""
 
 
 class FaultBook:
@@ -292,11 +295,11 @@ class FaultBook:
         self._rules.append(rule)
 
     def clear(self) -> None:
-        """Behave from now on."""
+        """Remove all rules."""
         self._rules, self._matched, self._applied = [], [], []
 
     def apply(self, asked: Asked, answer: Answer) -> tuple[Answer, Delivery, tuple[str, ...]]:
-        """The answer as spoilt, how to deliver it, and the names of the faults that were applied."""
+        """The changed answer, its delivery, and the names of the faults that were applied."""
         names: list[str] = []
         if not self._rules:
             return answer, Delivery(), ()

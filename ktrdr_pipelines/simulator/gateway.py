@@ -1,6 +1,6 @@
-"""What all connections of one simulated gateway share: market, pacing judge, faults, client ids, the log of requests.
+"""State that all connections of one simulated gateway share: market, pacing judge, faults, client ids, the log of requests.
 
-No sockets and no clock of its own: every call is told the time. Sessions are in `client_session.py`, sockets in `server.py`.
+No sockets and no clock: the caller passes the time. Sessions are in `client_session.py`, sockets in `server.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ktrdr_pipelines.simulator import refusals
-from ktrdr_pipelines.simulator.disturbances import EMPTY, HELD, Disturbance
+from ktrdr_pipelines.simulator.disturbances import DELAYED, EMPTY, Disturbance
 from ktrdr_pipelines.simulator.faults import CONNECT, Asked, Delivery, FaultBook, FaultRule
 from ktrdr_pipelines.simulator.habits import USUAL, Habits
 from ktrdr_pipelines.simulator.history_service import Answer, HistoryRules, check_request, find_head, look_up
@@ -18,7 +18,7 @@ from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.market import Listing, Market
 from ktrdr_pipelines.simulator.messages import MAX_VERSION, HeadRequest, HistoryRequest
 from ktrdr_pipelines.simulator.refusals import RequestRefusedError
-from ktrdr_pipelines.simulator.request_reach import DurationRule, RequestLimits
+from ktrdr_pipelines.simulator.request_reach import DurationRule
 
 _LONGEST_TEXT = 200
 
@@ -26,8 +26,8 @@ _LONGEST_TEXT = 200
 @dataclass(frozen=True)
 class RequestRecord:
     """One line of the log. ``time`` is epoch seconds, ``kind`` history, schedule, head or cancel; ``outcome`` is "bars",
-    "sessions", "head", "silent", "cancelled" or the error's code and text; ``pacing`` the rule broken, ``faults`` what was
-    applied. ``first`` and ``last`` are the stamps sent, in epoch seconds (0: none)."""
+    "sessions", "head", "silent", "cancelled" or the error's code and text; ``pacing`` the broken rule, ``faults`` the applied
+    faults. ``first`` and ``last`` are the stamps sent, in epoch seconds (0: none)."""
 
     time: float
     kind: str
@@ -55,25 +55,25 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class Planned:
-    """An answer and how to deliver it. ``is_held`` until the end of an outage."""
+    """An answer and its delivery. ``is_delayed``: it is sent at the end of an outage."""
 
     answer: Answer
     delivery: Delivery
-    is_held: bool = False
+    is_delayed: bool = False
 
 
 class Gateway:
     """Shared state. ``on_record`` is called with each `RequestRecord` as it is made; ``latency_s`` delays every answer.
 
-    ``server_version`` caps the protocol version offered, for trying old layouts. ``judge`` None: pacing is not judged;
-    ``pace_clock`` (seconds) is the judge's clock where it is not the market's.
+    ``server_version`` is the highest protocol version offered, to test old layouts. ``judge`` None: pacing is not judged.
+    ``pace_clock`` (seconds) is the judge's clock, by default the market's.
     """
 
     max_clients = 32
     max_open_requests = 50
     max_messages_per_s = 50
     max_records = 100_000
-    """Lines of the log that are kept, the newest."""
+    """The newest lines of the log are kept, at most so many."""
 
     def __init__(
         self,
@@ -84,7 +84,6 @@ class Gateway:
         zone: str = "America/New_York",
         durations: DurationRule = DurationRule.SESSIONS,
         habits: Habits = USUAL,
-        limits: RequestLimits = RequestLimits.CURRENT,
         account: str = "SIM0000001",
         server_version: int = MAX_VERSION,
         latency_s: float = 0.0,
@@ -94,7 +93,7 @@ class Gateway:
         self.market = market
         self.judge = judge
         self.faults = FaultBook(faults)
-        self.rules = HistoryRules(zone, durations, limits, habits=habits)
+        self.rules = HistoryRules(zone, durations, habits)
         self.account = account
         self.server_version = server_version
         self.latency_s = latency_s
@@ -108,7 +107,7 @@ class Gateway:
         self._number = 0
 
     def record(self, record: RequestRecord) -> None:
-        """Add a line to the log; texts of a length that no sane client sends are cut."""
+        """Add a line to the log; longer texts than a real client sends are cut."""
         long: dict[str, Any] = {name: text[:_LONGEST_TEXT] for name, text in vars(record).items() if _is_long(text)}
         record = replace(record, **long) if long else record
         self.requests.append(record)
@@ -117,19 +116,19 @@ class Gateway:
             self._on_record(record)
 
     def begin(self, disturbance: Disturbance) -> None:
-        """What a disturbance changes for requests from now on. `end` ends an outage."""
+        """Apply a disturbance to requests from now on. `end` ends an outage."""
         if disturbance.is_outage:
             self.outages.append(disturbance)
         elif disturbance.kind == "stale_clock":
             self.clock_lag_s = disturbance.seconds
 
     def end(self, disturbance: Disturbance) -> None:
-        """The outage is over."""
+        """End an outage."""
         if disturbance in self.outages:
             self.outages.remove(disturbance)
 
     def plan_connection(self, client_id: int, now: float) -> Planned:
-        """What happens to a client that comes: nothing, a refusal, or a disturbance."""
+        """What a new client gets: nothing special, a refusal, or a disturbance."""
         asked = Asked(CONNECT, self._number, client_id, "", "", "", "", "", "", "", False, now)
         answer, delivery, _ = self.faults.apply(asked, Answer())
         self._begin_at_once(delivery)
@@ -141,7 +140,7 @@ class Gateway:
                 self.begin(disturbance)
 
     def plan_history(self, client_id: int, request: HistoryRequest, now: float) -> Planned:
-        """Judge, look up and spoil one history or schedule request."""
+        """Judge and look up one history or schedule request, and apply the faults."""
         kind = "schedule" if request.what == "SCHEDULE" else "history"
         record = RequestRecord(
             time=now,
@@ -173,7 +172,7 @@ class Gateway:
         return self._finish(record, local_symbol, answer)
 
     def plan_head(self, client_id: int, request: HeadRequest, now: float) -> Planned:
-        """Judge and look up one head timestamp; it counts as a history request."""
+        """Judge and look up one head timestamp; it counts as a history request for pacing."""
         record = RequestRecord(
             time=now,
             kind="head",
@@ -192,7 +191,7 @@ class Gateway:
             local_symbol = listing.local_symbol or listing.symbol
             record = _with_listing(record, listing, exchange)
             self._judge(record)
-            head = self.rules.habits.tell_head(head)
+            head = self.rules.habits.shift_head(head)
             if head is None or head > now:
                 raise RequestRefusedError(refusals.report_no_data(local_symbol, exchange, request.what))
             answer = Answer(head=head)
@@ -236,7 +235,7 @@ class Gateway:
             delivery = replace(delivery, silent=True)
         self.record(_with_outcome(replace(record, faults=faults), answer, delivery))
         delivery = replace(delivery, delay_s=delivery.delay_s + self.latency_s)
-        return Planned(answer, delivery, is_held=meanwhile == HELD)
+        return Planned(answer, delivery, is_delayed=meanwhile == DELAYED)
 
 
 def _is_long(value: object) -> bool:

@@ -1,7 +1,7 @@
-"""Ways in which gateways differ that are no faults: how bars are dated, how many come, what is known of the start of history.
+"""Harmless differences between gateways: how bars are dated, how many an answer has, where history is said to start.
 
-None of it is documented by IBKR, and whatever a loader takes for granted here will be otherwise on some gateway. How
-durations are counted is such a habit too; it is in `request_reach.py`. Scripted faults are in `faults.py`.
+IBKR documents none of them, so a loader must work with every value. How durations are counted is a habit too; see
+`request_reach.py`. Scripted faults are in `faults.py`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ _HEAD_SHIFTS_S = {"exact": 0, "early": -3653 * DAY_S, "late": 365 * DAY_S}
 
 @dataclass(frozen=True)
 class Habits:
-    """``periods``: weeks and months are dated with the "last" of their sessions, the "first" of their days (Monday, the 1st),
+    """The habits of one gateway.
+
+    ``periods``: weeks and months are dated with the "last" of their sessions, the "first" of their days (Monday, the 1st),
     or the day "before" it (Sunday, the last of the month before). ``days``: daily bars are dated with the day on which their
-    session ends ("close") or begins ("open": forex from Sunday to Thursday). ``newest``: at most so many bars an answer, the
-    newest (0: all). ``head``: the head timestamp is "exact", ten years too "early", a year too "late", or "none" is known.
-    ``empty``: a window without bars is "told" with 162, or answered "wordless" with no bars.
+    session ends ("close") or begins ("open": forex from Sunday to Thursday). ``newest``: the most bars of an answer; older
+    ones are left out (0: no limit). ``head``: the head timestamp is "exact", ten years too "early", a year too "late", or
+    refused ("none"). ``empty``: a window without bars is answered with the "error" 162, or with "no_bars" and no error.
     """
 
     periods: str = "last"
     days: str = "close"
     newest: int = 0
     head: str = "exact"
-    empty: str = "told"
+    empty: str = "error"
 
     def date_bars(self, bars: Bars, size: BarSize, sessions: Sessions) -> Bars:
-        """``bars`` with the stamps of this gateway."""
+        """``bars`` with the stamps that this gateway gives them."""
         if size.unit == "day" and self.days == "open":
             at = np.searchsorted(sessions.day, bars.stamp // DAY_S)
             return replace(bars, stamp=(sessions.open[at] + sessions.offset[at]) // DAY_S * DAY_S)
@@ -46,11 +48,11 @@ class Habits:
         return bars
 
     def cut_answer(self, bars: Bars) -> Bars:
-        """As many of ``bars`` as this gateway sends."""
+        """The newest of ``bars``, as many as this gateway sends."""
         return bars.take(slice(-self.newest, None)) if self.newest else bars
 
-    def tell_head(self, head_s: int | None) -> int | None:
-        """The start of history as this gateway believes it (epoch seconds)."""
+    def shift_head(self, head_s: int | None) -> int | None:
+        """The start of history (epoch seconds) as this gateway reports it; None: it reports none."""
         return None if head_s is None or self.head == "none" else max(0, head_s + _HEAD_SHIFTS_S[self.head])
 
 
@@ -61,9 +63,9 @@ VALUES: dict[str, tuple[str, ...]] = {
     "days": ("close", "open"),
     "newest": (),
     "head": (*_HEAD_SHIFTS_S, "none"),
-    "empty": ("told", "wordless"),
+    "empty": ("error", "no_bars"),
 }
-"""What each habit can be; ``newest`` is a number."""
+"""The values of each habit; ``newest`` is a number."""
 
 
 def read_habits(texts: Iterable[str]) -> Habits:
@@ -82,7 +84,9 @@ def read_habits(texts: Iterable[str]) -> Habits:
                 raise InputError(f"{text!r} is not a number of bars", advice="Write it like newest=100.")
             habits = replace(habits, newest=int(value))
         elif value not in VALUES[name]:
-            raise InputError(f"habit {name} cannot be {value!r}", advice=f"Use one of {', '.join(VALUES[name])}.")
+            raise InputError(
+                f"unknown value of habit {name}: {value!r}", advice=f"Use one of {', '.join(VALUES[name])}."
+            )
         else:
             changed: dict[str, Any] = {name: value}
             habits = replace(habits, **changed)

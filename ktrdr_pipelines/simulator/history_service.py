@@ -1,7 +1,7 @@
-"""From a history request to its answer: which contract, which window, which bars, or which refusal. Pure.
+"""From a history request to its answer: contract, window, and bars or a refusal. Pure.
 
-Prices come from the market given; faults and pacing are put on top in `gateway.py`; the wire's fields in `encoding.py`.
-The order of the checks is the gateway's: what is malformed is refused before it counts as a request to IB's servers.
+Prices come from the market; faults and pacing are added in `gateway.py`; the wire's fields are in `encoding.py`. Checks are in
+the gateway's order: a malformed request is refused before it counts as a request to IB's servers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ktrdr_pipelines.simulator.messages import HeadRequest, HistoryRequest
 from ktrdr_pipelines.simulator.refusals import Refusal, RequestRefusedError
 from ktrdr_pipelines.simulator.request_reach import (
     DurationRule,
-    RequestLimits,
     check_duration,
     find_start,
     parse_duration,
@@ -38,28 +37,27 @@ from ktrdr_pipelines.simulator.trading_hours import Sessions
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES", "SCHEDULE")
 _WITHOUT_TRADES = ("CASH", "CFD", "CRYPTO")
 _SMALL_BARS_S = 30
-_SMALL_BARS_KEPT_S = 183 * DAY_S
-"""Bars of 30 seconds or less are kept for six months (`ib_facts.md`, section 5)."""
+_SMALL_BARS_RETENTION_S = 183 * DAY_S
+"""Bars of 30 seconds or less older than six months are beyond IB's retention (docs/ib_facts.md, 5)."""
 
 
 MAX_BARS = 200_000
-"""Bars of one answer. More would not fit into a message that IBKR's clients take, and 68 years of minutes cost gigabytes."""
+"""The most bars of one answer. More would not fit into a message that IBKR's clients accept, and 68 years of minutes need
+gigabytes."""
 
 
 @dataclass(frozen=True)
 class HistoryRules:
-    """How this gateway reads requests. ``zone`` is its own, for ends without one and for formatDate 1."""
+    """How this gateway reads requests. ``zone`` is the gateway's, for ends without a zone and for formatDate 1."""
 
     zone: str = "America/New_York"
     durations: DurationRule = DurationRule.SESSIONS
-    limits: RequestLimits = RequestLimits.CURRENT
-    forget_small_bars: bool = True
     habits: Habits = USUAL
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """A valid request, ready to be looked up: bars that open in ``[start_s, end_s)``."""
+    """A valid request, ready for the lookup: bars that open in ``[start_s, end_s)``."""
 
     listing: Listing
     exchange: str
@@ -77,8 +75,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes back: a refusal, bars, sessions or a head timestamp (epoch seconds). ``start_s`` and ``end_s`` are the window
-    that was looked up."""
+    """A refusal, bars, sessions or a head timestamp (epoch seconds). ``start_s`` and ``end_s`` are the window of the lookup."""
 
     refusal: Refusal | None = None
     bars: Bars | None = None
@@ -90,10 +87,10 @@ class Answer:
 
 
 def resolve_contract(market: Market, query: ContractQuery, now_s: float) -> tuple[Listing, str]:
-    """The one listing that ``query`` means and the exchange it is asked on.
+    """The one listing that matches ``query``, and the exchange of the request.
 
     Raises:
-        RequestRefusedError: 200, none or several.
+        RequestRefusedError: 200, no match or several.
     """
     found = find_listings(market, query, now_s)
     if not found:
@@ -104,10 +101,10 @@ def resolve_contract(market: Market, query: ContractQuery, now_s: float) -> tupl
 
 
 def check_request(market: Market, request: HistoryRequest, now_s: int, rules: HistoryRules) -> Lookup:
-    """Everything the gateway checks before it asks IB's servers.
+    """Check a request as the gateway does before it asks IB's servers.
 
     Raises:
-        RequestRefusedError: with the code and text that IB answers.
+        RequestRefusedError: with IB's code and text.
     """
     size = BAR_SIZES.get(request.bar_size)
     if size is None:
@@ -117,7 +114,7 @@ def check_request(market: Market, request: HistoryRequest, now_s: int, rules: Hi
     if request.format_date not in ("1", "2"):
         raise RequestRefusedError(refusals.refuse_format_date(request.format_date))
     duration = parse_duration(request.duration)
-    check_duration(duration, size, rules.limits)
+    check_duration(duration, size)
     end_s, zone_guessed = parse_end(request.end, now_s, rules.zone)
     if request.end and request.what == "ADJUSTED_LAST":
         raise RequestRefusedError(refusals.END_WITH_ADJUSTED)
@@ -132,7 +129,7 @@ def check_request(market: Market, request: HistoryRequest, now_s: int, rules: Hi
 
 
 def check_what(listing: Listing, exchange: str, what: str, size: BarSize | None = None) -> None:
-    """Refuse trades of what has none, quotes of indices, and aggregated trades of anything but crypto.
+    """Refuse trades of instruments without trades, quotes of indices, and aggregated trades of anything but crypto.
 
     Raises:
         RequestRefusedError: 162.
@@ -150,14 +147,14 @@ def look_up(market: Market, lookup: Lookup, now_s: int, rules: HistoryRules) -> 
     if lookup.what == "SCHEDULE":
         return replace(answer, sessions=_find_schedule(market, lookup))
     start_s = lookup.start_s
-    if rules.forget_small_bars and lookup.size.seconds <= _SMALL_BARS_S:
-        start_s = max(start_s, now_s - _SMALL_BARS_KEPT_S)
+    if lookup.size.seconds <= _SMALL_BARS_S:
+        start_s = max(start_s, now_s - _SMALL_BARS_RETENTION_S)
     bars = None
     if start_s < lookup.end_s:
         _check_length(market, replace(lookup, start_s=start_s))
         bars = market.bars(lookup.listing, lookup.size, start_s, lookup.end_s, what=lookup.what, regular=lookup.regular)
     if bars is None or not len(bars):
-        if rules.habits.empty == "wordless":
+        if rules.habits.empty == "no_bars":
             return replace(answer, bars=NO_BARS)
         return replace(answer, refusal=refusals.report_no_data(lookup.name, lookup.exchange, lookup.what))
     bars = rules.habits.date_bars(bars, lookup.size, market.sessions(lookup.listing))
@@ -165,7 +162,7 @@ def look_up(market: Market, lookup: Lookup, now_s: int, rules: HistoryRules) -> 
 
 
 def _check_length(market: Market, lookup: Lookup) -> None:
-    """Refuse what cannot be answered in one message, before it is looked up.
+    """Refuse a request whose answer does not fit into one message, before the lookup.
 
     Raises:
         RequestRefusedError: 162.
@@ -184,10 +181,10 @@ def _find_schedule(market: Market, lookup: Lookup) -> Sessions:
 
 
 def find_head(market: Market, request: HeadRequest, now_s: float) -> tuple[Listing, str, int | None]:
-    """The listing, its exchange and the first stamp there is (epoch seconds).
+    """The listing, its exchange and the stamp of its first bar (epoch seconds).
 
     Raises:
-        RequestRefusedError: unknown or ambiguous contract, trades of what has none, unknown what-to-show.
+        RequestRefusedError: unknown or ambiguous contract, trades of an instrument without trades, unknown what to show.
     """
     if request.what not in WHAT_TO_SHOW[:-1]:
         raise RequestRefusedError(refusals.BAD_WHAT)
@@ -197,7 +194,7 @@ def find_head(market: Market, request: HeadRequest, now_s: float) -> tuple[Listi
 
 
 def write_hours(sessions: Sessions, from_day: int, days: int, *, regular: bool) -> str:
-    """Trading hours as contract details carry them: ``20240102:0930-20240102:1600;20240106:CLOSED`` in local time."""
+    """Trading hours in the format of contract details: ``20240102:0930-20240102:1600;20240106:CLOSED`` in local time."""
     parts = []
     for day in range(from_day, from_day + days):
         at = int(np.searchsorted(sessions.day, day))

@@ -1,7 +1,7 @@
-"""Answers to what clients ask besides history: accounts, positions, orders, the time. A table, one line a question.
+"""Answers to the requests that are not about history: accounts, positions, orders, the time. A table, one line a request.
 
-The account is empty and the gateway read-only, so most answers are just their own end. Every question that ib_insync and
-ib_async ask while connecting is here; a client that misses one of these answers waits for its time-out.
+The account is empty and the gateway read-only, so most answers are only an end marker. Every request that ib_insync and
+ib_async send while connecting is here; a client that misses one of these answers waits for its time-out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ktrdr_pipelines.simulator.messages import (
 
 @dataclass(frozen=True)
 class Question:
-    """A simple message with what its answer depends on. ``now`` is epoch seconds, ``zone`` the gateway's."""
+    """A simple message and everything that its answer depends on. ``now`` is epoch seconds, ``zone`` the gateway's."""
 
     message: Simple
     version: int
@@ -67,4 +67,4 @@ REPLIES: dict[str, Callable[[Question], list[Fields]]] = {
     "order": lambda q: q.refuse(refusals.READ_ONLY.code, refusals.READ_ONLY.text),
     "market data": lambda q: q.refuse(354, "Requested market data is not subscribed."),
 }
-"""By the kind of `Simple` message."""
+"""The answers, by the kind of `Simple` message."""

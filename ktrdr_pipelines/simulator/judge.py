@@ -1,7 +1,7 @@
-"""Whether history requests come too fast, by the specification's rules. Pure: every call is told the time.
+"""Whether history requests break the specification's pacing rules. Pure: the caller passes the time.
 
-The loader's own ledger (`ib/pacing/rules.py`) is written by somebody else from the same rules; this one judges it.
-Source: the specification, "Pacing Limits", and `ib_facts.md`, section 6.
+It shares no code with the loader's own rules (`ib/pacing/rules.py`), which it judges.
+Source: the specification, "Pacing Limits", and docs/ib_facts.md, 6.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class _Seen:
 
 
 class PacingJudge:
-    """Counts what it has seen, refused requests too: they have reached IB. One judge serves one login, all clients of it."""
+    """Counts all requests of one login and all its clients, also the refused ones: they have reached IB."""
 
     def __init__(self, rules: PacingRules | None = None) -> None:
         self.rules = rules or PacingRules()
         self.violations: list[tuple[float, str]] = []
-        """Time and rule of each request refused."""
+        """Time and broken rule of each refused request."""
         self._seen: deque[_Seen] = deque()
 
     def judge(self, now: float, group: Hashable, identity: Hashable, weight: int = 1) -> str:
-        """The rule this request breaks, in words, or an empty string. ``group`` is contract, exchange and tick type."""
+        """The rule that this request breaks, as text, or an empty string. ``group`` is contract, exchange and tick type."""
         rules = self.rules
-        # A clock set back must not keep old requests for ever: what lies in the future is forgotten too.
+        # After a clock was set back, requests in the future must not stay: they are dropped like old ones.
         while self._seen and not 0 <= now - self._seen[0].at < rules.period_s:
             self._seen.popleft()
         used = sum(seen.weight for seen in self._seen) + weight

@@ -1,7 +1,7 @@
 """The instruments of the synthetic market: a table. Prices are in `path.py`, hours in `trading_hours.py`.
 
-Names and exchanges are those of real contracts so that examples read well; conIds, dates and prices are made up. Some are
-there to be difficult: ``AMBG`` is two companies, ``AAPL`` also trades in pesos, ``THIN`` hardly trades, ``GONE`` stopped.
+Names and exchanges are those of real contracts; conIds, dates and prices are invented. Some are difficult on purpose: ``AMBG``
+is two companies, ``AAPL`` also trades in pesos, ``THIN`` has few trades, ``GONE`` is delisted.
 """
 
 from __future__ import annotations

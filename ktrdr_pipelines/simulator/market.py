@@ -1,27 +1,25 @@
-"""What every simulated market is made of: listings, bar sizes, bars as arrays, and the cutting of bars into longer ones.
+"""Types of every simulated market: listings, bar sizes, bars as arrays, and the joining of bars into longer ones.
 
-No prices are invented here (`synthetic.py`, `replay.py`) and nothing of the wire is known. Stamps follow `ib_facts.md`,
-section 3: a bar carries the time it opens; daily and longer bars a session date, weeks and months the date of their last.
+Prices come from `synthetic.py` or `replay.py`; the wire is in `messages.py`. Stamps follow docs/ib_facts.md, 3: a bar carries
+the time of its open; daily and longer bars a session date, weeks and months the date of their last session.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ktrdr_pipelines.simulator.trading_hours import Int, Sessions
-
-Float = npt.NDArray[np.float64]
+from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
+from ktrdr_pipelines.simulator.trading_hours import Sessions
 
 DAY_S = 86400
 
 
 @dataclass(frozen=True)
 class BarSize:
-    """One of IB's bar sizes. ``seconds`` is nominal for a month. ``unit`` tells how bars are cut: by the clock, or by date."""
+    """One of IB's bar sizes. ``seconds`` is nominal for a month. ``unit``: how bars are cut, by the clock or by date."""
 
     name: str
     seconds: int
@@ -51,7 +49,7 @@ def _make_sizes() -> dict[str, BarSize]:
 
 
 BAR_SIZES = _make_sizes()
-"""By every spelling the gateway takes. IB's own list ends in ``1W, 1M``; ``1 week`` and ``1 month`` work too (threads)."""
+"""By every spelling that the gateway accepts. IB's own list ends in ``1W, 1M``; ``1 week`` and ``1 month`` work too (threads)."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,11 @@ class Listing:
     stock_type: str = ""
     base_price: float = 100.0
     activity: float = 1.0
-    """Share of minutes in which something trades; the others have no TRADES bar at all."""
+    """Share of minutes with a trade; the others have no TRADES bar."""
     split: int = 1
-    """A split that has happened since: every price is divided by it and volumes are multiplied, as IB restates its history."""
+    """A split after the listing's history: IB restates it, so every price is divided by the split and volumes are multiplied."""
     adjustment: float = 1.0
-    """A further factor of ADJUSTED_LAST: a dividend that was paid since restates all of it."""
+    """A further factor of ADJUSTED_LAST: a dividend restates the whole history."""
 
     @property
     def default_exchange(self) -> str:
@@ -92,27 +90,27 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class Bars:
-    """Bars in order of time. ``stamp`` is the open in epoch seconds, for dated bars midnight UTC of the date.
+    """Bars, oldest first. ``stamp`` is the open in epoch seconds, for dated bars midnight UTC of the date.
 
     Prices are floats that print exactly with ``decimals`` places (None: shortest form). ``volume`` and ``count`` are -1 where
     IB has none. ``average`` is the volume-weighted price, -1 likewise.
     """
 
-    stamp: Int
-    open: Float
-    high: Float
-    low: Float
-    close: Float
-    volume: Int
-    average: Float
-    count: Int
+    stamp: IntArray
+    open: FloatArray
+    high: FloatArray
+    low: FloatArray
+    close: FloatArray
+    volume: IntArray
+    average: FloatArray
+    count: IntArray
     dated: bool = False
     decimals: int | None = 2
 
     def __len__(self) -> int:
         return len(self.stamp)
 
-    def take(self, index: npt.NDArray[np.bool_] | Int | slice) -> Bars:
+    def take(self, index: BoolArray | IntArray | slice) -> Bars:
         """The bars selected by a mask, positions or a slice."""
         return replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
@@ -125,33 +123,33 @@ NO_BARS = Bars(_NO_INT, _NO_FLOAT, _NO_FLOAT, _NO_FLOAT, _NO_FLOAT, _NO_INT, _NO
 
 @dataclass(frozen=True, eq=False)
 class Atoms:
-    """The finest bars of a request in whole points, before they are joined. ``stamp`` in epoch seconds, ``session`` the
+    """The smallest bars of a request in whole points, before they are joined. ``stamp`` in epoch seconds, ``session`` the
     index into the listing's `Sessions`. ``turnover`` is the sum of price times volume."""
 
-    stamp: Int
-    session: Int
-    open: Int
-    high: Int
-    low: Int
-    close: Int
-    volume: Int
-    turnover: Int
-    count: Int
+    stamp: IntArray
+    session: IntArray
+    open: IntArray
+    high: IntArray
+    low: IntArray
+    close: IntArray
+    volume: IntArray
+    turnover: IntArray
+    count: IntArray
 
     def __len__(self) -> int:
         return len(self.stamp)
 
-    def take(self, index: npt.NDArray[np.bool_] | Int | slice) -> Atoms:
+    def take(self, index: BoolArray | IntArray | slice) -> Atoms:
         return Atoms(**{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
 
     @staticmethod
     def join(parts: list[Atoms]) -> Atoms:
-        """The parts one after another."""
+        """The parts concatenated."""
         names = Atoms.__dataclass_fields__
         return Atoms(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def merge_atoms(atoms: Atoms, key: Int) -> Atoms:
+def merge_atoms(atoms: Atoms, key: IntArray) -> Atoms:
     """One atom for each run of equal ``key``, stamped like the first of the run."""
     if not len(atoms):
         return atoms
@@ -170,15 +168,15 @@ def merge_atoms(atoms: Atoms, key: Int) -> Atoms:
     )
 
 
-def label_clock(stamps: Int, opens: Int, offsets: Int, seconds: int) -> Int:
-    """The open of the bar that holds each stamp: the clock grid of the exchange's zone, counted from local midnight, but
+def label_clock(stamps: IntArray, opens: IntArray, offsets: IntArray, seconds: int) -> IntArray:
+    """The open of the bar that contains each stamp: the clock grid of the exchange's zone, counted from local midnight, but
     not before the session's open (a stock's first hourly bar is 09:30). ``opens`` and ``offsets`` belong to each stamp."""
     local = stamps + offsets
-    labels: Int = np.maximum(local // seconds * seconds - offsets, opens)
+    labels: IntArray = np.maximum(local // seconds * seconds - offsets, opens)
     return labels
 
 
-def label_dates(days: Int, unit: str) -> Int:
+def label_dates(days: IntArray, unit: str) -> IntArray:
     """A key that is equal for days of one day, week (Monday to Sunday) or month. ``days`` counts from 1970-01-01."""
     if unit == "week":
         return (days + 3) // 7
@@ -210,18 +208,15 @@ class ContractQuery:
     local_symbol: str = ""
     trading_class: str = ""
     include_expired: bool = False
-    sec_id_type: str = field(default="", compare=False)
-    sec_id: str = field(default="", compare=False)
-    issuer_id: str = field(default="", compare=False)
 
 
 class Market(Protocol):
-    """What a gateway needs of a market."""
+    """The market behind a gateway."""
 
     listings: tuple[Listing, ...]
 
     def sessions(self, listing: Listing) -> Sessions:
-        """When ``listing`` trades, including days before it was listed."""
+        """The sessions of ``listing``, also those before it was listed."""
         ...
 
     def bars(
@@ -229,29 +224,29 @@ class Market(Protocol):
     ) -> Bars | None:
         """The bars that open in ``[start_s, end_s)``, the last cut off at ``end_s`` where it is not complete by then.
 
-        Dated bars: those with a session that begins in the window; a first week or month is given whole. None: this market
-        holds no bars of that size for it.
+        Dated bars: those with a session that begins in the window; a first week or month is complete. None: this market has no
+        bars of that size for the listing.
         """
         ...
 
     def head(self, listing: Listing, what: str, /, *, regular: bool) -> int | None:
-        """Epoch seconds of the first bar there is, or None."""
+        """The stamp of the first bar in epoch seconds; None: there is no bar."""
         ...
 
 
 _EXPIRY_FREE = ("STK", "CASH", "IND", "CRYPTO", "CONTFUT")
-_EXPIRED_KEPT_DAYS = 731
-"""Futures are known for two years after their expiry (`ib_facts.md`, section 5)."""
+_EXPIRED_RETENTION_DAYS = 731
+"""Futures that expired more than two years ago are beyond IB's retention (docs/ib_facts.md, 5)."""
 
 
 def find_listings(market: Market, query: ContractQuery, now_s: float) -> list[Listing]:
-    """Every listing that fits ``query``. A known conId decides alone, apart from an exchange that does not list it.
+    """Every listing that matches ``query``. A conId decides alone, unless the exchange of the query does not list it.
 
-    Futures that have expired by ``now_s`` (epoch seconds) only where the query includes expired ones, and for two years.
+    Futures that expired before ``now_s`` (epoch seconds) match for two years, and only where the query includes expired ones.
     """
     today = int(now_s // DAY_S)
     found = [listing for listing in market.listings if _fits(listing, query)]
-    oldest = today - _EXPIRED_KEPT_DAYS if query.include_expired else today
+    oldest = today - _EXPIRED_RETENTION_DAYS if query.include_expired else today
     return [x for x in found if x.sec_type != "FUT" or x.last_day >= oldest]
 
 
@@ -275,7 +270,7 @@ def _fits(listing: Listing, query: ContractQuery) -> bool:
 
 
 def match_symbols(market: Market, pattern: str, limit: int = 16) -> list[Listing]:
-    """Listings whose symbol begins with ``pattern`` or whose name holds it, exact symbols first, at most ``limit``."""
+    """Listings whose symbol starts with ``pattern`` or whose name contains it, exact symbols first, at most ``limit``."""
     wanted = pattern.strip().upper()
     if not wanted:
         return []

@@ -1,7 +1,7 @@
-"""The fields of each message, by the protocol version negotiated: parsers of what clients send, builders of what they get.
+"""The fields of each message, by the negotiated protocol version: parsers of client messages, builders of answers.
 
-Layouts were learned from the clients (ib_insync 0.9.86 and ib_async 2.1.0 ``client.py`` and ``decoder.py``, versions 157 to
-178; ibapi 9.81 for those below). Which message may follow which is in `client_session.py`; framing in `wire.py`.
+Sources of the layouts: the clients (ib_insync 0.9.86 and ib_async 2.1.0 ``client.py`` and ``decoder.py``, versions 157 to
+178; ibapi 9.81 for those below). The order of messages is in `client_session.py`; framing in `wire.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ktrdr_pipelines.simulator.market import ContractQuery, Listing
 
 MIN_VERSION = 100
 MAX_VERSION = 178
-"""Versions served. From 201 on the protocol is another one (protocol buffers)."""
+"""The versions served. From 201 on the protocol uses protocol buffers instead."""
 
 Fields = tuple[object, ...]
 
 
 class MessageError(ValueError):
-    """A client's message has too few fields, or text where a number belongs."""
+    """A client's message has too few fields, or text in place of a number."""
 
 
 class FieldReader:
-    """Takes the fields of one message in order. Missing or malformed ones raise `MessageError`."""
+    """Reads the fields of one message in order. Missing or malformed ones raise `MessageError`."""
 
     def __init__(self, fields: Sequence[str], version: int) -> None:
         self.version = version
@@ -59,7 +59,6 @@ class FieldReader:
 @dataclass(frozen=True)
 class StartApi:
     client_id: int
-    capabilities: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ContractRequest:
 
 @dataclass(frozen=True)
 class HistoryRequest:
-    """``end``, ``bar_size``, ``duration``, ``what`` and ``format_date`` are the client's own texts, not yet judged."""
+    """``end``, ``bar_size``, ``duration``, ``what`` and ``format_date`` are the client's texts, not yet checked."""
 
     req_id: int
     contract: ContractQuery
@@ -105,7 +104,7 @@ class CancelHistory:
 
 @dataclass(frozen=True)
 class Simple:
-    """A message of which only the kind and the request id (-1: none) matter. ``fields`` are the others, as sent."""
+    """A message of which only the kind and the request id (-1: none) matter. ``fields`` are the rest, as sent."""
 
     kind: str
     req_id: int = -1
@@ -133,8 +132,7 @@ def _read_contract(fields: FieldReader) -> ContractQuery:
 
 def _parse_start(fields: FieldReader) -> StartApi:
     fields.take_int()
-    client_id = fields.take_int()
-    return StartApi(client_id, fields.take() if fields.has_more else "")
+    return StartApi(fields.take_int())
 
 
 def _parse_contract_request(fields: FieldReader) -> ContractRequest:
@@ -184,60 +182,60 @@ def _simple(kind: str, *, skip: int = 1, has_id: bool = False) -> Callable[[Fiel
     return parse
 
 
-PARSERS: dict[int, tuple[str, Callable[[FieldReader], Incoming]]] = {
-    1: ("market data", _simple("market data", has_id=True)),
-    2: ("cancel market data", _simple("ignored")),
-    3: ("place order", _simple("order", skip=0, has_id=True)),
-    4: ("cancel order", _simple("ignored")),
-    5: ("open orders", _simple("open orders")),
-    6: ("account updates", _simple("account updates")),
-    7: ("executions", _simple("executions", has_id=True)),
-    8: ("ids", _simple("ids")),
-    9: ("contract details", _parse_contract_request),
-    14: ("log level", _simple("ignored")),
-    15: ("auto open orders", _simple("ignored")),
-    16: ("all open orders", _simple("open orders")),
-    17: ("managed accounts", _simple("managed accounts")),
-    20: ("historical data", _parse_history),
-    25: ("cancel historical data", _parse_cancel_history),
-    49: ("current time", _simple("current time")),
-    50: ("real-time bars", _simple("market data", has_id=True)),
-    51: ("cancel real-time bars", _simple("ignored")),
-    58: ("global cancel", _simple("ignored")),
-    59: ("market data type", _simple("ignored")),
-    61: ("positions", _simple("positions")),
-    62: ("account summary", _simple("account summary", has_id=True)),
-    63: ("cancel account summary", _simple("ignored")),
-    64: ("cancel positions", _simple("ignored")),
-    71: ("start", _parse_start),
-    76: ("account updates multi", _simple("account updates multi", has_id=True)),
-    77: ("cancel account updates multi", _simple("ignored")),
-    80: ("family codes", _simple("family codes", skip=0)),
-    81: ("matching symbols", _parse_symbols),
-    87: ("head timestamp", _parse_head),
-    90: ("cancel head timestamp", _simple("ignored", skip=0)),
-    99: ("completed orders", _simple("completed orders", skip=0)),
-    104: ("user info", _simple("user info", skip=0, has_id=True)),
+PARSERS: dict[int, Callable[[FieldReader], Incoming]] = {
+    1: _simple("market data", has_id=True),
+    2: _simple("ignored"),  # cancel market data
+    3: _simple("order", skip=0, has_id=True),  # place order
+    4: _simple("ignored"),  # cancel order
+    5: _simple("open orders"),
+    6: _simple("account updates"),
+    7: _simple("executions", has_id=True),
+    8: _simple("ids"),
+    9: _parse_contract_request,  # contract details
+    14: _simple("ignored"),  # log level
+    15: _simple("ignored"),  # auto open orders
+    16: _simple("open orders"),  # all open orders
+    17: _simple("managed accounts"),
+    20: _parse_history,  # historical data
+    25: _parse_cancel_history,  # cancel historical data
+    49: _simple("current time"),
+    50: _simple("market data", has_id=True),  # real-time bars
+    51: _simple("ignored"),  # cancel real-time bars
+    58: _simple("ignored"),  # global cancel
+    59: _simple("ignored"),  # market data type
+    61: _simple("positions"),
+    62: _simple("account summary", has_id=True),
+    63: _simple("ignored"),  # cancel account summary
+    64: _simple("ignored"),  # cancel positions
+    71: _parse_start,  # start
+    76: _simple("account updates multi", has_id=True),
+    77: _simple("ignored"),  # cancel account updates multi
+    80: _simple("family codes", skip=0),
+    81: _parse_symbols,  # matching symbols
+    87: _parse_head,  # head timestamp
+    90: _simple("ignored", skip=0),  # cancel head timestamp
+    99: _simple("completed orders", skip=0),
+    104: _simple("user info", skip=0, has_id=True),
 }
-"""By message id: a name for people, and how to read the fields that follow the id."""
+"""How to read the fields after the message id, by that id."""
 
 
 def parse_message(fields: Sequence[str], version: int) -> Incoming | None:
-    """What a client sent, or None for a kind of message this gateway does not know.
+    """The client's message, or None for an unknown message id.
 
     Raises:
         MessageError: the id is not a number, or fields are missing or malformed.
     """
     reader = FieldReader(fields, version)
-    entry = PARSERS.get(reader.take_int())
-    return entry[1](reader) if entry else None
+    parse = PARSERS.get(reader.take_int())
+    return parse(reader) if parse else None
 
 
 _VERSIONS = re.compile(r"v([0-9]{1,6})(?:\.\.([0-9]{1,6}))?")
 
 
 def parse_versions(text: str) -> tuple[int, int]:
-    """``v157..176`` (connection options may follow after a space) as (lowest, highest); ``v176`` means just that one.
+    """``v157..176`` (connection options may follow after a space) as (lowest, highest); ``v176`` is that one alone.
 
     Raises:
         MessageError: anything else.
@@ -263,7 +261,7 @@ def build_error(version: int, req_id: int, code: int, text: str) -> Fields:
 def build_contract_details(
     version: int, req_id: int, listing: Listing, exchange: str, trading_hours: str, liquid_hours: str
 ) -> Fields:
-    """One contract of an answer to a contract-details request; ``exchange`` as the client routed it."""
+    """One contract of an answer to a contract-details request; ``exchange`` is the one the client asked for."""
     x = listing
     fields: list[object] = [10] if version >= 164 else [10, 8]
     fields += [req_id, x.symbol, x.sec_type, x.expiry, "0", "", exchange, x.currency, x.local_symbol, x.trading_class]
@@ -308,7 +306,7 @@ def build_head_timestamp(req_id: int, text: str) -> Fields:
 
 
 def build_history_head(version: int, req_id: int, start: str, end: str, count: int) -> Fields:
-    """Everything of a history answer before its bars."""
+    """The fields of a history answer before its bars."""
     return (17, 3, req_id, start, end, count) if version < 124 else (17, req_id, start, end, count)
 
 
@@ -318,7 +316,7 @@ def build_schedule(req_id: int, start: str, end: str, zone: str, sessions: Seque
 
 
 def build_handshake(version: int, now: datetime) -> Fields:
-    """The server version and the time of the connection, in words."""
+    """The server version and the time of the connection as text."""
     return (version, now.strftime("%Y%m%d %H:%M:%S ") + (now.tzname() or ""))
 
 

@@ -1,8 +1,8 @@
-"""The one price path of a synthetic instrument, computed for any day without the days before it.
+"""The price path of a synthetic instrument, computed for any day without the days before it.
 
-Every minute's open, high, low, close and volume follow from a hash of (seed, instrument, day, minute), anchored between
+Each minute's open, high, low, close and volume follow from a hash of (seed, instrument, day, minute), anchored between
 slowly varying daily levels; the seconds of a minute are drawn inside it so that they add up to it exactly. Prices are whole
-points. Only integer operations, sums and products of floats are used, so that the same bars come out on every machine.
+points. Only integer operations, sums and products of floats are used, so that every machine computes the same bars.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from ktrdr_pipelines.simulator.trading_hours import Int
+from ktrdr_pipelines.domain.arrays import FloatArray, IntArray
 
 _U64 = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -39,11 +39,11 @@ def hash_text(text: str) -> int:
 class Minutes:
     """Minutes of several sessions: arrays of shape (sessions, minutes a session)."""
 
-    open: Int
-    high: Int
-    low: Int
-    close: Int
-    volume: Int
+    open: IntArray
+    high: IntArray
+    low: IntArray
+    close: IntArray
+    volume: IntArray
 
 
 class PricePath:
@@ -56,12 +56,12 @@ class PricePath:
         self._mean_volume = mean_volume
         self._activity = activity
 
-    def _noise(self, stream: int, counters: Int) -> _U64:
+    def _noise(self, stream: int, counters: IntArray) -> _U64:
         with np.errstate(over="ignore"):
             salted = counters.astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + self._key + np.uint64(stream)
         return scramble(scramble(salted))
 
-    def _levels(self, days: Int) -> npt.NDArray[np.float64]:
+    def _levels(self, days: IntArray) -> FloatArray:
         """The price at the open of each day, as a multiple of the base: smooth noise of many periods, within 0.4 to 1.6."""
         level = np.ones(len(days))
         for octave in range(12):
@@ -73,7 +73,7 @@ class PricePath:
             level += 0.0125 * (1 << (octave // 2)) * (ends[0] * (1.0 - part) + ends[1] * part)
         return np.clip(level, 0.4, 1.6)
 
-    def minutes(self, days: Int, per_session: int) -> Minutes:
+    def minutes(self, days: IntArray, per_session: int) -> Minutes:
         """All minutes of the sessions dated ``days`` (days since 1970-01-01)."""
         bits = self._noise(1, days[:, None] * 2048 + np.arange(per_session))
         # Four bytes added up are nearly normal, with a standard deviation of 148.
@@ -99,8 +99,10 @@ class PricePath:
             volume = np.where(quiet < self._activity, volume, 0)
         return Minutes(open_, high, low, close, volume)
 
-    def seconds(self, counters: Int, open_: Int, high: Int, low: Int, close: Int, volume: Int) -> Minutes:
-        """The 60 seconds of each given minute, arrays of shape (minutes, 60). ``counters`` number the minutes for good.
+    def seconds(
+        self, counters: IntArray, open_: IntArray, high: IntArray, low: IntArray, close: IntArray, volume: IntArray
+    ) -> Minutes:
+        """The 60 seconds of each given minute, arrays of shape (minutes, 60). ``counters``: a fixed number per minute.
 
         The seconds of a minute begin at its open, touch its high and its low, end at its close, and share its volume.
         """

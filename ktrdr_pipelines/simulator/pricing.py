@@ -1,8 +1,8 @@
-"""From points of the price path to the prices of each what-to-show. Pure arithmetic; the path is in `path.py`.
+"""From points of the price path to the prices of each what to show. Pure arithmetic; the path is in `path.py`.
 
-Every kind is the path moved by a fixed distance, so that bars joined from smaller bars have joined prices in every kind. All
-distances differ, so that no kind can be taken for another without a test noticing; bid < midpoint < ask always. BID_ASK opens
-with the bid, closes with the ask, and reaches from the lowest bid to the highest ask, as IBKR's documentation has it.
+Each kind is the path moved by a fixed distance, so that joined bars have joined prices in every kind. All distances differ, so
+that a test notices one kind in place of another; bid < midpoint < ask always. BID_ASK opens with the bid, closes with the ask,
+and reaches from the lowest bid to the highest ask (IBKR's documentation).
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ktrdr_pipelines.simulator.market import Atoms, Bars, Float, Listing, label_dates
-from ktrdr_pipelines.simulator.trading_hours import Int, Sessions
+from ktrdr_pipelines.domain.arrays import FloatArray, IntArray
+from ktrdr_pipelines.simulator.market import Atoms, Bars, Listing, label_dates
+from ktrdr_pipelines.simulator.trading_hours import Sessions
 
 WITH_VOLUME = ("TRADES", "ADJUSTED_LAST", "AGGTRADES")
 
 _DIVIDEND = 0.9975
 _DIVIDENDS_UNTIL = 2026
-"""ADJUSTED_LAST: four dividends a year until this one; prices before each are a little lower. The factor is that of a bar's
-last session: only a weekly bar across a quarter's end is not exactly the join of its days."""
+"""ADJUSTED_LAST: four dividends a year before this year; prices before each are a little lower. A bar has the factor of its last
+session: only a weekly bar across a quarter's end is not exactly the join of its days."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def find_point(listing: Listing) -> float:
 
 
 def find_quote(listing: Listing, what: str) -> Quote:
-    """How prices of that kind are made for that listing. A stock's midpoint is half a tick above its trades."""
+    """The quote of ``what`` for ``listing``. A stock's midpoint is half a tick above its trades."""
     digits = listing.decimals
     tick = round(find_point(listing) * 10**digits)
     below, above = (-2 * tick, 2 * tick) if listing.sec_type == "CASH" else (-tick, 2 * tick)
@@ -61,21 +62,21 @@ def find_quote(listing: Listing, what: str) -> Quote:
     return quotes[what]
 
 
-def _adjust(sessions: Sessions, atoms: Atoms) -> Float:
+def _adjust(sessions: Sessions, atoms: Atoms) -> FloatArray:
     quarters = label_dates(sessions.day[atoms.session], "month") // 3
-    factor: Float = _DIVIDEND ** np.maximum(0, (_DIVIDENDS_UNTIL - 1970) * 4 - quarters)
+    factor: FloatArray = _DIVIDEND ** np.maximum(0, (_DIVIDENDS_UNTIL - 1970) * 4 - quarters)
     return factor
 
 
 def make_bars(listing: Listing, sessions: Sessions, atoms: Atoms, what: str, *, dated: bool) -> Bars:
-    """The bars of one kind. Volume, average and count are -1 for all kinds but trades."""
+    """The bars of one what to show. Volume, average and count are -1 except for trades."""
     quote = find_quote(listing, what)
     scale = 10**quote.decimals
-    factor: Float | float = _adjust(sessions, atoms) * listing.adjustment if what == "ADJUSTED_LAST" else 1.0
+    factor: FloatArray | float = _adjust(sessions, atoms) * listing.adjustment if what == "ADJUSTED_LAST" else 1.0
     factor = factor / listing.split
 
-    def write(points: Int, shift: int) -> Float:
-        prices: Float = np.rint((points * quote.units + shift) * factor) / scale
+    def write(points: IntArray, shift: int) -> FloatArray:
+        prices: FloatArray = np.rint((points * quote.units + shift) * factor) / scale
         return prices
 
     columns = {name: write(getattr(atoms, name), getattr(quote, name)) for name in ("open", "high", "low", "close")}
@@ -86,7 +87,7 @@ def make_bars(listing: Listing, sessions: Sessions, atoms: Atoms, what: str, *, 
         # Turnover holds the sum of four prices times volume.
         mean = atoms.turnover / np.maximum(volume, 1) / 4 * quote.units * factor / scale
         mean = np.round(np.clip(mean, columns["low"], columns["high"]), 3)
-    if listing.sec_type == "IND":  # nobody trades an index
+    if listing.sec_type == "IND":  # an index has no trades of its own
         volume, mean = np.zeros_like(volume), np.zeros_like(mean)
     return Bars(
         stamp=atoms.stamp,

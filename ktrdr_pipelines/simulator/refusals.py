@@ -1,7 +1,7 @@
-"""What the gateway answers when it refuses a history request: IB's codes and wordings in one place.
+"""The gateway's refusals and notices: IB's codes and texts in one place.
 
-Sources: `ib_facts.md` sections 1, 6 and 8; wordings as quoted in public issue threads of ib_insync, ib_async, rust-ibapi and
-ezibpy; codes from IBKR's message-code pages. Where no wording is public the sentence is ours and the code IB's.
+Sources: docs/ib_facts.md, 1, 6 and 8; texts as quoted in public issue threads of ib_insync, ib_async, rust-ibapi and
+ezibpy; codes from IBKR's message-code pages. Where no text is public, the text is ours and the code IB's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ SERVICE = "Historical Market Data Service error message:"
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error message to send in place of data, or a notice beside it."""
+    """An error message in place of data, or a notice beside it."""
 
     code: int
     text: str
 
 
 class RequestRefusedError(Exception):
-    """A request that gets ``refusal`` for an answer; ``detail`` is for the log. Never leaves this package."""
+    """The request is answered with ``refusal``; ``detail`` is for the log. Never leaves this package."""
 
     def __init__(self, refusal: Refusal, detail: str = "") -> None:
         super().__init__(f"{refusal.code} {refusal.text}")
@@ -69,14 +69,14 @@ FARM_NOTICES = (
     Refusal(2106, "HMDS data farm connection is OK:ushmds"),
     Refusal(2158, "Sec-def data farm connection is OK:secdefil"),
 )
-"""What a gateway tells every new client. -1 is their request id."""
+"""The notices to every new client. Their request id is -1."""
 
 
 QUERY_NOTICE = Refusal(165, "Historical Market Data Service query message:HMDS server connection was successful")
 
 
 def refuse_duration(duration: str) -> Refusal:
-    """``8 H``, ``1D`` and the like: only an integer, a space and S, D, W, M or Y is a duration."""
+    """Not a duration, such as ``8 H`` or ``1D``: a duration is an integer, a space and S, D, W, M or Y."""
     return _invalid("bP", f"Invalid duration/step '{duration}'. An integer, a space and one of S D W M Y are expected")
 
 
@@ -85,7 +85,7 @@ def refuse_format_date(value: str) -> Refusal:
 
 
 def refuse_step(seconds: int) -> Refusal:
-    """The bar size does not go with the duration."""
+    """The bar size is not allowed with the duration."""
     return Refusal(162, f"{SERVICE}invalid step: {seconds}")
 
 
@@ -101,7 +101,7 @@ def report_no_data(symbol: str, exchange: str, what: str) -> Refusal:
 
 
 def refuse_trades(symbol: str, sec_type: str, exchange: str, step: str) -> Refusal:
-    """TRADES of an instrument that has none. ``step`` as IB writes it: seconds, or ``1d``."""
+    """TRADES of an instrument without trades. ``step`` as IB writes it: seconds, or ``1d``."""
     return Refusal(162, f"{SERVICE}No historical market data for {symbol}/{sec_type}@{exchange} Last {step}")
 
 

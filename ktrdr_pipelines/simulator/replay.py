@@ -1,9 +1,9 @@
-"""A market made of recorded bars: a folder of ``SYMBOL_TF.csv`` files in the project's own format, served as they are.
+"""A market of recorded bars: a folder of ``SYMBOL_TF.csv`` files in the project's own format, served unchanged.
 
-A file's bars answer requests of its own bar size; longer sizes are joined from them, shorter ones have no data. Instruments
-are inferred from file names (six letters of two currencies: a pair on IDEALPRO, else a US stock) unless
-``instruments.json`` beside the files says otherwise: ``{"BMW": {"currency": "EUR", "primary_exchange": "IBIS", ...}}`` with
-fields of `Listing`. Sessions, and with them durations in days, come from the data itself.
+A file answers requests of its own bar size; longer sizes are joined from it, shorter ones have no data. Instruments are
+inferred from file names (six letters of two currencies: a pair on IDEALPRO, else a US stock). ``instruments.json`` in the
+same folder overrides that, with fields of `Listing`: ``{"BMW": {"currency": "EUR", "primary_exchange": "IBIS", ...}}``.
+Sessions, and so durations in days, come from the data itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
 from ktrdr_pipelines.domain.instruments import symbol_from_file
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import InputError
@@ -26,13 +27,12 @@ from ktrdr_pipelines.simulator.market import (
     DAY_S,
     Bars,
     BarSize,
-    Float,
     Listing,
     find_period,
     label_clock,
     label_dates,
 )
-from ktrdr_pipelines.simulator.trading_hours import Int, Sessions, forex_sessions, sessions_from_bars, us_stock_sessions
+from ktrdr_pipelines.simulator.trading_hours import Sessions, forex_sessions, sessions_from_bars, us_stock_sessions
 
 _CURRENCIES = frozenset(
     [
@@ -63,7 +63,7 @@ _CURRENCIES = frozenset(
 _HEADER = ["timestamp", "open", "high", "low", "close", "volume"]
 _FIRST_CON_ID = 700_000_000
 _ROLLOVER_S = {"CASH": 7 * 3600}
-"""A pair's day begins at 17:00 New York: seconds to add to the local clock before its date is taken."""
+"""A pair's day starts at 17:00 New York: seconds to add to local time before its date is computed."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class _Recording:
 
     size: BarSize
     bars: Bars
-    day: Int
+    day: IntArray
 
 
 class ReplayMarket:
-    """The recorded bars in ``directory``. Files are read when first asked for.
+    """The recorded bars in ``directory``. Files are read at their first request.
 
     Raises:
-        InputError: no such folder, no recordings in it, a malformed ``instruments.json``; later, a file that is not one.
+        InputError: no such folder, no recordings in it, a malformed ``instruments.json``; later, a file that is no recording.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -99,7 +99,7 @@ class ReplayMarket:
     def _find_files(self) -> dict[str, dict[str, Path]]:
         if not self._directory.is_dir():
             raise InputError(
-                f"{self._directory} is not a folder", advice="Give the folder that holds SYMBOL_TF.csv files."
+                f"{self._directory} is not a folder", advice="Give the folder with the SYMBOL_TF.csv files."
             )
         found: dict[str, dict[str, Path]] = {}
         for path in sorted(self._directory.glob("*.csv")):
@@ -219,12 +219,12 @@ def _read_bars(path: Path, *, dated: bool) -> Bars:
     return Bars(stamp, open_, high, low, close, volume, average, 1 + volume // 100, dated=dated, decimals=None)
 
 
-def _find_sessions(listing: Listing, bars: Bars, size: BarSize) -> tuple[Sessions, Int]:
-    """The sessions a file's bars belong to, and each bar's session date as days since 1970-01-01."""
+def _find_sessions(listing: Listing, bars: Bars, size: BarSize) -> tuple[Sessions, IntArray]:
+    """The sessions of a file's bars, and each bar's session date as days since 1970-01-01."""
     rollover = _ROLLOVER_S.get(listing.sec_type, 0)
     if not size.is_dated:
         return sessions_from_bars(listing.zone, bars.stamp, size.seconds, rollover)
-    # A date says nothing of hours: take the calendar's where it has the day, else New York's regular ones.
+    # A date has no hours: use the calendar's where it has the day, else New York's regular hours.
     known = _calendar_of(listing)
     day = bars.stamp // DAY_S
     at = np.minimum(np.searchsorted(known.day, day), len(known) - 1)
@@ -241,8 +241,8 @@ def _calendar_of(listing: Listing) -> Sessions:
 
 
 def _extend(table: Sessions, known: Sessions) -> Sessions:
-    """``table`` with the calendar's sessions before its first day and after its last: without them a month that ends today
-    would be counted back from the end of the recording."""
+    """``table`` with the calendar's sessions before its first day and after its last. Without them a month that ends today would
+    be counted back from the end of the recording."""
     if not len(table):
         return known
     before, after = (
@@ -255,7 +255,7 @@ def _extend(table: Sessions, known: Sessions) -> Sessions:
 
 
 def _overlay(tables: list[Sessions]) -> Sessions:
-    """One table out of several, coarsest file first: of a day in more than one, the finest file's row counts."""
+    """One table from several, longest bars first; for a day in more than one, the row of the shortest bars is used."""
     names = ("day", "open", "close", "regular_open", "regular_close", "offset")
     columns = [np.concatenate([getattr(table, name) for table in reversed(tables)]) for name in names]
     _, first = np.unique(columns[0], return_index=True)
@@ -263,7 +263,7 @@ def _overlay(tables: list[Sessions]) -> Sessions:
 
 
 def _choose(recordings: list[_Recording], size: BarSize) -> _Recording | None:
-    """The file of that size, else the longest one that it can be joined from."""
+    """The recording of that size, else the longest one that it can be joined from."""
     for recording in recordings:
         if recording.size.seconds == size.seconds:
             return recording
@@ -274,19 +274,19 @@ def _choose(recordings: list[_Recording], size: BarSize) -> _Recording | None:
     return None
 
 
-def _select(bars: Bars, session: Int, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[Bars, Int]:
+def _select(bars: Bars, session: IntArray, mask: BoolArray) -> tuple[Bars, IntArray]:
     return bars.take(mask), session[mask]
 
 
-def _find_closes(bars: Bars, session: Int, size: BarSize, sessions: Sessions, *, regular: bool) -> Int:
+def _find_closes(bars: Bars, session: IntArray, size: BarSize, sessions: Sessions, *, regular: bool) -> IntArray:
     closes = sessions.closes(regular=regular)[session]
     return closes if size.is_dated else np.minimum(bars.stamp + size.seconds, closes)
 
 
-def _cut_last(bars: Bars, closes: Int, end_s: int) -> Bars:
-    """A last bar that is not complete by ``end_s`` as it might have looked then: its range and volume not yet all there.
+def _cut_last(bars: Bars, closes: IntArray, end_s: int) -> Bars:
+    """Replace a last bar that is forming at ``end_s`` by one with a smaller range and volume.
 
-    What it really looked like is not recorded; it must only differ from the complete one.
+    The recording does not have the forming bar; it must only differ from the complete one.
     """
     if not len(bars) or closes[-1] <= end_s:
         return bars
@@ -299,14 +299,14 @@ def _cut_last(bars: Bars, closes: Int, end_s: int) -> Bars:
     return replace(bars, **columns)
 
 
-def _join(bars: Bars, key: Int) -> tuple[Bars, Int]:
+def _join(bars: Bars, key: IntArray) -> tuple[Bars, IntArray]:
     """One bar for each run of equal ``key``, and the position of the last bar of each run."""
     if not len(bars):
         return bars, np.zeros(0, dtype=np.int64)
     first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
     last = np.r_[first[1:], len(key)] - 1
     volume = np.add.reduceat(bars.volume, first)
-    weight: Float = np.maximum(bars.volume, 1).astype(np.float64)
+    weight: FloatArray = np.maximum(bars.volume, 1).astype(np.float64)
     columns: dict[str, Any] = {
         "stamp": bars.stamp[first],
         "open": bars.open[first],
@@ -321,7 +321,7 @@ def _join(bars: Bars, key: Int) -> tuple[Bars, Int]:
 
 
 def _as_shown(bars: Bars, what: str) -> Bars:
-    """Recorded prices stand for every kind of price; only trades have a volume on the wire."""
+    """Recorded prices serve every what to show; only trades have a volume on the wire."""
     if what in ("TRADES", "ADJUSTED_LAST"):
         return bars
     none = np.full(len(bars), -1, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""How far back a request reaches: end times and durations, in IB's notation, to epoch seconds.
+"""The window of a request: end times and durations, in IB's notation, to epoch seconds.
 
-Which bars lie in the window is `market.py`'s matter. Rules: `ib_facts.md`, sections 1 to 3. D, W and M count trading
-sessions; how exactly is not documented, so `DurationRule` offers the readings that other gateways may have.
+Rules: docs/ib_facts.md, 1 to 3. D, W and M count trading sessions; how exactly is not documented, so `DurationRule` offers the
+readings that other gateways may have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ktrdr_pipelines.simulator.trading_hours import Sessions
 
 
 class DurationRule(StrEnum):
-    """SESSIONS: D counts sessions, W, M and Y reach back 5, 22 and 252 sessions or to the same date, whichever is further.
+    """SESSIONS: D counts sessions, W, M and Y reach back 5, 22 and 252 sessions or to the same date, whichever is earlier.
     STRICT: the session counts alone (a month of 23 sessions is not covered by 1 M). CALENDAR: plain clock time."""
 
     SESSIONS = "sessions"
@@ -34,20 +34,12 @@ class DurationRule(StrEnum):
     CALENDAR = "calendar"
 
 
-class RequestLimits(StrEnum):
-    """CURRENT: IBKR's maxima and its matrix of units and bar sizes. OFF: any duration in a known unit, as some loaders'
-    tests want. (Classic limits are the loader's own; the gateway never enforced them.)"""
-
-    CURRENT = "current"
-    OFF = "off"
-
-
 _DURATION = re.compile(r"([1-9][0-9]{0,8}) ([SDWMY])")
 _MAXIMUM = {"S": 86400, "D": 365, "W": 52, "M": 12, "Y": 68}
 _SIZES = {"S": (1, 60), "D": (5, 3600), "W": (10, 14400), "M": (30, 28800), "Y": (60, 86400)}
 _LONGEST_1_SEC = 2000
 _LONGEST = {"D": 36500, "W": 5200, "M": 1200, "Y": 100}
-"""A century back is before every history, and within what dates can hold."""
+"""A century back is before every history, and within the range of dates."""
 _PER_UNIT = {"D": 1, "W": 5, "M": 22, "Y": 252}
 
 Duration = tuple[int, str]
@@ -57,7 +49,7 @@ def parse_duration(text: str) -> Duration:
     """``"20 D"`` as ``(20, "D")``.
 
     Raises:
-        RequestRefusedError: 321, not a duration (hours are none).
+        RequestRefusedError: 321, not a duration (hours are not one).
     """
     match = _DURATION.fullmatch(text)
     if not match:
@@ -65,17 +57,15 @@ def parse_duration(text: str) -> Duration:
     return int(match.group(1)), match.group(2)
 
 
-def check_duration(duration: Duration, size: BarSize, limits: RequestLimits) -> None:
-    """Refuse what is longer than IB serves, or a unit that does not go with the bar size.
+def check_duration(duration: Duration, size: BarSize) -> None:
+    """Refuse a duration that is longer than IB serves, or a unit that is not allowed with the bar size.
 
-    Daily and longer bars are taken with any unit but S (loaders ask ``30 D`` of daily bars all the time), although IBKR's
-    matrix stops at one hour for D.
+    The limits are IBKR's present ones; the classic limits are the loader's own. Daily and longer bars are served with every unit
+    but S (loaders often ask for ``30 D`` of daily bars), although IBKR's matrix stops at one hour for D.
 
     Raises:
         RequestRefusedError: 321 above a year in other units than years, 162 "invalid step" otherwise.
     """
-    if limits is RequestLimits.OFF:
-        return
     count, unit = duration
     if count > _MAXIMUM[unit]:
         raise RequestRefusedError(MORE_THAN_A_YEAR if unit in "DWM" else refuse_step(size.seconds))
@@ -90,9 +80,9 @@ _ZONED_END = re.compile(r"(?:(\d{8})\s+)?(\d{2}:\d{2}:\d{2})(?:\s+([A-Za-z0-9_+\
 
 
 def parse_end(text: str, now_s: int, zone: str) -> tuple[int, bool]:
-    """The end of a request as epoch seconds, and whether its zone had to be guessed (warning 2174).
+    """The end of a request as epoch seconds, and whether its zone was guessed (warning 2174).
 
-    Empty means now; an end in the future is now. ``zone`` is the gateway's own, used where none is named.
+    Empty means now; an end in the future is now. ``zone`` is the gateway's, used where the text names none.
 
     Raises:
         RequestRefusedError: 10314, no such date, time or zone.
@@ -112,7 +102,7 @@ def parse_end(text: str, now_s: int, zone: str) -> tuple[int, bool]:
 def _find_zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except (ValueError, ZoneInfoNotFoundError, OSError):  # OSError: the name of a folder of zones, or one too long
+    except (ValueError, ZoneInfoNotFoundError, OSError):  # OSError: the name of a folder of zones, or too long a name
         raise RequestRefusedError(BAD_END) from None
 
 
@@ -125,7 +115,7 @@ def _to_epoch(day: str, time: str, zone: str) -> int:
 
 
 def find_start(duration: Duration, end_s: int, sessions: Sessions, *, regular: bool, rule: DurationRule) -> int:
-    """Where a request that ends at ``end_s`` begins, in epoch seconds. A session under way counts as one."""
+    """The start of a request that ends at ``end_s``, in epoch seconds. A session in progress counts as one."""
     count, unit = duration
     if unit == "S":
         return end_s - count

@@ -1,7 +1,7 @@
-"""The sockets: an asyncio server that drives one `Session` per connection, and a thread to run it in. Little else.
+"""The simulated gateway on a port: an asyncio server with one `ClientConnection` per client, and a thread to run it in.
 
-What is answered is decided in `client_session.py` and `gateway.py`. ``async with SimulatedGateway(market)`` in a running loop,
-``with run_in_thread(market)`` everywhere else.
+What is answered is decided in `client_session.py` and `gateway.py`. Use ``async with SimulatedGateway(market)`` in a running
+loop, ``with run_in_thread(market)`` everywhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from ktrdr_pipelines.errors import InputError, TransientError
-from ktrdr_pipelines.simulator.client_session import Action, Begin, Close, Send, Session, Wait
+from ktrdr_pipelines.simulator.client_connection import ClientConnection
+from ktrdr_pipelines.simulator.client_session import Session
 from ktrdr_pipelines.simulator.disturbances import Disturbance
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import Gateway, RequestRecord
@@ -26,10 +27,8 @@ from ktrdr_pipelines.simulator.trading_hours import us_stock_sessions
 
 logger = logging.getLogger(__name__)
 
-MAX_STRANGERS = 128
-"""Connections that have not come to terms yet. One more, and the oldest of them is dropped: clients need moments for it."""
-_LINGER_S = 5.0
-"""How long a connection that is being closed may take to read what was sent to it."""
+MAX_UNREADY = 128
+"""Connections that have not finished the handshake. One more drops the oldest of them: real clients finish within moments."""
 
 
 class SimulatedGateway:
@@ -38,7 +37,7 @@ class SimulatedGateway:
     ``clock`` gives epoch seconds and defaults to the system's; it decides what "now" is for bars, pacing and current time,
     while delays of answers and messages a second are real seconds. ``judge`` True judges pacing by the specification, None
     or False does not. Other keyword arguments are `Gateway`'s: ``pace_clock`` (needed where ``clock`` stands still and
-    pacing is judged), ``zone``, ``durations``, ``habits``, ``limits``, ``account``, ``latency_s``, ``on_record``,
+    pacing is judged), ``zone``, ``durations``, ``habits``, ``account``, ``latency_s``, ``on_record``,
     ``server_version``.
     """
 
@@ -60,7 +59,7 @@ class SimulatedGateway:
         self._wanted_port = port
         self._clock = clock
         self._server: asyncio.Server | None = None
-        self._connections: dict[_Connection, None] = {}
+        self._connections: dict[ClientConnection, None] = {}
         self._timers: set[asyncio.TimerHandle] = set()
         self._return: asyncio.Task[None] | None = None
         self.is_hanging = False
@@ -84,7 +83,7 @@ class SimulatedGateway:
         """Listen.
 
         Raises:
-            InputError: the address cannot be had (port in use, no such host).
+            InputError: the address is not available (port in use, no such host).
         """
         try:
             self._server = await self._listen()
@@ -97,16 +96,22 @@ class SimulatedGateway:
 
     async def _listen(self) -> asyncio.Server:
         loop = asyncio.get_running_loop()
-        return await loop.create_server(lambda: _Connection(self), self.host, self._wanted_port)
+        return await loop.create_server(self._make_connection, self.host, self._wanted_port)
 
-    async def serve(self) -> None:
-        """Run until cancelled, then close everything."""
-        if self._server is None:
-            await self.start()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await self.stop()
+    def _make_connection(self) -> ClientConnection:
+        return ClientConnection(Session(self.gateway), self, self._clock)
+
+    def add(self, connection: ClientConnection) -> None:
+        """A client has connected."""
+        self._connections[connection] = None
+        unready = [each for each in self._connections if each.session.is_unready]
+        if len(unready) > MAX_UNREADY:
+            unready[0].abort()
+        connection.set_hanging(self.is_hanging)
+
+    def remove(self, connection: ClientConnection) -> None:
+        """A client's connection is gone."""
+        self._connections.pop(connection, None)
 
     async def stop(self) -> None:
         """Stop listening and drop all clients. Safe to call twice."""
@@ -123,7 +128,7 @@ class SimulatedGateway:
         await server.wait_closed()
 
     def disconnect_clients(self) -> None:
-        """Drop every connection at once, as a restart does, and go on listening. Call from the gateway's own thread."""
+        """Drop every connection at once, as a restart does, and keep listening. Call from the gateway's own thread."""
         for connection in list(self._connections):
             connection.abort()
 
@@ -135,7 +140,7 @@ class SimulatedGateway:
     # --- disturbances -------------------------------------------------------------------------------------------------
 
     def begin(self, disturbance: Disturbance) -> None:
-        """Let it happen, after its delay. Durations are real seconds."""
+        """Start ``disturbance`` after its delay. Durations are real seconds."""
         if disturbance.delay_s > 0:
             self._later(disturbance.delay_s, lambda: self._begin_late(disturbance))
         else:
@@ -162,7 +167,7 @@ class SimulatedGateway:
         if disturbance.end is not None:
             self.broadcast(disturbance.end.code, disturbance.end.text)
         for connection in list(self._connections):
-            connection.perform(connection.session.deliver_held())
+            connection.perform(connection.session.deliver_delayed())
 
     def _set_hanging(self, is_hanging: bool) -> None:
         self.is_hanging = is_hanging
@@ -170,7 +175,7 @@ class SimulatedGateway:
             connection.set_hanging(is_hanging)
 
     def _go_down(self, seconds: float) -> None:
-        """Close the port and drop everybody; listen on the same port again after ``seconds``."""
+        """Close the port and drop every client; listen on the same port again after ``seconds``."""
         if self._server is None:
             return
         server, self._wanted_port, self._server = self._server, self.port, None
@@ -183,7 +188,7 @@ class SimulatedGateway:
                 try:
                     self._server = await self._listen()
                 except OSError:
-                    await asyncio.sleep(0.05)  # somebody else has the port at this moment
+                    await asyncio.sleep(0.05)  # another process has the port at this moment
 
         self._return = asyncio.get_running_loop().create_task(come_back())
 
@@ -202,115 +207,8 @@ class SimulatedGateway:
         await self.stop()
 
 
-class _Connection(asyncio.Protocol):
-    """One socket and its session."""
-
-    def __init__(self, server: SimulatedGateway) -> None:
-        self.session = Session(server.gateway)
-        self._server = server
-        self._clock = server._clock
-        self._connections = server._connections
-        self._transport: asyncio.Transport | None = None
-        self._timers: set[asyncio.TimerHandle] = set()
-        self._is_paused = False
-        self._due: list[int] = []
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._connections[self] = None
-        strangers = [each for each in self._connections if each.session.is_stranger]
-        if len(strangers) > MAX_STRANGERS:
-            strangers[0].abort()
-        if self._server.is_hanging:
-            self.set_hanging(True)
-
-    def data_received(self, data: bytes) -> None:
-        self._answer(data)
-
-    def _answer(self, data: bytes = b"") -> None:
-        # Message by message: a client that does not read what it is sent gets nothing further served, neither what it asks
-        # nor what was due to it; otherwise its answers would pile up here.
-        self.perform(self.session.receive(data, self._clock(), time.monotonic(), limit=1))
-        while self.session.has_message and not self._is_paused:
-            self.perform(self.session.receive(b"", self._clock(), time.monotonic(), limit=1))
-
-    def pause_writing(self) -> None:
-        self._is_paused = True
-        if self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        self._is_paused = False
-        while self._due and not self._is_paused:
-            self.perform(self.session.wake(self._due.pop(0)))
-        if self.session.has_message and not self._is_paused:
-            self._answer()
-        is_silent = self._is_paused or self._server.is_hanging
-        if self._transport is not None and not self._transport.is_closing() and not is_silent:
-            self._transport.resume_reading()
-
-    def set_hanging(self, is_hanging: bool) -> None:
-        """Stop reading, or go on: what arrived meanwhile is answered late."""
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        if is_hanging:
-            transport.pause_reading()
-        else:
-            transport.resume_reading()
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        self._connections.pop(self, None)
-        self.session.release()
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
-        self._due.clear()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-        self.session.release()
-
-    def perform(self, actions: list[Action]) -> None:
-        """Carry out actions in order; neighbouring sends go out in one write."""
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        pending: list[bytes] = []
-        for action in actions:
-            if isinstance(action, Send):
-                pending.append(action.data)
-            elif isinstance(action, Wait):
-                self._set_timer(action)
-            elif isinstance(action, Begin):
-                self._server.begin(action.disturbance)
-                if transport.is_closing():
-                    return
-            elif isinstance(action, Close):
-                logger.info("closing client %s: %s", self.session.client_id, action.reason)
-                transport.write(b"".join(pending))
-                transport.close()
-                self._timers.add(asyncio.get_running_loop().call_later(_LINGER_S, transport.abort))
-                return
-        if pending:
-            transport.write(b"".join(pending))
-
-    def _set_timer(self, wait: Wait) -> None:
-        def wake() -> None:
-            self._timers.discard(timer)
-            if self._is_paused:
-                self._due.append(wait.token)
-            else:
-                self.perform(self.session.wake(wait.token))
-
-        timer = asyncio.get_running_loop().call_later(wait.delay_s, wake)
-        self._timers.add(timer)
-
-
 class GatewayThread:
-    """A `SimulatedGateway` in a thread with a loop of its own. A context manager; attributes are the gateway's.
+    """A `SimulatedGateway` in a thread with its own event loop. A context manager; attributes are the gateway's.
 
     Arguments are those of `SimulatedGateway`. Leaving the block stops the gateway and ends the thread.
     """
@@ -361,10 +259,10 @@ class GatewayThread:
         """Start the thread and wait until the gateway listens.
 
         Raises:
-            InputError: the address cannot be had.
+            InputError: the address is not available.
             TransientError: the thread did not start in time.
         """
-        us_stock_sessions()  # in the caller's thread: see there
+        us_stock_sessions()  # in the caller's thread: it changes the process's warning filters
         self._thread.start()
         if not self._started.wait(timeout_s):
             raise TransientError(f"the simulated gateway did not start within {timeout_s:g} s")

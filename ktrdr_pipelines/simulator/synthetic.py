@@ -1,7 +1,7 @@
-"""The synthetic market: deterministic bars of every size, all cut from one price path per instrument (`path.py`).
+"""The synthetic market: deterministic bars of every size, all from one price path per instrument (`path.py`).
 
-A bar of any size is the join of its minutes or seconds, so that sizes agree with each other to the last share. What is
-asked of it and how it is refused is in `history_service.py`.
+A bar of any size is the join of its minutes or seconds, so that all sizes agree exactly, volumes included. Requests and refusals
+are in `history_service.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.simulator.listings import list_instruments
 from ktrdr_pipelines.simulator.market import (
     DAY_S,
@@ -27,7 +28,6 @@ from ktrdr_pipelines.simulator.path import PricePath
 from ktrdr_pipelines.simulator.pricing import WITH_VOLUME, find_point, make_bars
 from ktrdr_pipelines.simulator.trading_hours import (
     BERLIN,
-    Int,
     Sessions,
     crypto_sessions,
     forex_sessions,
@@ -48,14 +48,14 @@ _SESSIONS: dict[str, Callable[[], Sessions]] = {
 _PER_SESSION = {"STK": 960, "CASH": 1425, "FUT": 1380, "CONTFUT": 1380, "IND": 390, "CRYPTO": 1440}
 _VOLATILITY = {"STK": 0.0006, "CASH": 0.00012, "FUT": 0.0003, "CONTFUT": 0.0003, "IND": 0.0003, "CRYPTO": 0.0009}
 _CHUNK = 16
-"""Sessions computed and kept together: about 1.5 MB a chunk."""
+"""Sessions computed and cached together: about 1.5 MB a chunk."""
 _KEPT_CHUNKS = 48
 _PIECE = 16 * _CHUNK
-"""Sessions of minutes joined at once: decades of them would take gigabytes."""
+"""Sessions of minutes joined in one step: decades of them would need gigabytes."""
 
 
 class SyntheticMarket:
-    """``seed`` chooses another world with the same instruments; ``listings`` replaces the instruments."""
+    """``seed`` chooses other prices of the same instruments; ``listings`` replaces the instruments."""
 
     def __init__(self, seed: int = 0, listings: tuple[Listing, ...] | None = None) -> None:
         self.seed = seed
@@ -106,7 +106,7 @@ class SyntheticMarket:
         return self._paths[listing.con_id]
 
     def _minutes(self, listing: Listing, lo: int, hi: int) -> Atoms:
-        """Every minute of the sessions ``lo`` to ``hi``."""
+        """Every minute of the sessions ``lo`` to ``hi`` (excluded)."""
         if lo >= hi:
             return self._chunk(listing, 0).take(slice(0, 0))
         parts = []
@@ -146,12 +146,12 @@ class SyntheticMarket:
         return atoms
 
     def _seconds(self, listing: Listing, minutes: Atoms) -> Atoms:
-        """The seconds of the given minutes, which have to be whole."""
+        """The seconds of the given complete minutes."""
         counters = minutes.stamp // 60
         fine = self._path(listing).seconds(
             counters, minutes.open, minutes.high, minutes.low, minutes.close, minutes.volume
         )
-        # Turnover and count of a minute fall to its seconds so that they add up, like its volume.
+        # Turnover and count of a minute are spread over its seconds so that they add up, like its volume.
         turnover, count = _spread(minutes.turnover), _spread(minutes.count)
         return Atoms(
             stamp=(minutes.stamp[:, None] + np.arange(60)).ravel(),
@@ -166,7 +166,7 @@ class SyntheticMarket:
         )
 
     def _until(self, listing: Listing, minutes: Atoms, end_s: int) -> Atoms:
-        """The minutes before ``end_s``; one that ``end_s`` cuts is rebuilt from its seconds before that."""
+        """The minutes before ``end_s``; a minute cut by ``end_s`` is rebuilt from its seconds before it."""
         whole = minutes.take(minutes.stamp + 60 <= end_s)
         cut = minutes.take((minutes.stamp < end_s) & (minutes.stamp + 60 > end_s))
         if not len(cut):
@@ -179,7 +179,7 @@ class SyntheticMarket:
         self, listing: Listing, size: BarSize, lo: int, hi: int, start_s: int, end_s: int, what: str, *, regular: bool
     ) -> Atoms:
         if hi - lo > _PIECE:
-            pieces = [(at, min(at + _PIECE, hi)) for at in range(lo, hi, _PIECE)]  # no bar goes beyond its session
+            pieces = [(at, min(at + _PIECE, hi)) for at in range(lo, hi, _PIECE)]  # no bar spans two sessions
             return Atoms.join(
                 [self._clocked(listing, size, *piece, start_s, end_s, what, regular=regular) for piece in pieces]
             )
@@ -195,7 +195,7 @@ class SyntheticMarket:
             atoms = self._until(listing, atoms, end_s)
         opens = sessions.opens(regular=regular)[atoms.session]
         labels = label_clock(atoms.stamp, opens, sessions.offset[atoms.session], size.seconds)
-        # A first bar that opened before the window would lack its beginning: it is not in the answer.
+        # A first bar that opened before the window would be incomplete: it is left out.
         inside = labels >= start_s
         return _stamped(merge_atoms(atoms.take(inside), labels[inside]), labels[inside])
 
@@ -226,7 +226,7 @@ class SyntheticMarket:
         return _stamped(merged, sessions.day[merged.session] * DAY_S, one_each=True)
 
     def _whole_days(self, listing: Listing, lo: int, hi: int, what: str, *, regular: bool) -> Atoms:
-        """One atom for each session ``lo`` to ``hi``; chunks of them are kept, being cheap to hold and dear to make."""
+        """One atom for each session ``lo`` to ``hi`` (excluded). Chunks of them are cached: small in memory, slow to compute."""
         parts = []
         quiet_matters = what in WITH_VOLUME and listing.activity < 1.0
         for number in range(lo // _CHUNK, (hi - 1) // _CHUNK + 1):
@@ -242,13 +242,13 @@ class SyntheticMarket:
         return Atoms.join(parts)
 
 
-def _spread(totals: Int) -> Int:
-    """Each total as 60 whole parts that add up to it."""
+def _spread(totals: IntArray) -> IntArray:
+    """Each total as 60 integers that add up to it."""
     share, rest = totals[:, None] // 60, totals[:, None] % 60
     return (share + (np.arange(60) < rest)).ravel()
 
 
-def _stamped(merged: Atoms, labels: Int, *, one_each: bool = False) -> Atoms:
+def _stamped(merged: Atoms, labels: IntArray, *, one_each: bool = False) -> Atoms:
     """``merged`` with the labels of its bars instead of the stamps of their first atoms."""
     stamps = labels if one_each else labels[np.r_[True, labels[1:] != labels[:-1]]] if len(labels) else labels
     return Atoms(**{**{name: getattr(merged, name) for name in Atoms.__dataclass_fields__}, "stamp": stamps})

@@ -1,7 +1,7 @@
-"""When a simulated instrument trades: one row per session with its extended and regular hours, as epoch seconds.
+"""Trading hours of simulated instruments: one row per session with its extended and regular hours, as epoch seconds.
 
-Deliberately independent of `ktrdr_pipelines.calendars`, so that the loader and the gateway it is tried on cannot be wrong
-together: US stocks from pandas_market_calendars, forex and Globex futures from the rules in `ib_facts` (section 3).
+Independent of `ktrdr_pipelines.calendars` on purpose, so that one mistake cannot hide in both: US stocks from
+pandas_market_calendars, forex and Globex futures from the rules in docs/ib_facts.md, 3.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from functools import lru_cache
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-Int = npt.NDArray[np.int64]
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 
 NEW_YORK = "America/New_York"
 CHICAGO = "America/Chicago"
@@ -27,30 +26,30 @@ LAST_DAY = date(2031, 12, 31)
 
 @dataclass(frozen=True, eq=False)
 class Sessions:
-    """Sessions in order of time. ``day`` is the session's date as days since 1970-01-01; the others are epoch seconds.
+    """Sessions, oldest first. ``day`` is the session's date as days since 1970-01-01; the others are epoch seconds.
 
     ``open``..``close`` are all trading hours (half-open), ``regular_open``..``regular_close`` lie within them. ``offset`` is
-    the zone's distance from UTC in seconds at the open: local clock = UTC + offset.
+    local time minus UTC in seconds at the open.
     """
 
     zone: str
-    day: Int
-    open: Int
-    close: Int
-    regular_open: Int
-    regular_close: Int
-    offset: Int
+    day: IntArray
+    open: IntArray
+    close: IntArray
+    regular_open: IntArray
+    regular_close: IntArray
+    offset: IntArray
 
     def __len__(self) -> int:
         return len(self.day)
 
-    def opens(self, *, regular: bool) -> Int:
+    def opens(self, *, regular: bool) -> IntArray:
         return self.regular_open if regular else self.open
 
-    def closes(self, *, regular: bool) -> Int:
+    def closes(self, *, regular: bool) -> IntArray:
         return self.regular_close if regular else self.close
 
-    def take(self, rows: slice | npt.NDArray[np.bool_]) -> Sessions:
+    def take(self, rows: slice | BoolArray) -> Sessions:
         """The sessions of a slice or mask."""
         columns = (self.day, self.open, self.close, self.regular_open, self.regular_close, self.offset)
         return Sessions(self.zone, *(column[rows] for column in columns))
@@ -62,16 +61,16 @@ class Sessions:
         return first, max(first, stop)
 
 
-def _to_epoch(local: pd.DatetimeIndex, zone: str) -> Int:
+def _to_epoch(local: pd.DatetimeIndex, zone: str) -> IntArray:
     stamps = local.tz_localize(ZoneInfo(zone)).as_unit("s")
     return np.asarray(stamps.asi8, dtype=np.int64)
 
 
-def _days(index: pd.DatetimeIndex) -> Int:
+def _days(index: pd.DatetimeIndex) -> IntArray:
     return np.asarray(index.tz_localize(None).as_unit("s").asi8 // 86400, dtype=np.int64)
 
 
-def _offsets(naive: pd.DatetimeIndex, epoch: Int) -> Int:
+def _offsets(naive: pd.DatetimeIndex, epoch: IntArray) -> IntArray:
     return np.asarray(naive.as_unit("s").asi8, dtype=np.int64) - epoch
 
 
@@ -79,12 +78,12 @@ def _offsets(naive: pd.DatetimeIndex, epoch: Int) -> Int:
 def us_stock_sessions() -> Sessions:
     """NYSE and Nasdaq: regular hours with early closes; extended hours 04:00 to 20:00 New York, to 17:00 on short days.
 
-    Takes 0.2 s the first time. It touches the process's warning filters: a gateway in a thread has it made beforehand.
+    The first call takes 0.2 s and changes the process's warning filters: a gateway in a thread calls it beforehand.
     """
     import pandas_market_calendars as mcal
 
     with warnings.catch_warnings():
-        # The library uses names that pandas has deprecated; that is not ours to mend.
+        # The library uses names that pandas has deprecated.
         warnings.simplefilter("ignore")
         schedule = mcal.get_calendar("NYSE").schedule(
             start_date=FIRST_DAY.isoformat(), end_date=LAST_DAY.isoformat(), start="pre", end="post"
@@ -107,8 +106,8 @@ def us_stock_sessions() -> Sessions:
 def _weekday_sessions(
     zone: str, open_at: timedelta, close_at: timedelta, regular: tuple[timedelta, timedelta]
 ) -> Sessions:
-    """A session for every Monday to Friday, each opening on the evening before. Times are wall clock from the session's
-    own midnight, so that each is right on both sides of a clock change."""
+    """A session for each Monday to Friday. Times are local, counted from midnight of the session's date (negative: the evening
+    before), so that they are right on both sides of a clock change."""
     days = pd.bdate_range(FIRST_DAY, LAST_DAY).as_unit("s")
     opens = days + open_at
     epoch_open = _to_epoch(opens, zone)
@@ -127,7 +126,7 @@ def _weekday_sessions(
 def forex_sessions() -> Sessions:
     """IDEALPRO: Sunday 17:15 to Friday 17:00 New York with a break from 17:00 to 17:15; regular hours are all hours.
 
-    The days that end on 25 December and 1 January do not trade, as recorded quotes show (`backtesting`'s EURUSD has none).
+    There is no session that ends on 25 December or 1 January (the EURUSD quotes of `backtesting` have none).
     """
     opens, closes = timedelta(hours=-7, minutes=15), timedelta(hours=17)
     sessions = _weekday_sessions(NEW_YORK, opens, closes, (opens, closes))
@@ -138,7 +137,7 @@ def forex_sessions() -> Sessions:
 
 @lru_cache(maxsize=1)
 def index_sessions() -> Sessions:
-    """An index of US stocks: calculated in their regular hours only."""
+    """An index of US stocks: calculated during their regular hours only."""
     stocks = us_stock_sessions()
     local = pd.DatetimeIndex(pd.to_datetime(stocks.regular_open, unit="s", utc=True))
     naive = local.tz_convert(ZoneInfo(NEW_YORK)).tz_localize(None)
@@ -175,11 +174,11 @@ def globex_sessions() -> Sessions:
     return _weekday_sessions(CHICAGO, opens, closes, (timedelta(hours=8, minutes=30), timedelta(hours=15, minutes=15)))
 
 
-def sessions_from_bars(zone: str, stamps: Int, bar_s: int, rollover_s: int = 0) -> tuple[Sessions, Int]:
+def sessions_from_bars(zone: str, stamps: IntArray, bar_s: int, rollover_s: int = 0) -> tuple[Sessions, IntArray]:
     """Sessions inferred from recorded intraday bars, and each bar's session date (days since 1970-01-01).
 
-    A session is a local calendar day that has a bar, from its first bar to the end of its last; ``rollover_s`` makes days
-    begin so long before midnight. Regular hours are those of US stocks where that calendar knows the day and they overlap,
+    A session is a local calendar day that has a bar, from its first bar to the end of its last; days start ``rollover_s``
+    before midnight. Regular hours are those of US stocks where that calendar has the day and they overlap,
     else all hours. ``stamps`` are epoch seconds of bar opens, strictly increasing.
     """
     local = pd.DatetimeIndex(pd.to_datetime(stamps, unit="s", utc=True)).tz_convert(ZoneInfo(zone)).tz_localize(None)

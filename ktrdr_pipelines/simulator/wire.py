@@ -1,8 +1,8 @@
-"""Bytes to messages and back: the framing of the TWS socket protocol. No I/O, no meaning of messages (see `messages.py`).
+"""Bytes to messages and back: the framing of the TWS socket protocol. No I/O; the fields of messages are in `messages.py`.
 
 A frame is a big-endian 4-byte length and that many bytes of payload; the payload is fields, each ended by a NUL. The first
 thing a client sends is the bare prefix ``API\\0`` and then one frame with the versions it speaks (``v100..176``).
-Learned from the installed clients (ib_insync 0.9.86 ``client.py``, ibapi 9.81 ``comm.py``).
+Sources: the installed clients (ib_insync 0.9.86 ``client.py``, ibapi 9.81 ``comm.py``).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 HANDSHAKE_PREFIX = b"API\0"
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1 << 16
-"""The longest frame accepted from a client. Real requests stay under 2 KB; the limit bounds what a stranger can make us hold."""
+"""The longest frame accepted from a client. Real requests stay under 2 KB; the limit bounds the memory of one connection."""
 MAX_ANSWER_BYTES = 0xFFFFFF
-"""The longest payload sent: IBKR's own clients refuse longer ones (ibapi ``common.py``, MAX_MSG_LEN)."""
+"""The longest payload sent: IBKR's clients refuse longer ones (ibapi ``common.py``, MAX_MSG_LEN)."""
 
 
 class WireError(ValueError):
-    """The peer broke the framing: nothing after this point can be trusted, so the connection has to be closed."""
+    """The peer broke the framing. Later bytes have no meaning, so the connection must be closed."""
 
 
 class FrameDecoder:
@@ -33,7 +33,7 @@ class FrameDecoder:
         self._broken = ""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take in ``data`` and yield each payload that is now complete, oldest first."""
+        """Add ``data`` and yield each payload that is now complete, oldest first."""
         if self._broken:
             raise WireError(self._broken)
         self._buffer += data
@@ -52,7 +52,7 @@ class FrameDecoder:
 
     @property
     def has_payload(self) -> bool:
-        """Whether `feed` would yield or raise without more data."""
+        """True if `feed` would yield or raise without more data."""
         if len(self._buffer) < LENGTH_BYTES:
             return False
         length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
@@ -60,7 +60,7 @@ class FrameDecoder:
 
     @property
     def pending_bytes(self) -> int:
-        """How many bytes wait for the rest of their frame."""
+        """The number of bytes of an unfinished frame."""
         return len(self._buffer)
 
 
@@ -68,7 +68,7 @@ def split_fields(payload: bytes) -> list[str]:
     """The fields of a payload. Bytes that are not UTF-8 become backslash escapes, as in the clients.
 
     Raises:
-        WireError: the last field is not ended by a NUL.
+        WireError: the payload does not end with a NUL.
     """
     if not payload.endswith(b"\0"):
         raise WireError("payload does not end with NUL")
@@ -76,7 +76,7 @@ def split_fields(payload: bytes) -> list[str]:
 
 
 def join_fields(fields: Iterable[object]) -> bytes:
-    """Fields as a payload: ``str`` of each and a NUL; True and False as 1 and 0, None as nothing."""
+    """Fields as a payload: ``str`` of each and a NUL; True and False as 1 and 0, None as an empty field."""
     return "".join(f"{_text(field)}\0" for field in fields).encode()
 
 
@@ -94,5 +94,5 @@ def frame(payload: bytes) -> bytes:
 
 
 def encode(*fields: object) -> bytes:
-    """One whole frame holding ``fields``."""
+    """One frame with ``fields``."""
     return frame(join_fields(fields))

@@ -1,4 +1,4 @@
-"""Calendars: expected bars against answer files made by hand (`answers/README.md`), matching, and open hours."""
+"""Calendars: expected bars compared with answer files written by hand (`answers/README.md`), matching, and open hours."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from ktrdr_pipelines.calendars import (
     find_unexpected,
     is_open,
     match_held,
-    next_close,
     next_complete,
-    next_open,
     period_keys,
     session_windows,
 )
@@ -103,7 +101,7 @@ def test_a_year_has_its_published_number_of_sessions(case: dict[str, Any]) -> No
     ],
 )
 def test_real_bars_are_where_the_calendar_expects_them(file: str, series: Series, unexpected: int) -> None:
-    """Bars recorded by others: nine years of days, and ten months of forex hours, lack nothing that is expected."""
+    """Bars recorded by others: nine years of days, and ten months of forex hours, contain every expected bar."""
     package = find_spec("backtesting")
     assert package is not None
     assert package.origin is not None
@@ -115,7 +113,7 @@ def test_real_bars_are_where_the_calendar_expects_them(file: str, series: Series
 
 
 def test_only_complete_bars_are_expected() -> None:
-    """With an instant given, a bar counts from the moment it closes: not a second earlier."""
+    """With ``complete_at_s`` a bar is expected from its close on, not a second earlier."""
     series, day = Series(AAPL, TIMEFRAMES["1h"]), window("2024-03-05T00:00Z", "2024-03-06T00:00Z")
     assert len(expected_bars(series, day, complete_at_s=int(seconds("2024-03-05T15:59:59Z")[0]))) == 1
     assert len(expected_bars(series, day, complete_at_s=int(seconds("2024-03-05T16:00Z")[0]))) == 2
@@ -151,7 +149,7 @@ def test_bars_tile_their_sessions() -> None:
 def test_windows_cut_anywhere_add_up(
     start: int, length: int, cut: float, timeframe: str, instrument: Instrument
 ) -> None:
-    """The bars of two adjacent windows are together the bars of both: none doubled, none lost at the seam."""
+    """Two adjacent windows have together the bars of both: none twice, none lost between them."""
     series = Series(instrument, TIMEFRAMES[timeframe])
     middle = start + int(length * cut)
     whole = expected_bars(series, Window.from_epoch(start, start + length))
@@ -193,8 +191,8 @@ def test_cached_arrays_cannot_be_changed_by_a_caller() -> None:
 # --- matching --------------------------------------------------------------------------------------------------------
 
 
-def test_the_forex_bar_of_17_15_may_be_labelled_17_00() -> None:
-    """IB wins over the calendar on labels: the grid point before the first bar satisfies it where nothing trades there."""
+def test_the_forex_bar_of_17_15_may_be_stamped_17_00() -> None:
+    """A stamp at the grid point before the first bar matches that bar where the market is closed at the grid point."""
     bars = expected_bars(Series(EURUSD, TIMEFRAMES["1h"]), window("2024-03-05T21:00Z", "2024-03-06T00:00Z"))
     assert bars.opens.tolist() == seconds("2024-03-05T21:00Z", "2024-03-05T22:15Z", "2024-03-05T23:00Z").tolist()
     held = seconds("2024-03-05T22:00Z")
@@ -202,23 +200,23 @@ def test_the_forex_bar_of_17_15_may_be_labelled_17_00() -> None:
     assert find_unexpected(bars, held, TIMEFRAMES["1h"]).tolist() == [False]
 
 
-def test_another_bar_never_stands_in_for_the_one_of_17_15() -> None:
-    """A four-hour forex bar of 16:00 New York is a bar of its own: it must not hide that the one of 17:15 is missing."""
+def test_another_bar_never_matches_the_one_of_17_15() -> None:
+    """A four-hour forex bar of 16:00 New York is another bar: with it held, the one of 17:15 is still missing."""
     bars = expected_bars(Series(EURUSD, TIMEFRAMES["4h"]), window("2024-03-05T20:00Z", "2024-03-06T02:00Z"))
     assert bars.opens.tolist() == seconds("2024-03-05T21:00Z", "2024-03-05T22:15Z", "2024-03-06T01:00Z").tolist()
     assert match_held(bars, seconds("2024-03-05T21:00Z"), TIMEFRAMES["4h"]).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("label", ["2024-01-08T00:00Z", "2024-01-12T00:00Z", "2024-01-14T00:00Z"])
-def test_any_label_within_the_week_satisfies_it(label: str) -> None:
-    """Weekly bars are matched by calendar week, whichever of its days the label names; the next week is another bar."""
+def test_any_stamp_within_the_week_matches_it(label: str) -> None:
+    """Weekly bars are matched by calendar week, whichever of its days is the stamp; the next week is another bar."""
     bars = expected_bars(Series(AAPL, TIMEFRAMES["1w"]), window("2024-01-01T00:00Z", "2024-01-22T00:00Z"))
     assert match_held(bars, seconds(label), TIMEFRAMES["1w"]).tolist() == [False, True, False]
     assert not find_unexpected(bars, seconds(label), TIMEFRAMES["1w"]).any()
 
 
 @pytest.mark.parametrize("label", ["2024-02-01T00:00Z", "2024-02-29T00:00Z"])
-def test_any_label_within_the_month_satisfies_it(label: str) -> None:
+def test_any_stamp_within_the_month_matches_it(label: str) -> None:
     """Monthly bars are matched by calendar month, leap day included."""
     bars = expected_bars(Series(AAPL, TIMEFRAMES["1mo"]), window("2024-01-01T00:00Z", "2024-04-01T00:00Z"))
     assert match_held(bars, seconds(label), TIMEFRAMES["1mo"]).tolist() == [False, True, False]
@@ -234,8 +232,8 @@ def test_period_keys_follow_the_iso_week_and_the_month() -> None:
     assert period_keys(TIMEFRAMES["1d"], stamps) is stamps
 
 
-def test_unexpected_bars_are_those_that_satisfy_nothing() -> None:
-    """A bar outside the session is told apart from the ones that were expected."""
+def test_unexpected_bars_are_those_that_match_no_expected_bar() -> None:
+    """A bar outside the session is unexpected, a bar of the session is not."""
     bars = expected_bars(Series(AAPL, TIMEFRAMES["1h"]), window("2024-03-05T00:00Z", "2024-03-06T00:00Z"))
     held = seconds("2024-03-05T14:30Z", "2024-03-05T21:00Z")
     assert find_unexpected(bars, held, TIMEFRAMES["1h"]).tolist() == [False, True]
@@ -271,7 +269,7 @@ def test_unexpected_bars_are_those_that_satisfy_nothing() -> None:
     ],
 )
 def test_the_calendar_follows_from_kind_exchange_and_currency(instrument: Instrument, calendar: str) -> None:
-    """Instruments of every kind find their calendar; the universe file's `calendar:` wins."""
+    """Instruments of every kind have their calendar; the universe file's `calendar:` has precedence."""
     assert calendar_of(instrument) == calendar
 
 
@@ -285,9 +283,11 @@ def test_the_calendar_follows_from_kind_exchange_and_currency(instrument: Instru
     ],
 )
 def test_a_calendar_is_never_guessed(instrument: Instrument) -> None:
-    """Where the tables do not tell, the error says what to write in the universe file."""
-    with pytest.raises(InputError, match=r"`calendar:`"):
+    """Without a row in the tables the error names the setting of the universe file."""
+    with pytest.raises(InputError) as caught:
         calendar_of(instrument)
+    assert instrument.symbol in caught.value.observed
+    assert "calendar:" in caught.value.advice
 
 
 def test_every_name_in_the_tables_is_a_calendar() -> None:
@@ -312,8 +312,8 @@ def test_every_calendar_gives_a_sound_year(calendar: str) -> None:
     ("start", "end"), [("1949-12-31T00:00Z", "2024-01-01T00:00Z"), ("2024-01-01T00:00Z", "2070-01-01T00:01Z")]
 )
 def test_absurd_years_are_refused(start: str, end: str) -> None:
-    """Years that no calendar covers are the asker's mistake and said to be so."""
-    with pytest.raises(InputError, match="outside the years"):
+    """Years that no calendar covers are invalid input; the error names the first and last year."""
+    with pytest.raises(InputError, match=r"1950.*2069"):
         expected_bars(Series(AAPL, TIMEFRAMES["1d"]), window(start, end))
 
 
@@ -321,7 +321,7 @@ def test_absurd_years_are_refused(start: str, end: str) -> None:
 
 
 def test_open_hours_are_half_open() -> None:
-    """The market is open at the instant of its open, shut at the instant of its close, and shut at lunch."""
+    """The market is open at the instant of its open, closed at the instant of its close, and closed at lunch."""
     assert not is_open(AAPL, at("2024-03-05T14:29:59Z"))
     assert is_open(AAPL, at("2024-03-05T14:30Z"))
     assert not is_open(AAPL, at("2024-03-05T21:00Z"))
@@ -329,16 +329,6 @@ def test_open_hours_are_half_open() -> None:
     assert not is_open(hong_kong, at("2024-06-04T04:30Z"))
     assert is_open(hong_kong, at("2024-06-04T05:00Z"))
     assert not is_open(EURUSD, at("2024-03-05T22:10Z"))
-
-
-def test_next_open_and_close() -> None:
-    """Both look forward over weekends and half days; an open at the very instant counts, a close does not."""
-    assert next_open(AAPL, at("2024-03-08T21:00Z")) == at("2024-03-11T13:30Z")
-    assert next_open(AAPL, at("2024-03-11T13:30Z")) == at("2024-03-11T13:30Z")
-    assert next_close(AAPL, at("2024-11-28T12:00Z")) == at("2024-11-29T18:00Z")
-    assert next_close(AAPL, at("2024-11-29T18:00Z")) == at("2024-12-02T21:00Z")
-    with pytest.raises(InputError, match="outside the years"):
-        next_open(AAPL, at("2069-12-31T23:59Z"))
 
 
 @pytest.mark.parametrize(
@@ -354,8 +344,8 @@ def test_next_open_and_close() -> None:
         ("1mo", "2024-03-05T12:00:00Z", "2024-03-28T20:00Z"),
     ],
 )
-def test_next_complete_says_when_to_look_again(timeframe: str, after: str, complete: str) -> None:
-    """The next bar is complete at the first close after the instant, over nights, weekends and holidays."""
+def test_the_next_bar_is_complete_at_the_next_close(timeframe: str, after: str, complete: str) -> None:
+    """The first close after the instant, over nights, weekends and holidays."""
     assert next_complete(Series(AAPL, TIMEFRAMES[timeframe]), at(after)) == at(complete)
 
 
@@ -366,10 +356,11 @@ def test_next_complete_says_when_to_look_again(timeframe: str, after: str, compl
         ("1h", "20241220", "2024-12-27T21:00Z"),
         ("1w", "20241218", "2024-12-27T00:00Z"),  # the week is expected in which it may trade last
         ("1mo", "20241220", "2024-12-31T00:00Z"),
-        ("1d", "202412", "2025-04-11T00:00Z"),  # a month says less: a rate future trades for a quarter beyond its own
+        ("1d", "202412", "2025-04-11T00:00Z"),  # a rate future trades for a quarter beyond its month
     ],
 )
 def test_nothing_is_expected_of_a_future_that_has_expired(timeframe: str, expiry: str, last: str) -> None:
+    """Bars end with the last date on which the future may trade."""
     series = Series(Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", expiry=expiry), TIMEFRAMES[timeframe])
     whole = expected_bars(series, window("2024-11-01", "2026-11-01"))
     assert whole.opens[-1] == at(last).timestamp()
@@ -382,13 +373,14 @@ def test_nothing_is_expected_of_a_future_that_has_expired(timeframe: str, expiry
 
 
 @pytest.mark.parametrize("expiry", ["", "20241341", "December", "2024"])
-def test_an_expiry_that_is_no_date_ends_nothing(expiry: str) -> None:
+def test_an_expiry_that_is_no_date_sets_no_end(expiry: str) -> None:
+    """Neither a malformed expiry nor one of a stock."""
     assert Instrument("ESZ4", "FUT", "CME", "USD", expiry=expiry).trades_until is None
     assert Instrument("AAPL", "STK", "SMART", "USD", expiry="202412").trades_until is None
 
 
 def test_session_windows_are_whole_sessions() -> None:
-    """Each session that trades within the window comes uncut, a lunch break inside; touching is not enough."""
+    """Each session that overlaps the window is returned uncut, with its lunch break; adjacent sessions are not."""
     assert session_windows(AAPL, window("2024-03-05T20:00Z", "2024-03-06T14:30Z")) == [
         window("2024-03-05T14:30Z", "2024-03-05T21:00Z")
     ]
@@ -400,7 +392,7 @@ def test_session_windows_are_whole_sessions() -> None:
 
 @pytest.mark.slow
 def test_twenty_years_of_minutes_are_quick_once_cached() -> None:
-    """Two million opens come in under 50 ms from the cache (best of three: other programs run on the machine too)."""
+    """Two million bars take under 50 ms from the cache (best of three: the machine may be busy)."""
     series, years = Series(AAPL, TIMEFRAMES["1m"]), window("2005-01-01T00:00Z", "2025-01-01T00:00Z")
     assert len(expected_bars(series, years)) > 1_900_000
     best = float("inf")

@@ -111,12 +111,12 @@ FAULTS: tuple[Fault, ...] = (
     # -- answers that lie
     Fault("first half", _one("partial")),
     Fault("last half", _one("partial", part="last")),
-    Fault("hole of seven", _one("hole", rows=7)),
+    Fault("hole of seven", _one("gap", rows=7)),
     Fault("newest 40 only", _one("newest", rows=40)),
     # -- and in the same way in every answer
     Fault("always the first half", _one("partial", ())),
     Fault("always the last half", _one("partial", (), part="last")),
-    Fault("always a hole of seven", _one("hole", (), rows=7)),
+    Fault("always a hole of seven", _one("gap", (), rows=7)),
     Fault("always the newest 40", _one("newest", (), rows=40)),
     Fault("always the oldest 40", _one("oldest", (), rows=40)),
     Fault("always every 10th lacking", _one("every", (), rows=10)),
@@ -167,7 +167,7 @@ HABITS: tuple[Fault, ...] = (
     Fault("head timestamp early", habits=Habits(head="early")),
     Fault("head timestamp late", habits=Habits(head="late")),
     Fault("head timestamp none", habits=Habits(head="none")),
-    Fault("empty without a word", habits=Habits(empty="wordless")),
+    Fault("empty without a word", habits=Habits(empty="no_bars")),
 )
 """Ways gateways differ that are no faults."""
 

@@ -1,4 +1,4 @@
-"""A client of one session without sockets: sends messages, reads the answers as fields. Shared by the simulator's tests."""
+"""A client of one session without sockets: sends messages and reads the answers as fields. Used by the simulator's tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def head(req_id, contract=AAPL, what="TRADES", fmt=2):
 
 
 class Talk:
-    """One session; ``seen`` collects actions that are not bytes. Starts ready unless ``start`` is False."""
+    """A client and its session; ``seen`` collects the actions that are not bytes. It is READY unless ``start`` is False."""
 
     def __init__(self, gateway=None, *, version=176, client_id=1, start=True, **options):
         self.gateway = gateway or Gateway(MARKET, **options)
@@ -48,10 +48,10 @@ class Talk:
         self.seen = []
         self._decoder = FrameDecoder(max_bytes=MAX_ANSWER_BYTES)
         if start:
-            self.shake_hands(version)
-            self.greeting = self.say(71, 2, client_id, "")
+            self.handshake(version)
+            self.greeting = self.send(71, 2, client_id, "")
 
-    def shake_hands(self, version):
+    def handshake(self, version):
         return self.feed(b"API\0" + frame(b"v100..%d" % version))
 
     def feed(self, data):
@@ -63,7 +63,7 @@ class Talk:
         data = b"".join(action.data for action in actions if isinstance(action, Send))
         return [split_fields(payload) for payload in self._decoder.feed(data)]
 
-    def say(self, *fields):
+    def send(self, *fields):
         return self.feed(encode(*fields))
 
     def wake(self):

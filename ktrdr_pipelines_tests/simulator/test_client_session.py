@@ -1,4 +1,4 @@
-"""The state machine: one test per transition, one per message that is not allowed, no sockets."""
+"""The state machine without sockets: one test per transition, one per message that is not allowed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NO_DATA = "Historical Market Data Service error message:HMDS query returned no d
 
 
 def test_handshake_answers_with_version_and_time():
-    """The server's version is the highest that both sides speak; the time is in the gateway's zone."""
+    """The answer has the highest version that both sides support and the time in the gateway's zone."""
     talk = Talk(start=False)
-    assert talk.shake_hands(176) == [["176", "20240305 14:40:30 EST"]]
+    assert talk.handshake(176) == [["176", "20240305 14:40:30 EST"]]
     assert talk.session.state is State.START
-    assert Talk(start=False).shake_hands(203)[0][0] == "178"
-    assert Talk(start=False, server_version=150).shake_hands(176)[0][0] == "150"
+    assert Talk(start=False).handshake(203)[0][0] == "178"
+    assert Talk(start=False, server_version=150).handshake(176)[0][0] == "150"
 
 
 def test_handshake_survives_every_split():
@@ -49,8 +49,8 @@ def test_handshake_survives_every_split():
         b"API\0\xff\xff\xff\xff",
     ],
 )
-def test_strangers_are_shown_the_door(data):
-    """What is not this protocol, or no version in common, is closed without a word."""
+def test_another_protocol_is_closed(data):
+    """Another protocol, or no common version, closes the connection without an answer."""
     talk = Talk(start=False)
     assert talk.feed(data) == []
     assert len(talk.closed) == 1
@@ -59,7 +59,7 @@ def test_strangers_are_shown_the_door(data):
 
 
 def test_start_greets_with_account_next_id_and_farms():
-    """A new client is told its account, the next order id and that the farms are there."""
+    """A new client gets its account, the next order id and the notices of the farms."""
     talk = Talk()
     assert [message[0] for message in talk.greeting] == ["15", "9", "4", "4", "4"]
     assert talk.greeting[0] == ["15", "1", "SIM0000001"]
@@ -70,25 +70,25 @@ def test_start_greets_with_account_next_id_and_farms():
 def test_nothing_is_served_before_start():
     """A request before startApi is refused and does not count as a client."""
     talk = Talk(start=False)
-    talk.shake_hands(176)
-    assert errors(talk.say(49, 1)) == [(-1, 504)]
+    talk.handshake(176)
+    assert errors(talk.send(49, 1)) == [(-1, 504)]
     assert talk.gateway.client_ids == set()
 
 
 def test_second_start_is_refused():
     """A client that is ready stays what it is."""
     talk = Talk()
-    assert errors(talk.say(71, 2, 9, "")) == [(-1, 501)]
+    assert errors(talk.send(71, 2, 9, "")) == [(-1, 501)]
     assert talk.gateway.client_ids == {1}
 
 
 def test_client_id_in_use_is_326_and_closed():
-    """The second client of one id is told so and dropped; the first goes on; the id is free again after it left."""
+    """The second client of one id gets 326 and is dropped; the first stays, and its id is free after it has left."""
     first = Talk()
     second = Talk(first.gateway)
     assert errors(second.greeting) == [(-1, 326)]
-    assert second.closed == ["client id is in use"]
-    assert first.say(49, 1) == [["49", "1", str(int(NOW))]]
+    assert len(second.closed) == 1
+    assert first.send(49, 1) == [["49", "1", str(int(NOW))]]
     first.session.release()
     assert len(Talk(first.gateway).greeting) == 5
 
@@ -134,81 +134,81 @@ def test_thirty_third_client_is_dropped():
         ((90, 5), []),
     ],
 )
-def test_questions_of_connecting_clients_are_answered(question, kinds):
-    """Whatever a client asks while connecting is answered or needs no answer."""
-    assert [message[0] for message in Talk().say(*question)] == kinds
+def test_requests_of_connecting_clients_are_answered(question, kinds):
+    """Every request that a client sends while connecting is answered, or needs no answer."""
+    assert [message[0] for message in Talk().send(*question)] == kinds
 
 
 def test_orders_and_quotes_are_refused():
     """The gateway is read-only and has no market data."""
     talk = Talk()
-    assert errors(talk.say(3, 12, "order")) == [(12, 321)]
-    assert errors(talk.say(1, 11, 13, *AAPL[:-1], False, "", False, False, "")) == [(13, 354)]
+    assert errors(talk.send(3, 12, "order")) == [(12, 321)]
+    assert errors(talk.send(1, 11, 13, *AAPL[:-1], False, "", False, False, "")) == [(13, 354)]
 
 
-def test_unknown_message_is_told_and_survived():
-    """A kind of message this gateway does not know is an error, not the end."""
+def test_unknown_message_is_an_error_and_the_connection_stays():
+    """An unknown message id is error 320; later messages are served."""
     talk = Talk()
-    assert errors(talk.say(9999, 1)) == [(-1, 320)]
-    assert len(talk.say(49, 1)) == 1
+    assert errors(talk.send(9999, 1)) == [(-1, 320)]
+    assert len(talk.send(49, 1)) == 1
 
 
 @pytest.mark.parametrize("fields", [(20, 1), (20, "one", *AAPL), (9, 8, "x", *AAPL), ("history",), ("",), (87, 1, 2)])
-def test_malformed_message_is_told_and_survived(fields):
-    """Too few fields, or text for a number, is error 320."""
+def test_malformed_message_is_an_error_and_the_connection_stays(fields):
+    """Too few fields, or text for a number, is error 320; later messages are served."""
     talk = Talk()
-    assert errors(talk.say(*fields)) == [(-1, 320)]
-    assert len(talk.say(49, 1)) == 1
+    assert errors(talk.send(*fields)) == [(-1, 320)]
+    assert len(talk.send(49, 1)) == 1
 
 
 def test_broken_framing_closes_the_connection():
-    """After a frame that cannot be, nothing can be trusted."""
+    """An impossible frame length ends the connection; messages before it are answered."""
     talk = Talk()
     assert talk.feed(encode(49, 1) + b"\0\0\0\0")[0][0] == "49"
-    assert talk.closed[0].startswith("broken framing")
+    assert len(talk.closed) == 1
     assert talk.gateway.client_ids == set()
 
 
-def test_more_than_fifty_messages_a_second_is_error_100_and_then_the_end():
+def test_more_than_fifty_messages_a_second_is_error_100_and_then_a_close():
     """Each second with more than fifty messages is an error; the third ends the connection."""
     talk = Talk()
     codes = []
     for second in range(3):
         talk.now = NOW + 2 + 2 * second
-        codes.append(errors([m for _ in range(51) for m in talk.say(49, 1)]))
+        codes.append(errors([m for _ in range(51) for m in talk.send(49, 1)]))
     assert codes == [[(-1, 100)]] * 3
-    assert talk.closed == ["too many messages"]
+    assert len(talk.closed) == 1
 
 
-def test_fifty_messages_a_second_are_fine():
-    """The limit itself is allowed, again and again."""
+def test_fifty_messages_a_second_are_allowed():
+    """The limit itself is allowed, second after second."""
     talk = Talk()
     for second in range(4):
         talk.now = NOW + 2 + second * 1.01
-        assert errors([m for _ in range(50) for m in talk.say(49, 1)]) == []
+        assert errors([m for _ in range(50) for m in talk.send(49, 1)]) == []
 
 
 # --- contracts ---------------------------------------------------------------------------------------------------------
 
 
 def test_contract_details_end_with_their_own_message():
-    """Each match is one message, then the end; the exchange is the one asked on."""
+    """Each match is one message, then the end message; the exchange is the one of the request."""
     talk = Talk()
-    answers = talk.say(9, 8, 3, *AAPL, "", "", "")
+    answers = talk.send(9, 8, 3, *AAPL, "", "", "")
     assert [message[0] for message in answers] == ["10", "52"]
     assert answers[0][1:4] == ["3", "AAPL", "STK"]
-    assert len(talk.say(9, 8, 4, 0, "AMBG", *AAPL[2:], "", "", "")) == 3
-    assert errors(talk.say(9, 8, 5, 0, "NOPE", *AAPL[2:], "", "", "")) == [(5, 200)]
+    assert len(talk.send(9, 8, 4, 0, "AMBG", *AAPL[2:], "", "", "")) == 3
+    assert errors(talk.send(9, 8, 5, 0, "NOPE", *AAPL[2:], "", "", "")) == [(5, 200)]
     assert errors(
-        talk.say(9, 8, 6, 0, "AAPL", "STK", "", 0.0, "", "", "LSE", "", "USD", "", "", False, "", "", "")
+        talk.send(9, 8, 6, 0, "AAPL", "STK", "", 0.0, "", "", "LSE", "", "USD", "", "", False, "", "", "")
     ) == [(6, 200)]
 
 
 def test_matching_symbols_are_one_message():
-    """Samples come with their number, even none."""
+    """The message starts with the number of samples, also for none."""
     talk = Talk()
-    assert talk.say(81, 7, "GOOG")[0][:3] == ["79", "7", "2"]
-    assert talk.say(81, 8, "ZZZZ") == [["79", "8", "0"]]
+    assert talk.send(81, 7, "GOOG")[0][:3] == ["79", "7", "2"]
+    assert talk.send(81, 8, "ZZZZ") == [["79", "8", "0"]]
 
 
 # --- history -----------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_matching_symbols_are_one_message():
 
 def test_history_is_one_message_with_all_bars():
     """Start, end, number of bars, then eight fields a bar."""
-    (answer,) = Talk().say(*history(5))
+    (answer,) = Talk().send(*history(5))
     assert answer[:5] == ["17", "5", "20240301 09:30:00 America/New_York", "20240301 16:00:00 America/New_York", "7"]
     assert len(answer) == 5 + 7 * 8
     assert answer[5] == "1709303400"
@@ -225,19 +225,19 @@ def test_history_is_one_message_with_all_bars():
 def test_formats_of_stamps():
     """Epoch seconds or the gateway's clock with its zone; dates for daily bars in both; old versions name no zone."""
     talk = Talk()
-    assert talk.say(*history(1, fmt=1))[0][5] == "20240301 09:30:00 America/New_York"
-    assert talk.say(*history(2, size="1 day"))[0][5] == "20240301"
-    assert talk.say(*history(3, size="1 day", fmt=1))[0][5] == "20240301"
-    assert Talk(version=160).say(*history(4, fmt=1))[0][5] == "20240301  09:30:00"
-    assert Talk(zone="Europe/London").say(*history(5, fmt=1))[0][5] == "20240301 14:30:00 Europe/London"
+    assert talk.send(*history(1, fmt=1))[0][5] == "20240301 09:30:00 America/New_York"
+    assert talk.send(*history(2, size="1 day"))[0][5] == "20240301"
+    assert talk.send(*history(3, size="1 day", fmt=1))[0][5] == "20240301"
+    assert Talk(version=160).send(*history(4, fmt=1))[0][5] == "20240301  09:30:00"
+    assert Talk(zone="Europe/London").send(*history(5, fmt=1))[0][5] == "20240301 14:30:00 Europe/London"
 
 
 def test_request_that_ends_now_returns_the_forming_bar():
     """At 14:40:30 the last hourly bar is 14:00, and a minute later it is another one."""
     talk = Talk()
-    (before,) = talk.say(*history(1, end=""))
+    (before,) = talk.send(*history(1, end=""))
     talk.now += 60
-    (after,) = talk.say(*history(2, end=""))
+    (after,) = talk.send(*history(2, end=""))
     assert before[-8] == after[-8] == str(int(NOW) - 40 * 60 - 30)
     assert before[-8:] != after[-8:]
     assert before[:-8][5:] == after[:-8][5:]
@@ -246,10 +246,10 @@ def test_request_that_ends_now_returns_the_forming_bar():
 def test_end_without_zone_warns_and_uses_the_gateways():
     """2174 comes before the answer; the same clock time means another instant in another gateway."""
     talk = Talk()
-    answers = talk.say(*history(1, end="20240301 12:00:00"))
+    answers = talk.send(*history(1, end="20240301 12:00:00"))
     assert errors(answers) == [(1, 2174)]
     assert answers[-1][4] == "3"
-    assert Talk(zone="UTC").say(*history(1, end="20240301 17:00:00"))[-1][4] == "3"
+    assert Talk(zone="UTC").send(*history(1, end="20240301 17:00:00"))[-1][4] == "3"
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,9 @@ def test_end_without_zone_warns_and_uses_the_gateways():
         ({"size": "5 secs", "end": "20230601-20:00:00"}, 162, NO_DATA),
     ],
 )
-def test_refusals_carry_ibs_code_and_words(request_fields, code, text):
-    """Every bad request is refused under its own id with the code and wording of IB."""
-    (answer,) = Talk().say(*history(9, **request_fields))
+def test_refusals_carry_ibs_code_and_text(request_fields, code, text):
+    """Every bad request is refused under its own id with IB's code and text."""
+    (answer,) = Talk().send(*history(9, **request_fields))
     assert answer[:4] == ["4", "2", "9", str(code)]
     assert text in answer[4]
 
@@ -283,16 +283,16 @@ def test_refusals_carry_ibs_code_and_words(request_fields, code, text):
 def test_head_timestamp_in_both_formats():
     """Epoch seconds, or UTC with a dash."""
     talk = Talk()
-    assert talk.say(*head(1)) == [["88", "1", "915460200"]]
-    assert talk.say(*head(2, fmt=1)) == [["88", "2", "19990104-14:30:00"]]
-    assert errors(talk.say(*head(3, EURUSD))) == [(3, 162)]
+    assert talk.send(*head(1)) == [["88", "1", "915460200"]]
+    assert talk.send(*head(2, fmt=1)) == [["88", "2", "19990104-14:30:00"]]
+    assert errors(talk.send(*head(3, EURUSD))) == [(3, 162)]
     newcomer = (0, "NEWC", *AAPL[2:])
-    assert errors(talk.say(*head(4, newcomer))) == [(4, 162)]
+    assert errors(talk.send(*head(4, newcomer))) == [(4, 162)]
 
 
 def test_schedule_lists_sessions():
     """SCHEDULE answers with sessions in the exchange's zone, half days included."""
-    (answer,) = Talk().say(*history(1, end="20231124-23:00:00", size="1 day", duration="2 D", what="SCHEDULE"))
+    (answer,) = Talk().send(*history(1, end="20231124-23:00:00", size="1 day", duration="2 D", what="SCHEDULE"))
     assert answer[:2] == ["106", "1"]
     assert answer[4:6] == ["America/New_York", "2"]
     assert answer[6:] == [
@@ -302,41 +302,43 @@ def test_schedule_lists_sessions():
 
 
 def test_pacing_is_judged_over_all_clients():
-    """Two clients of one gateway share the budget, and the rule that was broken is in the log."""
+    """Two clients of one gateway share the budget, and the log names the broken rule."""
     one = Talk(judge=PacingJudge())
     two = Talk(one.gateway, client_id=2)
-    assert errors(one.say(*history(1))) == []
-    (answer,) = two.say(*history(1))
+    assert errors(one.send(*history(1))) == []
+    (answer,) = two.send(*history(1))
     assert answer[3:5] == [
         "162",
         "Historical Market Data Service error message:Historical data request pacing violation",
     ]
-    assert [r.pacing for r in one.gateway.requests] == ["", "identical request after 0.000 s (allowed: 15 s)"]
+    first, second = (record.pacing for record in one.gateway.requests)
+    assert first == ""
+    assert "identical" in second
 
 
 def test_malformed_requests_do_not_reach_the_judge():
-    """What the gateway refuses itself is not counted."""
+    """Requests that the gateway refuses itself are not counted."""
     talk = Talk(judge=PacingJudge())
-    talk.say(*history(1, duration="8 H"))
-    talk.say(*history(2, duration="8 H"))
+    talk.send(*history(1, duration="8 H"))
+    talk.send(*history(2, duration="8 H"))
     assert talk.gateway.judge.violations == []
 
 
 def test_head_timestamps_count_as_requests():
-    """Six in two seconds are too many, of whatever kind."""
+    """Six requests of any kind in two seconds are too many."""
     talk = Talk(judge=PacingJudge())
-    answers = [m for i in range(5) for m in talk.say(*history(i, end=f"2024030{i + 1}-21:00:00"))]
+    answers = [m for i in range(5) for m in talk.send(*history(i, end=f"2024030{i + 1}-21:00:00"))]
     assert errors(answers) == []
-    assert errors(talk.say(*head(9))) == [(9, 162)]
+    assert errors(talk.send(*head(9))) == [(9, 162)]
 
 
 # --- delivery and cancel -----------------------------------------------------------------------------------------------
 
 
 def test_delayed_answer_comes_when_its_wait_is_over():
-    """With latency the session asks to be woken, and answers then."""
+    """With latency the session returns a `Wait`, and answers when it is over."""
     talk = Talk(latency_s=0.5)
-    assert talk.say(*history(1)) == []
+    assert talk.send(*history(1)) == []
     assert [action.delay_s for action in talk.seen if isinstance(action, Wait)] == [0.5]
     assert [message[0] for message in talk.wake()] == ["17"]
     assert talk.gateway.open_requests == 0
@@ -345,66 +347,66 @@ def test_delayed_answer_comes_when_its_wait_is_over():
 def test_answers_may_overtake_each_other():
     """A later request whose answer is ready first is answered first."""
     talk = Talk(faults=[FaultRule("slow", symbol="AAPL", seconds=2.0)])
-    assert talk.say(*history(1)) == []
-    assert [m[:2] for m in talk.say(*history(2, IBM))] == [["17", "2"]]
+    assert talk.send(*history(1)) == []
+    assert [m[:2] for m in talk.send(*history(2, IBM))] == [["17", "2"]]
     assert [m[:2] for m in talk.wake()] == [["17", "1"]]
 
 
 def test_cancel_ends_an_open_request():
-    """162 with IB's words; the answer does not come any more; a second cancel finds nothing."""
+    """162 with IB's text; the answer is not sent; a second cancel is 366."""
     talk = Talk(latency_s=1.0)
-    talk.say(*history(4))
-    (answer,) = talk.say(25, 1, 4)
+    talk.send(*history(4))
+    (answer,) = talk.send(25, 1, 4)
     assert answer[2:5] == [
         "4",
         "162",
         "Historical Market Data Service error message:API historical data query cancelled: 4",
     ]
     assert talk.wake() == []
-    assert errors(talk.say(25, 1, 4)) == [(4, 366)]
+    assert errors(talk.send(25, 1, 4)) == [(4, 366)]
     assert [r.kind for r in talk.gateway.requests] == ["history", "cancel"]
 
 
 def test_request_id_in_use_is_refused():
     """A second request under an open id is error 102; the first goes on."""
     talk = Talk(latency_s=1.0)
-    talk.say(*history(4))
-    assert errors(talk.say(*history(4, IBM))) == [(4, 102)]
+    talk.send(*history(4))
+    assert errors(talk.send(*history(4, IBM))) == [(4, 102)]
     assert [m[:2] for m in talk.wake()] == [["17", "4"]]
 
 
 def test_keep_up_to_date_stays_open_until_cancelled():
-    """The bars come at once; updates are not simulated; a cancel ends it as any other query."""
+    """The bars are sent at once; updates are not simulated; a cancel ends the subscription like any other query."""
     talk = Talk()
-    assert [m[0] for m in talk.say(*history(1, end="", keep=True))] == ["17"]
+    assert [m[0] for m in talk.send(*history(1, end="", keep=True))] == ["17"]
     assert talk.gateway.open_requests == 1
-    assert errors(talk.say(25, 1, 1)) == [(1, 162)]
+    assert errors(talk.send(25, 1, 1)) == [(1, 162)]
     assert talk.gateway.open_requests == 0
 
 
 def test_fifty_open_requests_are_the_most():
-    """The fifty-first is refused with IB's words while the others are open."""
+    """The fifty-first is refused with IB's code while the others are open."""
     talk = Talk(faults=[FaultRule("silent", times=50)])
     for i in range(50):
         talk.now += 0.1
-        assert talk.say(*history(i)) == []
+        assert talk.send(*history(i)) == []
     talk.now += 0.1
-    (answer,) = Talk(talk.gateway, client_id=2).say(*history(99))
+    (answer,) = Talk(talk.gateway, client_id=2).send(*history(99))
     assert answer[3] == "322"
     talk.session.release()
     assert talk.gateway.open_requests == 0
 
 
-def test_wake_after_the_end_does_nothing():
+def test_wake_after_the_close_does_nothing():
     """A timer that fires after the connection is gone has no effect."""
     talk = Talk(latency_s=1.0)
-    talk.say(*history(1))
+    talk.send(*history(1))
     talk.session.release()
     assert talk.wake() == []
 
 
 def test_broadcast_reaches_ready_clients_only():
-    """A notice without request goes to whoever has started."""
+    """A notice without a request goes only to clients that are READY."""
     talk = Talk()
     assert errors(talk.read(talk.session.broadcast(Refusal(1100, "lost")))) == [(-1, 1100)]
     assert Talk(start=False).session.broadcast(Refusal(1100, "lost")) == []
@@ -427,10 +429,10 @@ def test_broadcast_reaches_ready_clients_only():
     )
 )
 def test_no_client_can_crash_a_session(messages):
-    """Whatever arrives after the handshake is answered, refused or closed; never an exception."""
+    """Any bytes after the handshake are answered, refused or close the connection; never an exception."""
     talk = Talk(start=False)
-    talk.shake_hands(176)
-    talk.say(71, 2, 1, "")
+    talk.handshake(176)
+    talk.send(71, 2, 1, "")
     for message in messages:
         talk.session.receive(message, NOW)
     talk.session.release()
@@ -439,7 +441,7 @@ def test_no_client_can_crash_a_session(messages):
 
 
 @given(st.binary(max_size=60))
-def test_no_stranger_can_crash_a_session(data):
+def test_no_first_bytes_can_crash_a_session(data):
     """Random first bytes never raise."""
     session = Session(Gateway(MARKET))
     session.receive(data, NOW)

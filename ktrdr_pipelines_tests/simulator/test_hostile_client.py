@@ -1,6 +1,6 @@
-"""Clients that send whatever they like: the simulated gateway serves the others correctly, holds little, leaves nothing.
+"""Hostile clients: the simulated gateway serves the other clients correctly, uses little memory, and leaves nothing behind.
 
-Messages are made from seeds; a failing case names its seed. What sane clients may do is in `test_session.py` and
+Messages are made from seeds; a failing case names its seed. Valid clients are tested in `test_client_session.py` and
 `test_server.py`.
 """
 
@@ -18,11 +18,11 @@ from random import Random
 
 import pytest
 
-from ktrdr_pipelines.simulator import server as server_module
-from ktrdr_pipelines.simulator.client_session import Session, State
+from ktrdr_pipelines.simulator import client_connection
+from ktrdr_pipelines.simulator.client_session import Close, Session, State
 from ktrdr_pipelines.simulator.gateway import Gateway
 from ktrdr_pipelines.simulator.messages import PARSERS
-from ktrdr_pipelines.simulator.server import MAX_STRANGERS, run_in_thread
+from ktrdr_pipelines.simulator.server import MAX_UNREADY, run_in_thread
 from ktrdr_pipelines.simulator.wire import LENGTH_BYTES, MAX_ANSWER_BYTES, MAX_FRAME_BYTES, encode, frame
 
 from .talk import AAPL, EURUSD, MARKET, NOW, FaultRule, Talk, errors, head, history
@@ -88,7 +88,7 @@ LENGTHS = (
     "1 min",
     "1M",
 )
-EVIL = (*NUMBERS, *TEXTS, *ENDS, *LENGTHS)
+HOSTILE = (*NUMBERS, *TEXTS, *ENDS, *LENGTHS)
 OPENINGS = (
     b"",
     b"GET / HTTP/1.1\r\n\r\n",
@@ -103,7 +103,7 @@ HELLO = b"API\0" + frame(b"v157..176")
 
 
 def make_message(random: Random) -> bytes:
-    """One frame: a request with fields changed, lost or added; or nothing of the kind."""
+    """One frame: a request with fields changed, removed or added; or random bytes."""
     req_id = random.randrange(5)
     fields = random.choice(
         (
@@ -127,9 +127,9 @@ def make_message(random: Random) -> bytes:
             case 0:
                 del changed[at]
             case 1:
-                changed.insert(at, random.choice(EVIL))
+                changed.insert(at, random.choice(HOSTILE))
             case _:
-                changed[at] = random.choice(EVIL)
+                changed[at] = random.choice(HOSTILE)
         changed = changed or [""]
     if random.random() < 0.05:
         return frame(random.randbytes(random.randrange(1, 60)) + b"\0")
@@ -160,7 +160,7 @@ def make_attack(random: Random) -> bytes:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(caplog):
-    """No exception is logged, no thread stays."""
+    """No exception is logged, and no thread is left."""
     before = set(threading.enumerate())
     with caplog.at_level(logging.WARNING):
         yield
@@ -175,7 +175,7 @@ def gateway():
 
 
 def counts(gateway):
-    """Everything of a gateway that connections could leave behind; call it in the gateway's thread."""
+    """Connections, client ids and open requests of a gateway; call it in the gateway's thread."""
     return (
         len(gateway.server._connections),
         len(gateway.server.gateway.client_ids),
@@ -189,12 +189,12 @@ def counts(gateway):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_no_message_is_answered_with_an_exception(seed):
-    """3000 messages a seed, from clients of all versions: each is served, refused or the end of its connection, and a sane
-    client of the same gateway gets what it always gets."""
+    """3000 messages a seed, from clients of all versions: each is served, refused or closes its connection, and a valid client of
+    the same gateway always gets the same answer."""
     random = Random(seed)
     shared = Gateway(MARKET)
-    sane = Talk(shared, client_id=77)
-    expected = sane.say(*history(1))
+    valid = Talk(shared, client_id=77)
+    expected = valid.send(*history(1))
     outcomes = Counter()
     for _ in range(150):
         client = Talk(shared, version=random.choice((100, 123, 124, 140, 157, 163, 176, 178)), client_id=1)
@@ -204,8 +204,8 @@ def test_no_message_is_answered_with_an_exception(seed):
             outcomes["closed" if client.closed else "refused" if errors(answers) else "served"] += 1
             assert all(int(answer[0]) > 0 for answer in answers)
         client.session.release()
-        sane.now += 1
-        assert sane.say(*history(1)) == expected
+        valid.now += 1
+        assert valid.send(*history(1)) == expected
         assert shared.client_ids == {77}
         assert shared.open_requests == 0
     assert min(outcomes["refused"], outcomes["served"]) > 500
@@ -213,7 +213,7 @@ def test_no_message_is_answered_with_an_exception(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bytes_of_any_kind_are_bounded_and_end_in_a_close_or_silence(seed):
-    """500 streams a seed, cut anywhere: little is held of each, and nothing once it is closed."""
+    """500 streams a seed, cut anywhere: few bytes of each are stored, and none once it is closed."""
     random = Random(seed)
     shared = Gateway(MARKET)
     for _ in range(500):
@@ -233,8 +233,8 @@ def test_bytes_of_any_kind_are_bounded_and_end_in_a_close_or_silence(seed):
 
 @pytest.mark.parametrize("end", ENDS)
 def test_ends_with_odd_zones_and_dates_are_refused_or_served(end):
-    """No date, time or zone is more than a refusal: folders of the zone database and times without a date included."""
-    (answer,) = (message for message in Talk().say(*history(1, end=end)) if message[0] == "17" or message[3] != "2174")
+    """Any date, time or zone is served or refused: also folders of the zone database and times without a date."""
+    (answer,) = (message for message in Talk().send(*history(1, end=end)) if message[0] == "17" or message[3] != "2174")
     assert answer[0] == "17" or answer[3] in ("10314", "162")
 
 
@@ -249,7 +249,7 @@ def test_ends_with_odd_zones_and_dates_are_refused_or_served(end):
     ],
 )
 def test_no_answer_is_longer_than_a_message_may_be(contract, what, size, duration):
-    """Years of minutes are refused before they are looked up; whatever is sent fits into what IBKR's clients take."""
+    """Years of minutes are refused before the lookup; every answer fits into the messages that IBKR's clients accept."""
     talk = Talk()
     tracemalloc.start()
     try:
@@ -267,7 +267,7 @@ def test_no_answer_is_longer_than_a_message_may_be(contract, what, size, duratio
 
 @pytest.mark.slow
 def test_thousands_of_requests_leave_no_memory_behind():
-    """The log is bounded in lines and in their length; what else is allocated after 2000 more messages was so before."""
+    """The log is bounded in lines and in their length; 2000 more messages allocate nothing else that stays."""
     shared = Gateway(MARKET)
     shared.max_records = 100
 
@@ -284,7 +284,7 @@ def test_thousands_of_requests_leave_no_memory_behind():
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
-    Talk(shared, client_id=2).say(*history(1, (0, "x" * 60_000, *AAPL[2:])))
+    Talk(shared, client_id=2).send(*history(1, (0, "x" * 60_000, *AAPL[2:])))
     assert len(shared.requests[-1].symbol) == 200
     tracemalloc.start()
     try:
@@ -306,14 +306,14 @@ def reset(connection):
 
 
 @pytest.mark.slow
-def test_a_sane_client_is_served_while_hundreds_attack(gateway):
-    """600 connections send anything, stay, close or are reset: every twentieth time a sane client gets its bars and the time,
-    and in the end it alone is left."""
+def test_a_valid_client_is_served_while_hundreds_attack(gateway):
+    """600 connections send anything, stay, close or are reset: after every twentieth a valid client gets its bars and the time,
+    and at the end only that client is left."""
     random = Random(6)
-    gateway.server.gateway.max_messages_per_s = 1_000_000  # so that the clock has no say in what happens
-    sane = Client(gateway)
-    sane.say(*history(1))
-    expected = sane.read()
+    gateway.server.gateway.max_messages_per_s = 1_000_000  # so that timing does not matter
+    valid = Client(gateway)
+    valid.send(*history(1))
+    expected = valid.read()
     attackers = []
     for number in range(600):
         attacker = socket.create_connection((gateway.host, gateway.port), timeout=5)
@@ -324,43 +324,43 @@ def test_a_sane_client_is_served_while_hundreds_attack(gateway):
             leaving = attackers.pop(random.randrange(len(attackers)))
             reset(leaving) if random.random() < 0.5 else leaving.close()
         if number % 20 == 0:
-            sane.say(*history(1))
-            assert sane.read() == expected, f"seed 6 connection {number}"
-            sane.say(49, 1)
-            assert sane.read() == ["49", "1", str(int(NOW))]
+            valid.send(*history(1))
+            assert valid.read() == expected, f"seed 6 connection {number}"
+            valid.send(49, 1)
+            assert valid.read() == ["49", "1", str(int(NOW))]
     for attacker in attackers:
         reset(attacker)
     assert wait_until(gateway, lambda: counts(gateway) == (1, 1, 0))
-    sane.close()
+    valid.close()
     assert wait_until(gateway, lambda: counts(gateway) == (0, 0, 0))
 
 
 @pytest.mark.slow
 def test_thousands_of_connections_come_and_go(gateway):
-    """2000 connections that say nothing, the prefix or half a greeting leave nothing behind."""
-    sane = Client(gateway)
+    """2000 connections that send nothing, the prefix or part of a handshake leave nothing behind."""
+    valid = Client(gateway)
     for number in range(2000):
         with socket.create_connection((gateway.host, gateway.port), timeout=5) as visitor, contextlib.suppress(OSError):
             visitor.sendall(HELLO[: number % (len(HELLO) + 1)])
-    sane.say(49, 1)
-    assert sane.read()[0] == "49"
-    sane.close()
+    valid.send(49, 1)
+    assert valid.read()[0] == "49"
+    valid.close()
     assert wait_until(gateway, lambda: counts(gateway) == (0, 0, 0))
 
 
-def test_strangers_who_stay_make_room_for_others(gateway):
-    """Of connections that never come to terms the newest are kept; clients are not among those dropped, and newcomers are
+def test_the_oldest_unready_connections_are_dropped(gateway):
+    """Of connections without a finished handshake the newest stay; READY clients are never dropped, and new clients are
     served."""
-    sane = Client(gateway)
+    valid = Client(gateway)
     with contextlib.ExitStack() as idle:
-        for _ in range(MAX_STRANGERS + 60):
+        for _ in range(MAX_UNREADY + 60):
             idle.enter_context(socket.create_connection((gateway.host, gateway.port), timeout=5))
         newcomer = Client(gateway, 2)
-        for client in (sane, newcomer):
-            client.say(49, 1)
+        for client in (valid, newcomer):
+            client.send(49, 1)
             assert client.read()[0] == "49"
             client.close()
-        assert wait_until(gateway, lambda: counts(gateway)[0] <= MAX_STRANGERS)
+        assert wait_until(gateway, lambda: counts(gateway)[0] <= MAX_UNREADY)
     assert wait_until(gateway, lambda: counts(gateway) == (0, 0, 0))
 
 
@@ -382,7 +382,7 @@ def test_answers_to_a_client_that_does_not_read_do_not_pile_up(gateway):
     """Thirty requests in one packet for megabytes each: one answer waits at a time; read at last, all arrive in order."""
     idle, other = Client(gateway, 1), Client(gateway, 2)
     ask_much(idle, 30)
-    other.say(49, 1)
+    other.send(49, 1)
     assert other.read()[0] == "49"
     assert 0 < gateway.call(lambda: backlog(gateway)) < 8 << 20
     assert [idle.read()[1] for _ in range(30)] == [str(number) for number in range(30)]
@@ -408,24 +408,24 @@ def test_late_answers_to_a_client_that_does_not_read_wait_too():
 
 @pytest.mark.slow
 def test_a_client_that_is_closed_and_does_not_read_is_dropped(gateway, monkeypatch):
-    """An answer that nobody takes keeps no connection open for ever once the gateway has closed it."""
-    monkeypatch.setattr(server_module, "_LINGER_S", 0.05)
+    """An unread answer does not keep a connection open once the gateway has closed it."""
+    monkeypatch.setattr(client_connection, "LINGER_S", 0.05)
     idle = Client(gateway)
     ask_much(idle, 30)
     assert wait_until(gateway, lambda: backlog(gateway) > 0)
-    gateway.call(lambda: [each.perform([server_module.Close("a test")]) for each in list(gateway.server._connections)])
+    gateway.call(lambda: [each.perform([Close("a test")]) for each in list(gateway.server._connections)])
     assert wait_until(gateway, lambda: counts(gateway)[0] == 0)
     idle.close()
 
 
-def test_ids_used_twice_and_cancels_of_nothing_hurt_nobody(gateway):
+def test_ids_used_twice_and_cancels_of_unknown_requests_are_refused(gateway):
     """102 for an id that is open, 366 for one that is not; the open request is still there to be cancelled."""
     gateway.call(lambda: gateway.server.gateway.faults.add(FaultRule("silent")))
     client, other = Client(gateway, 1), Client(gateway, 2)
     for fields in (history(5), history(5), (25, 1, 6), (25, 1, 5), (25, 1, 5)):
-        client.say(*fields)
+        client.send(*fields)
     assert errors([client.read() for _ in range(4)]) == [(5, 102), (6, 366), (5, 162), (5, 366)]
-    other.say(25, 1, 5)
+    other.send(25, 1, 5)
     assert errors([other.read()]) == [(5, 366)]
     assert gateway.call(lambda: counts(gateway)) == (2, 2, 0)
     for each in (client, other):

@@ -55,7 +55,7 @@ def test_history_request_of_old_versions():
     assert parse_message(fields, 123) == HistoryRequest(5, QUERY, "", "1 hour", "1 D", False, "TRADES", "1", False)
 
 
-def test_legs_of_a_combination_are_read_over():
+def test_legs_of_a_combination_are_skipped():
     """Four fields a leg lie between the format and keepUpToDate."""
     contract = ["0", "X", "BAG", *CONTRACT[3:]]
     legs = ["2", "1", "1", "BUY", "SMART", "2", "1", "SELL", "SMART"]
@@ -64,10 +64,10 @@ def test_legs_of_a_combination_are_read_over():
     assert parsed.keep_up_to_date
 
 
-def test_start_may_lack_capabilities():
-    """Clients before version 72 send none."""
-    assert parse_message(["71", "2", "7", "x"], 176) == StartApi(7, "x")
-    assert parse_message(["71", "1", "7"], 100) == StartApi(7, "")
+def test_start_is_read_with_and_without_capabilities():
+    """Clients before version 72 send none; the gateway needs none."""
+    assert parse_message(["71", "2", "7", "x"], 176) == StartApi(7)
+    assert parse_message(["71", "1", "7"], 100) == StartApi(7)
 
 
 def test_errors_gain_a_field_with_version_166():
@@ -91,7 +91,7 @@ def test_history_head_and_rows_of_old_versions():
     """Before 124: a version field, and whether a bar has gaps before its count."""
     assert build_history_head(123, 1, "a", "b", 2) == (17, 3, 1, "a", "b", 2)
     assert build_history_head(124, 1, "a", "b", 2) == (17, 1, "a", "b", 2)
-    (answer,) = Talk(version=123).say(20, 6, *history(5)[1:-2], "")
+    (answer,) = Talk(version=123).send(20, 6, *history(5)[1:-2], "")
     assert answer[:3] == ["17", "3", "5"]
     assert len(answer) == 6 + 7 * 9
     assert answer[6 + 7] == "false"

@@ -1,4 +1,4 @@
-"""Replay: recorded files served as they are, joined for longer sizes, refused for shorter ones."""
+"""Replay: recorded files served unchanged, joined for longer sizes, refused for shorter ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_instruments_are_inferred_from_file_names(folder):
 def test_recorded_bars_are_served_exactly(folder):
     """Every price and volume of the file, to the last digit, and dates for daily bars."""
     talk = Talk(Gateway(ReplayMarket(folder)))
-    (answer,) = talk.say(*history(1, GOOG, end="20130301-22:00:00", size="1 day", duration="1 W"))
+    (answer,) = talk.send(*history(1, GOOG, end="20130301-22:00:00", size="1 day", duration="1 W"))
     rows = [answer[i : i + 6] for i in range(5, len(answer), 8)]
     assert rows == [
         [day.replace("-", ""), repr(100.5 + i), "103.25", "99.0", repr(101.0 + i), str(1000 + i)]
@@ -78,7 +78,7 @@ def test_recorded_bars_are_served_exactly(folder):
 def test_pairs_have_no_volume_on_the_wire(folder):
     """Recorded volume of a pair is not sent: IB has none for quotes."""
     talk = Talk(Gateway(ReplayMarket(folder)))
-    (answer,) = talk.say(*history(1, EURUSD, end="20180110-00:00:00", duration="1 M", what="MIDPOINT", rth=False))
+    (answer,) = talk.send(*history(1, EURUSD, end="20180110-00:00:00", duration="1 M", what="MIDPOINT", rth=False))
     assert answer[4] == "48"
     assert answer[5:13] == [str(at(2018, 1, 7, 22)), "1.1", "1.2", "1.0", "1.10003", "-1", "-1.000", "-1"]
 
@@ -106,13 +106,13 @@ def test_a_file_of_the_size_wins_over_joining(folder):
 
 
 def test_a_month_that_ends_long_after_the_recording_is_empty(folder):
-    """Sessions go on by the calendar after the last recorded day: old bars do not answer for today."""
-    (answer,) = Talk(Gateway(ReplayMarket(folder))).say(*history(1, GOOG, end="", size="1 day", duration="1 M"))
+    """Sessions follow the calendar after the last recorded day: old bars do not answer a request for today."""
+    (answer,) = Talk(Gateway(ReplayMarket(folder))).send(*history(1, GOOG, end="", size="1 day", duration="1 M"))
     assert "HMDS query returned no data" in answer[4]
 
 
-def test_a_bar_under_way_differs_from_the_recorded_one(folder):
-    """At an end inside the last bar it is not complete, and says something else than later."""
+def test_a_forming_bar_differs_from_the_recorded_one(folder):
+    """With an end inside the last bar, that bar is forming and differs from the complete one."""
     market = ReplayMarket(folder)
     early = get(market, "EUR", "1 hour", at(2018, 1, 8), at(2018, 1, 8, 3, 30), "MIDPOINT", regular=False)
     later = get(market, "EUR", "1 hour", at(2018, 1, 8), at(2018, 1, 8, 4), "MIDPOINT", regular=False)
@@ -122,7 +122,7 @@ def test_a_bar_under_way_differs_from_the_recorded_one(folder):
 
 
 def test_head_is_the_open_of_the_first_recorded_session(folder):
-    """A day's date alone would be hours too early."""
+    """Not the midnight of its date, which would be hours too early."""
     market = ReplayMarket(folder)
     heads = {x.local_symbol: market.head(x, "TRADES", regular=True) for x in market.listings}
     assert heads == {"GOOG": at(2013, 2, 25, 14, 30), "EUR.USD": at(2018, 1, 7, 22)}
@@ -147,27 +147,27 @@ def test_instruments_file_overrides_what_was_inferred(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "named"),
     [
-        ("GOOG_1d.csv", "date,close\n2013-02-25,1\n", "header"),
-        ("GOOG_1d.csv", HEADER + "2013-02-25,1,1,1,1,1\n", "cannot replay"),
-        ("GOOG_1d.csv", HEADER + "2013-02-25T00:00:00Z,a,1,1,1,1\n", "cannot replay"),
-        ("GOOG_1d.csv", HEADER + "2013-02-25T00:00:00Z,1,1,1,1,1\n" * 2, "do not increase"),
-        ("instruments.json", "{", "cannot read"),
-        ("instruments.json", "[]", "not a mapping"),
-        ("instruments.json", '{"GOOG": {"colour": 1}}', "unknown fields colour"),
+        ("GOOG_1d.csv", "date,close\n2013-02-25,1\n", "date,close"),
+        ("GOOG_1d.csv", HEADER + "2013-02-25,1,1,1,1,1\n", "2013-02-25"),
+        ("GOOG_1d.csv", HEADER + "2013-02-25T00:00:00Z,a,1,1,1,1\n", "a"),
+        ("GOOG_1d.csv", HEADER + "2013-02-25T00:00:00Z,1,1,1,1,1\n" * 2, "timestamps"),
+        ("instruments.json", "{", ""),
+        ("instruments.json", "[]", ""),
+        ("instruments.json", '{"GOOG": {"colour": 1}}', "colour"),
     ],
 )
-def test_bad_recordings_are_one_clear_error(folder, name, text, message):
-    """The file is named, nothing else is tried."""
+def test_invalid_recordings_are_input_errors(folder, name, text, named):
+    """The error names the file and the invalid part."""
     (folder / name).write_text(text)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"{name}.*{named}"):
         get(ReplayMarket(folder), "GOOG", "1 day", at(2013, 1, 1), at(2014, 1, 1))
 
 
-def test_empty_or_missing_folder_is_one_clear_error(tmp_path):
-    """Before anything listens."""
-    with pytest.raises(InputError, match="no recorded bars"):
+def test_empty_or_missing_folder_is_an_input_error(tmp_path):
+    """The error names the folder."""
+    with pytest.raises(InputError, match=tmp_path.name):
         ReplayMarket(tmp_path)
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(InputError, match="none"):
         ReplayMarket(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""How far back a request reaches: ends, durations, and the readings of a month."""
+"""The window of a request: ends, durations, and the readings of a month."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ktrdr_pipelines.simulator.market import BAR_SIZES
 from ktrdr_pipelines.simulator.refusals import RequestRefusedError
 from ktrdr_pipelines.simulator.request_reach import (
     DurationRule,
-    RequestLimits,
     check_duration,
     find_start,
     parse_duration,
@@ -69,14 +68,13 @@ def test_anything_else_is_no_duration(text):
     ],
 )
 def test_limits_follow_the_published_matrix(size, duration, code):
-    """Too long a duration, or a unit that does not go with the bar size, is refused with IB's code."""
+    """Too long a duration, or a unit that is not allowed with the bar size, is refused with IB's code."""
     if code is None:
-        check_duration(duration, BAR_SIZES[size], RequestLimits.CURRENT)
+        check_duration(duration, BAR_SIZES[size])
     else:
         with pytest.raises(RequestRefusedError) as caught:
-            check_duration(duration, BAR_SIZES[size], RequestLimits.CURRENT)
+            check_duration(duration, BAR_SIZES[size])
         assert caught.value.refusal.code == code
-    check_duration(duration, BAR_SIZES[size], RequestLimits.OFF)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +92,7 @@ def test_limits_follow_the_published_matrix(size, duration, code):
     ],
 )
 def test_ends_are_read_in_their_zone(text, seconds, guessed):
-    """The dash form is UTC, a zone may be named, and without one the gateway takes its own and warns. Later than now is now."""
+    """The dash form is UTC, a zone may be named, without one the gateway uses its own and warns. Later than now is now."""
     assert parse_end(text, NOW, "America/New_York") == (seconds, guessed)
 
 
@@ -103,7 +101,7 @@ def test_ends_are_read_in_their_zone(text, seconds, guessed):
              "20240305 10:00:00 ../../etc/passwd", "20240305", "20240305 10:00:00 America"]
 )  # fmt: skip
 def test_malformed_ends_are_refused(text):
-    """Code 10314, as IB words it."""
+    """With IB's code 10314."""
     with pytest.raises(RequestRefusedError) as caught:
         parse_end(text, NOW, "America/New_York")
     assert caught.value.refusal.code == 10314
@@ -111,7 +109,7 @@ def test_malformed_ends_are_refused(text):
 
 @given(st.text(max_size=30))
 def test_any_text_as_an_end_is_read_or_refused(text):
-    """No text makes the gateway fail."""
+    """No text raises another exception."""
     try:
         seconds, _ = parse_end(text, NOW, "America/New_York")
     except RequestRefusedError as refused:
@@ -133,7 +131,7 @@ def test_days_count_sessions():
     assert count_sessions("1 D", at(2024, 1, 1, 12)) == 1
 
 
-def test_session_under_way_counts_as_one():
+def test_session_in_progress_counts_as_one():
     """1 D that ends in the morning is this morning, from the open."""
     end = at(2024, 3, 5, 15)
     start = find_start((1, "D"), end, us_stock_sessions(), regular=True, rule=DurationRule.SESSIONS)
@@ -141,11 +139,11 @@ def test_session_under_way_counts_as_one():
 
 
 def test_seconds_are_clock_seconds():
-    """S reaches back by the clock, through closed hours."""
+    """S counts clock seconds, closed hours included."""
     assert find_start((3600, "S"), NOW, us_stock_sessions(), regular=True, rule=DurationRule.SESSIONS) == NOW - 3600
 
 
-def test_month_never_reaches_less_far_than_the_calendar():
+def test_month_reaches_at_least_to_the_same_date():
     """With the default reading 1 M covers both 22 sessions and the same date a month before."""
     end = at(2023, 8, 31, 22)  # August 2023 had 23 sessions
     assert count_sessions("1 M", end) == 23
@@ -154,7 +152,7 @@ def test_month_never_reaches_less_far_than_the_calendar():
 
 
 def test_calendar_reading_is_plain_clock_time():
-    """Another gateway may count days by the calendar: two days that end on a Monday evening hold one session."""
+    """Another gateway may count days by the calendar: two days that end on a Monday evening contain one session."""
     end = at(2024, 3, 4, 22)
     assert count_sessions("2 D", end, DurationRule.CALENDAR) == 1
     assert find_start((2, "D"), end, us_stock_sessions(), regular=True, rule=DurationRule.CALENDAR) == at(
@@ -168,7 +166,7 @@ def test_calendar_month_ends_on_a_day_that_exists():
     assert datetime.fromtimestamp(start, UTC).date().isoformat() == "2024-02-29"
 
 
-def test_forex_day_begins_the_evening_before():
+def test_forex_day_starts_on_the_evening_before():
     """1 D of a pair on a Monday morning begins on Sunday 17:15 New York."""
     start = find_start((1, "D"), at(2024, 3, 4, 12), forex_sessions(), regular=False, rule=DurationRule.SESSIONS)
     assert start == at(2024, 3, 3, 22, 15)
@@ -187,7 +185,7 @@ def test_start_is_never_after_the_end(count, unit, end_s, rule):
 
 
 @given(st.integers(1, 60), st.integers(at(2000, 1, 3), at(2030, 1, 1)))
-def test_n_days_hold_exactly_n_sessions(days, end_s):
+def test_n_days_contain_exactly_n_sessions(days, end_s):
     """For every end and number of days, as many sessions as asked lie in the window."""
     assert count_sessions(f"{days} D", end_s) == min(
         days, int(np.searchsorted(us_stock_sessions().regular_open, end_s))

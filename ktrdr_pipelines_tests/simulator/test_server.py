@@ -16,7 +16,7 @@ from .talk import EURUSD, MARKET, NOW, FaultRule, errors, head, history
 
 
 class Client:
-    """A blocking client that speaks raw messages."""
+    """A blocking client that sends raw messages."""
 
     def __init__(self, gateway, client_id=1, start=True):
         self.socket = socket.create_connection((gateway.host, gateway.port), timeout=5)
@@ -25,10 +25,10 @@ class Client:
         self.socket.sendall(b"API\0" + frame(b"v157..176"))
         self.version = self.read()[0]
         if start:
-            self.say(71, 2, client_id, "")
+            self.send(71, 2, client_id, "")
             self.greeting = [self.read() for _ in range(5)]
 
-    def say(self, *fields):
+    def send(self, *fields):
         self.socket.sendall(encode(*fields))
 
     def read(self):
@@ -60,7 +60,7 @@ def client(gateway):
 
 
 def wait_until(gateway, condition, timeout_s=5.0):
-    """Ask in the gateway's own thread, again and again, until ``condition`` holds; False if it does not in time."""
+    """Call ``condition`` in the gateway's thread until it is true; False after ``timeout_s`` seconds."""
     deadline = time.monotonic() + timeout_s
     while not gateway.call(condition):
         if time.monotonic() > deadline:
@@ -71,14 +71,14 @@ def wait_until(gateway, condition, timeout_s=5.0):
 def test_client_is_served_over_a_socket(client):
     """Handshake, greeting, time, history."""
     assert client.version == "176"
-    client.say(49, 1)
+    client.send(49, 1)
     assert client.read() == ["49", "1", str(int(NOW))]
-    client.say(*history(1))
+    client.send(*history(1))
     assert client.read()[:2] == ["17", "1"]
 
 
 def test_bytes_may_come_one_by_one(gateway):
-    """Partial reads are put together."""
+    """Partial reads are joined."""
     raw = socket.create_connection((gateway.host, gateway.port), timeout=5)
     with contextlib.closing(raw):
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -97,7 +97,7 @@ def test_clients_are_served_side_by_side_and_ids_come_back(gateway):
     """Two clients at once; a taken id is 326 and the end; a client that leaves frees its id."""
     first, second = Client(gateway, 1), Client(gateway, 2)
     twin = Client(gateway, 1, start=False)
-    twin.say(71, 2, 1, "")
+    twin.send(71, 2, 1, "")
     assert errors([twin.read()]) == [(-1, 326)]
     assert twin.read() is None
     first.close()
@@ -108,10 +108,10 @@ def test_clients_are_served_side_by_side_and_ids_come_back(gateway):
 
 
 def test_dropped_answer_is_cut_at_the_byte(gateway):
-    """The client sees so many bytes of the answer and then the end of the connection."""
+    """The client receives ``after_bytes`` bytes of the answer, then the connection ends."""
     gateway.call(lambda: gateway.server.gateway.faults.add(FaultRule("drop_after", after_bytes=77)))
     client = Client(gateway)
-    client.say(*history(1))
+    client.send(*history(1))
     received = b""
     while data := client.socket.recv(4096):
         received += data
@@ -120,24 +120,24 @@ def test_dropped_answer_is_cut_at_the_byte(gateway):
 
 
 def test_latency_delays_answers_without_blocking_others():
-    """While one answer waits, another question is answered."""
+    """While one answer waits, another request is answered."""
     rules = [FaultRule("slow", on="history", seconds=0.05)]
     with run_in_thread(MARKET, clock=lambda: NOW, judge=None, faults=rules) as gateway:
         client = Client(gateway)
-        client.say(*history(1))
-        client.say(*head(2))
+        client.send(*history(1))
+        client.send(*head(2))
         assert [client.read()[0] for _ in range(2)] == ["88", "17"]
         client.close()
 
 
 @pytest.mark.slow
 def test_slow_reader_does_not_stop_others(gateway):
-    """A client that does not read its large answers leaves the gateway free for the rest."""
+    """A client that does not read its large answers does not delay the other clients."""
     idle = Client(gateway, 1)
     for i in range(20):
-        idle.say(*history(i, EURUSD, size="1 min", duration="1 M", what="MIDPOINT", rth=False))
+        idle.send(*history(i, EURUSD, size="1 min", duration="1 M", what="MIDPOINT", rth=False))
     other = Client(gateway, 2)
-    other.say(49, 1)
+    other.send(49, 1)
     assert other.read()[0] == "49"
     answers = [idle.read() for _ in range(20)]
     assert {message[4] for message in answers} == {answers[0][4]}
@@ -147,7 +147,7 @@ def test_slow_reader_does_not_stop_others(gateway):
 
 
 def test_notices_and_disconnects_reach_clients(gateway, client):
-    """A test can lose the link or drop all clients; new ones are welcome."""
+    """A test can send a notice or drop all clients; new clients are served."""
     gateway.call(lambda: gateway.server.broadcast(1100, "Connectivity between IB and TWS has been lost."))
     assert errors([client.read()]) == [(-1, 1100)]
     gateway.call(gateway.server.disconnect_clients)
@@ -155,22 +155,22 @@ def test_notices_and_disconnects_reach_clients(gateway, client):
     Client(gateway).close()
 
 
-def test_stranger_is_dropped_and_others_go_on(gateway, client):
+def test_another_protocol_is_closed_and_other_clients_are_served(gateway, client):
     """A web browser on the port is closed at once."""
-    stranger = socket.create_connection((gateway.host, gateway.port), timeout=5)
-    stranger.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    browser = socket.create_connection((gateway.host, gateway.port), timeout=5)
+    browser.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     with contextlib.suppress(ConnectionResetError):
-        assert stranger.recv(100) == b""
-    stranger.close()
-    client.say(49, 1)
+        assert browser.recv(100) == b""
+    browser.close()
+    client.send(49, 1)
     assert client.read()[0] == "49"
 
 
 def test_log_names_every_request(gateway, client):
-    """Who asked what, and what came of it."""
-    client.say(*history(1))
+    """Client, request and outcome of each."""
+    client.send(*history(1))
     client.read()
-    client.say(*history(2, duration="8 H"))
+    client.send(*history(2, duration="8 H"))
     client.read()
     first, second = gateway.requests
     assert (first.symbol, first.bar_size, first.duration, first.outcome, first.bars) == (
@@ -186,7 +186,7 @@ def test_log_names_every_request(gateway, client):
 
 
 def test_stopping_closes_connections_and_port():
-    """After the block nobody is connected and nothing listens."""
+    """After the block no client is connected and nothing listens."""
     with run_in_thread(MARKET, clock=lambda: NOW) as gateway:
         client = Client(gateway)
         port = gateway.port
@@ -197,7 +197,7 @@ def test_stopping_closes_connections_and_port():
     gateway.stop()
 
 
-def test_taken_port_is_one_clear_error(gateway):
-    """The address is named, and the thread is gone."""
-    with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{gateway.port}"):
+def test_taken_port_is_an_input_error(gateway):
+    """The error names the address, and the thread has ended."""
+    with pytest.raises(InputError, match=f"127.0.0.1:{gateway.port}"):
         run_in_thread(MARKET, port=gateway.port).start()

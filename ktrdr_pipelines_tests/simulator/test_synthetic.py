@@ -1,4 +1,4 @@
-"""The synthetic market: one path, and all bars cut from it."""
+"""The synthetic market: one path, and all bars made from it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_size_is_the_join_of_its_minutes(size):
 
 @pytest.mark.parametrize("size", ["5 secs", "10 secs", "15 secs", "30 secs", "1 min"])
 def test_small_sizes_are_the_join_of_their_seconds(size):
-    """Seconds make five seconds, half minutes and minutes, share for share."""
+    """Seconds add up to five seconds, half minutes and minutes exactly."""
     window = (at(2024, 2, 1, 14, 30), at(2024, 2, 1, 15, 0))
     seconds = get(AAPL, "1 secs", *window)
     step = BAR_SIZES[size].seconds
@@ -83,7 +83,7 @@ def test_small_sizes_are_the_join_of_their_seconds(size):
 
 @pytest.mark.parametrize("regular", [True, False])
 def test_daily_bars_are_the_join_of_a_sessions_minutes(regular):
-    """Regular days hold regular hours, others all hours."""
+    """Regular days contain regular hours, others all hours."""
     window = (at(2024, 1, 29), at(2024, 2, 3, 3))
     minutes = get(AAPL, "1 min", *window, regular=regular)
     days = (minutes.stamp - 5 * 3600) // 86400 * 86400
@@ -167,7 +167,7 @@ def test_window_is_half_open():
 
 @pytest.mark.parametrize("size", ["1 min", "5 mins", "1 hour", "8 hours", "1 day", "1W", "1M"])
 def test_last_bar_holds_only_what_happened_by_the_end(size):
-    """A window that ends inside a bar ends with a bar of the seconds until then, and nothing later shows in it."""
+    """A window that ends inside a bar ends with a bar of the seconds until then, and contains nothing later."""
     end = at(2024, 2, 1, 16, 7, 30)
     start = at(2024, 1, 2)
     bars = get(AAPL, size, start if BAR_SIZES[size].seconds > 60 else end - 3600, end, regular=True)
@@ -192,7 +192,7 @@ def test_same_seed_same_bars_in_another_process_order():
 
 
 def test_prices_are_the_same_on_every_machine():
-    """A few bars are pinned, so that a change of the path, or of numpy, does not pass unnoticed."""
+    """A few bars are pinned, so that a change of the path, or of numpy, is noticed."""
     bars = get(AAPL, "1 min", at(2024, 1, 2, 14, 30), at(2024, 1, 2, 14, 32))
     assert as_dict(bars) == {
         at(2024, 1, 2, 14, 30): (183.41, 183.62, 183.34, 183.49, 4956.0),
@@ -208,7 +208,7 @@ def test_nothing_before_listing_and_after_delisting():
     assert get(GONE, "1 day", at(2019, 6, 1), at(2024, 1, 1)).stamp[-1] == at(2019, 6, 28)
 
 
-def test_thinly_traded_stock_lacks_bars_but_has_quotes():
+def test_thinly_traded_stock_has_absent_bars_but_all_quotes():
     """Minutes without a trade have no TRADES bar; their midpoint exists."""
     window = (at(2024, 2, 1, 14, 30), at(2024, 2, 1, 21))
     trades, quotes = get(THIN, "1 min", *window, regular=True), get(THIN, "1 min", *window, "MIDPOINT", regular=True)
@@ -233,7 +233,7 @@ def test_adjusted_last_differs_from_trades_in_the_past_only():
     st.lists(st.integers(at(2023, 6, 1), at(2024, 2, 1)), min_size=3, max_size=3),
     st.booleans(),
 )
-def test_neighbouring_windows_hold_the_bars_of_the_whole(size, listing, edges, regular):
+def test_adjacent_windows_contain_the_bars_of_the_whole(size, listing, edges, regular):
     """Cutting a window at the stamp of a bar loses none, doubles none and changes none."""
     first, middle, last = sorted(edges)
     first = max(first, last - 20 * 86400)
@@ -274,7 +274,7 @@ def test_expired_futures_are_found_only_when_included():
 
 
 def test_symbols_are_matched_by_beginning_or_name():
-    """Exact symbols first; names count too; nothing matches nothing."""
+    """Exact symbols first; names match too; an empty pattern matches nothing."""
     assert [x.symbol for x in match_symbols(MARKET, "goog")] == ["GOOG", "GOOGL"]
     assert "MSFT" in [x.symbol for x in match_symbols(MARKET, "microsoft")]
     assert match_symbols(MARKET, "  ") == []

@@ -1,4 +1,4 @@
-"""Trading hours of the simulated markets, against days looked up by hand."""
+"""Trading hours of the simulated markets, against days from the exchanges' published hours."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def clock(seconds, day):
 
 @pytest.mark.parametrize(("day", "regular_open", "regular_close", "first", "last"), US)
 def test_stock_sessions_are_new_yorks(day, regular_open, regular_close, first, last):
-    """Ordinary, summer, and short days open and close when the exchange says."""
+    """Ordinary, summer and short days open and close at the exchange's published times."""
     row = find(us_stock_sessions(), day)
     stamps = (row.regular_open[0], row.regular_close[0], row.open[0], row.close[0])
     assert tuple(clock(s, day) for s in stamps) == (regular_open, regular_close, first, last)
@@ -43,7 +43,7 @@ def test_stock_sessions_are_new_yorks(day, regular_open, regular_close, first, l
 
 @pytest.mark.parametrize("day", ["2024-07-04", "2024-12-25", "2025-01-09", "2001-09-11", "2012-10-29", "2024-03-02"])
 def test_closed_days_have_no_stock_session(day):
-    """Holidays, special closures and weekends are missing."""
+    """Holidays, special closures and weekends have no session."""
     assert (date.fromisoformat(day) - date(1970, 1, 1)).days not in us_stock_sessions().day
 
 
@@ -59,7 +59,7 @@ def test_forex_day_runs_from_quarter_past_five_to_five(day, opens, closes):
 
 
 @pytest.mark.parametrize("day", ["2017-12-25", "2018-01-01", "2024-03-09"])
-def test_forex_rests_on_christmas_new_year_and_saturdays(day):
+def test_forex_has_no_session_on_christmas_new_year_and_saturdays(day):
     """No session ends on those days."""
     assert (date.fromisoformat(day) - date(1970, 1, 1)).days not in forex_sessions().day
 

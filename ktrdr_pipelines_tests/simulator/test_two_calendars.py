@@ -1,4 +1,4 @@
-"""The loader's calendars and the simulator's sessions were written apart from each other; here they have to agree."""
+"""The loader's calendars and the simulator's sessions are independent implementations; these tests compare them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_every_expected_bar_exists_and_no_other(kind, window, timeframe):
     (listing,) = find_listings(MARKET, query, span.end_s)
     size = BAR_SIZES[row.ib_bar_size]
     expected = expected_bars(Series(instrument, row), span).opens.tolist()
-    # Asked with a month on either side, so that the edges of the window are not what is compared.
+    # With a month on either side, so that the edges of the window are not compared.
     around = (span.start_s - 40 * 86400, span.end_s + 40 * 86400) if size.is_dated else (span.start_s, span.end_s)
     what = "MIDPOINT" if listing.sec_type == "CASH" else "TRADES"
     bars = MARKET.bars(listing, size, *around, what=what, regular=instrument.use_rth)
     assert [stamp for stamp in bars.stamp.tolist() if span.start_s <= stamp < span.end_s] == expected
-    assert len(expected) > 0 or timeframe == "1mo"  # one window holds no end of a month
+    assert len(expected) > 0 or timeframe == "1mo"  # one window has no end of a month

@@ -1,4 +1,4 @@
-"""The codec: examples byte by byte, every split point, and whatever a stranger sends."""
+"""The codec: examples byte by byte, every split point, and random bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_frame_is_a_big_endian_length_and_nul_ended_fields():
 
 
 def test_fields_of_each_type_become_text():
-    """Truth becomes 1 and 0, nothing becomes an empty field, numbers and text become themselves."""
+    """True and False become 1 and 0, None an empty field, numbers and text themselves."""
     assert encode(True, False, None, "", 1.5, "EUR.USD") == frame(b"1\x000\x00\x00\x001.5\x00EUR.USD\x00")
 
 
@@ -45,24 +45,24 @@ def test_one_byte_at_a_time_gives_the_same_messages():
 
 
 def test_unfinished_frame_is_kept_and_bounded():
-    """Bytes of an unfinished frame wait; nothing is made up."""
+    """Bytes of an unfinished frame wait for the rest."""
     decoder = FrameDecoder()
     assert list(decoder.feed(EXAMPLE[:-1])) == []
     assert decoder.pending_bytes == len(EXAMPLE) - 1
 
 
 @pytest.mark.parametrize("length", [0, MAX_FRAME_BYTES + 1, 0xFFFFFFFF])
-def test_impossible_length_breaks_the_stream_for_good(length):
-    """An empty or oversized frame is refused at its length, before its bytes are held, and so is everything after it."""
+def test_impossible_length_breaks_the_stream(length):
+    """An empty or oversized frame is refused at its length, before its bytes are stored, and so is everything after it."""
     decoder = FrameDecoder()
-    with pytest.raises(WireError, match="frame of"):
+    with pytest.raises(WireError, match=str(length)):
         list(decoder.feed(length.to_bytes(4, "big")))
-    with pytest.raises(WireError, match="frame of"):
+    with pytest.raises(WireError):
         list(decoder.feed(EXAMPLE))
 
 
 def test_messages_before_a_broken_frame_are_still_delivered():
-    """What was whole before the damage is not lost."""
+    """Complete messages before the damage are not lost."""
     decoder = FrameDecoder()
     seen = []
     with pytest.raises(WireError):
@@ -72,13 +72,13 @@ def test_messages_before_a_broken_frame_are_still_delivered():
 
 
 def test_payload_without_a_final_nul_is_refused():
-    """A field that is not ended is damage, not a field."""
+    """The last field has no end."""
     with pytest.raises(WireError, match="NUL"):
         split_fields(b"49\x001")
 
 
 def test_bytes_that_are_no_text_become_escapes():
-    """Foreign bytes do not stop the decoding."""
+    """Bytes that are not UTF-8 do not stop the decoding."""
     assert split_fields(b"49\x00\xff\xfe\x00") == ["49", "\\xff\\xfe"]
 
 
@@ -91,7 +91,7 @@ def test_any_text_fields_survive_the_round_trip(fields):
 
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_random_bytes_never_crash_or_hang(chunks):
-    """Garbage yields payloads or `WireError`, never another exception, and holds no more than was sent."""
+    """Random bytes yield payloads or `WireError`, never another exception, and no more than was sent is stored."""
     decoder = FrameDecoder(max_bytes=64)
     try:
         for chunk in chunks:

@@ -187,7 +187,9 @@ def test_before_the_start_of_history_is_complete_with_no_bars(settings: Settings
     """Once it is known where history starts, the older months are materialized with no rows; the first one too."""
     hold(settings.data_dir, AAPL_1H, utc("2024-01-10"), NOW)
     start = HistoryStart(open=utc("2024-01-10T14:30:00"), known_by="test")
-    Store(settings.data_dir).write(AAPL_1H, empty_bars(), answered=None, source="simulator", now=NOW, history_start=start)
+    Store(settings.data_dir).write(
+        AAPL_1H, empty_bars(), answered=None, source="simulator", now=NOW, history_start=start
+    )
     tick = reconcile(settings, instance)
     keys = [p.key for p in partitions_in(AAPL_1H.timeframe, window("2023-06-01", "2024-06-15"))]
     assert tick.reported == len(keys) == 13
