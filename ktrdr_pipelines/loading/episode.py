@@ -22,7 +22,18 @@ from ktrdr_pipelines.bars.schema import empty_bars, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import BugError, DataError, KtrdrError
-from ktrdr_pipelines.loading.actions import Action, Answered, Ask, AskHead, Claims, Input, Refused, Stored, Write
+from ktrdr_pipelines.loading.actions import (
+    Action,
+    Answered,
+    Ask,
+    AskHead,
+    Claims,
+    HeadFound,
+    Input,
+    Refused,
+    Stored,
+    Write,
+)
 from ktrdr_pipelines.loading.context import LoadContext
 from ktrdr_pipelines.loading.cutting import cut_answer
 from ktrdr_pipelines.loading.evidence import RequestEvidence
@@ -131,6 +142,7 @@ class Episode(ABC):
     def take(self, event: Answered, asked: Request, cut_to: Request, from_s: int | None = None) -> NormalisedAnswer:
         """Keep what the answer to ``asked`` shows, and cut it to the window of ``cut_to``."""
         raw = event.answer
+        self.load.clock.lag_s = event.clock_lag_s
         self.seen.add(raw, asked, from_s)
         self.load.clock.check(raw.opens_s)
         self._compared.append(raw)
@@ -182,8 +194,10 @@ class Episode(ABC):
 
     # -- transitions that all kinds share -------------------------------------------------------------------------------
 
-    def resume(self, _: Input) -> list[Action]:
-        """The head timestamp is known."""
+    def resume(self, event: HeadFound) -> list[Action]:
+        """The head timestamp is known, to all episodes of the load."""
+        load = self.load
+        load.head, load.head_asked_at, load.head_is_asked = event.head, event.at, True
         return self.decide()
 
     def go_on(self, event: Stored) -> list[Action]:

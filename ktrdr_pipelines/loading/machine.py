@@ -29,10 +29,8 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.errors import BugError, DataError, GatewayUnreachable, KtrdrError, TransientError
 from ktrdr_pipelines.loading.actions import (
     Action,
-    Answered,
     Begin,
     Begun,
-    HeadFound,
     Input,
     Refused,
     Remember,
@@ -146,10 +144,6 @@ class LoadMachine:
         """
         if number not in self._open:
             raise BugError(f"episode {number} of the load of {self._load.series} is not open")
-        if isinstance(event, Answered):
-            self._load.clock.lag_s = event.clock_lag_s
-        if isinstance(event, HeadFound):
-            self._load.head, self._load.head_asked_at, self._load.head_is_asked = event.head, event.at, True
         episode = self._open[number]
         actions = episode.receive(event)
         if episode.is_final:
