@@ -1,4 +1,4 @@
-"""The load machine and its driver: order of requests, several loads in turn, broken-off loads, and what a load costs the store."""
+"""The load machine and its driver: order of requests, several loads in turn, broken-off loads, what a load costs the store."""
 
 from __future__ import annotations
 
