@@ -39,8 +39,8 @@ class Kind(StrEnum):
     """Ends nothing: a request that is waiting keeps waiting within its time-out."""
 
 
-class Hold(StrEnum):
-    """What can be down. `Outcome.holds` adds, `Outcome.releases` removes; farm by farm in `ib/wire/outages.py`."""
+class Outage(StrEnum):
+    """What can be down. `Outcome.begins` adds, `Outcome.ends` removes; farm by farm in `ib/wire/outages.py`."""
 
     LINK = "link between the gateway and IB"
     HISTORY = "history farm"
@@ -59,7 +59,7 @@ class Code:
     ``error`` is raised when the message ends the request (FAILED), or by a caller whose patience with a NOTICE runs out; None
     where there is nothing to raise. ``advice`` is for people. ``pauses_login``: every process of the login has to wait.
     ``next_client_id``: connect again with another id. ``reconnect``: the socket is of no more use. ``needs_resubscribe``:
-    requests that were open are lost and have to be asked again. ``releases_all``: every farm of the kinds in ``releases`` is
+    requests that were open are lost and have to be asked again. ``ends_all``: every farm of the kinds in ``ends`` is
     back, not only the one that the text names. ``goes_on``: the gateway may go on with the request although it is over for
     us, so it has to be cancelled. ``source``: where this was learned.
     """
@@ -71,9 +71,9 @@ class Code:
     error: type[KtrdrError] | None
     advice: str
     source: str
-    holds: Hold | None = None
-    releases: frozenset[Hold] = frozenset()
-    releases_all: bool = False
+    begins: Outage | None = None
+    ends: frozenset[Outage] = frozenset()
+    ends_all: bool = False
     goes_on: bool = False
     pauses_login: bool = False
     next_client_id: bool = False
@@ -120,16 +120,16 @@ class Outcome:
         return self.row.goes_on
 
     @property
-    def holds(self) -> frozenset[Hold]:
-        return frozenset() if self.row.holds is None else frozenset((self.row.holds,))
+    def begins(self) -> frozenset[Outage]:
+        return frozenset() if self.row.begins is None else frozenset((self.row.begins,))
 
     @property
-    def releases(self) -> frozenset[Hold]:
-        return self.row.releases
+    def ends(self) -> frozenset[Outage]:
+        return self.row.ends
 
     @property
-    def releases_all(self) -> bool:
-        return self.row.releases_all
+    def ends_all(self) -> bool:
+        return self.row.ends_all
 
     @property
     def farm(self) -> str:
@@ -155,7 +155,7 @@ class Outcome:
     @property
     def ignore(self) -> bool:
         """True if there is nothing to do: log it (loudly when not `is_known`) and go on."""
-        return self.row.kind is Kind.NOTICE and not (self.holds or self.releases or self.row.needs_resubscribe)
+        return self.row.kind is Kind.NOTICE and not (self.begins or self.ends or self.row.needs_resubscribe)
 
     @property
     def retry_helps(self) -> bool:
@@ -290,24 +290,24 @@ CODES: tuple[Code, ...] = (
     Code((1300,), None, "the gateway's port has changed", Kind.FAILED, GatewayUnreachable,
          "The port was changed in the gateway's settings: set IB_PORT to the new one.", _FACTS, reconnect=True),
     Code((1100, 2110), None, "link to IB lost", Kind.NOTICE, TransientError, _RIDE_OUT, f"{_FACTS}; 2110: {_DOC}",
-         holds=Hold.LINK),
+         begins=Outage.LINK),
     Code((1101,), _text(_ALL_FARMS), "link to IB back, all farms too, requests lost", Kind.NOTICE, RequestLost, _ASK_AGAIN,
-         f"{_FACTS}; wording from {_THREADS}", releases=frozenset(Hold), releases_all=True, needs_resubscribe=True,
+         f"{_FACTS}; wording from {_THREADS}", ends=frozenset(Outage), ends_all=True, needs_resubscribe=True,
          goes_on=True),
     Code((1101,), None, "link to IB back, requests lost", Kind.NOTICE, RequestLost, _ASK_AGAIN,
-         _FACTS, releases=frozenset((Hold.LINK,)), releases_all=True, needs_resubscribe=True, goes_on=True),
+         _FACTS, ends=frozenset((Outage.LINK,)), ends_all=True, needs_resubscribe=True, goes_on=True),
     Code((1102,), _text(_ALL_FARMS), "link to IB back, all farms too", Kind.NOTICE, None, "",
-         f"{_FACTS}; wording from {_THREADS}", releases=frozenset(Hold), releases_all=True),
+         f"{_FACTS}; wording from {_THREADS}", ends=frozenset(Outage), ends_all=True),
     Code((1102,), None, "link to IB back, requests kept", Kind.NOTICE, None, "", _FACTS,
-         releases=frozenset((Hold.LINK,)), releases_all=True),
+         ends=frozenset((Outage.LINK,)), ends_all=True),
     # -- the farms. Streaming quotes (2103, 2104, 2108, 2119) do not concern history.
-    Code((2105,), None, "history farm broken", Kind.NOTICE, TransientError, _RIDE_OUT, _FACTS, holds=Hold.HISTORY),
+    Code((2105,), None, "history farm broken", Kind.NOTICE, TransientError, _RIDE_OUT, _FACTS, begins=Outage.HISTORY),
     Code((2106, 2107), None, "history farm fine or idle", Kind.NOTICE, None, "", _FACTS,
-         releases=frozenset((Hold.HISTORY,))),
+         ends=frozenset((Outage.HISTORY,))),
     Code((2157,), None, "contract farm broken", Kind.NOTICE, TransientError, _RIDE_OUT, f"{_FACTS}; {_DOC}",
-         holds=Hold.DEFINITIONS),
+         begins=Outage.DEFINITIONS),
     Code((2158,), None, "contract farm fine", Kind.NOTICE, None, "", f"{_FACTS}; {_DOC}",
-         releases=frozenset((Hold.DEFINITIONS,))),
+         ends=frozenset((Outage.DEFINITIONS,))),
     Code((2103, 2104, 2108, 2119), None, "quote farm status", Kind.NOTICE, None, "", f"{_FACTS}; 2119: {_DOC}"),
 )  # fmt: skip
 """Every message this program knows. Add one row per new message, with its source; the tests walk the table."""
@@ -327,13 +327,13 @@ _FARM_DOWN = Code((162, 200), None, "answered while a farm is down", Kind.FAILED
 
 
 def classify(
-    code: int, text: str, *, now: datetime, during_history: bool = True, held: Collection[Hold] = frozenset()
+    code: int, text: str, *, now: datetime, during_history: bool = True, outages: Collection[Outage] = frozenset()
 ) -> Outcome:
     """What message ``code`` with ``text`` means.
 
     ``now`` is aware; it decides whether a 200 falls into the nightly reset. ``during_history`` says that the message answers
     a request for **bars**: only such an answer can prove a window empty (the same text for a head timestamp is a
-    permanent failure). ``held`` is what is known to be down: then neither "no data" nor "no such contract" is believed.
+    permanent failure). ``outages`` is what is known to be down: then neither "no data" nor "no such contract" is believed.
     A code without a row is a failure that may be tried again; only in 2100 to 2199, the gateway's range of warnings, it
     is a notice, because such a message leaves the request running and its bars would be thrown away.
 
@@ -343,17 +343,17 @@ def classify(
     require_utc(now, "now")
     for row in CODES:
         if row.matches(code, text):
-            return Outcome(code, text, _adjust(row, now, during_history, held))
+            return Outcome(code, text, _adjust(row, now, during_history, outages))
     return Outcome(code, text, _UNKNOWN_NOTICE if 2100 <= code <= 2199 else _UNKNOWN_FAILURE, is_known=False)
 
 
-def _adjust(row: Code, now: datetime, during_history: bool, held: Collection[Hold]) -> Code:
+def _adjust(row: Code, now: datetime, during_history: bool, outages: Collection[Outage]) -> Code:
     if row.kind is Kind.EMPTY:
-        if Hold.HISTORY in held or Hold.LINK in held:
+        if Outage.HISTORY in outages or Outage.LINK in outages:
             return _FARM_DOWN
         return row if during_history else _EMPTY_OUTSIDE_BARS
     if row.codes == (200,) and row.pattern is None:
-        if Hold.DEFINITIONS in held or Hold.LINK in held:
+        if Outage.DEFINITIONS in outages or Outage.LINK in outages:
             return _FARM_DOWN
         if in_nightly_reset(now):
             return _NOT_NOW
@@ -367,7 +367,7 @@ def to_error(
     now: datetime,
     doing: str = "",
     during_history: bool = True,
-    held: Collection[Hold] = frozenset(),
+    outages: Collection[Outage] = frozenset(),
 ) -> KtrdrError:
     """`classify` and `Outcome.to_error` in one: always a KtrdrError, never a bare exception."""
-    return classify(code, text, now=now, during_history=during_history, held=held).to_error(doing)
+    return classify(code, text, now=now, during_history=during_history, outages=outages).to_error(doing)

@@ -61,7 +61,7 @@ class AmbiguousSymbol(InputError):
         self.candidates = tuple(candidates)
 
 
-class NoContractTold(TransientError):
+class EmptyContractAnswer(TransientError):
     """IB ended its answer without a contract, and without the word (200) that there is none: no proof of anything. Not tried
     again at once: where one gateway stumbles, another may always answer like this."""
 

@@ -20,7 +20,7 @@ from ktrdr_pipelines.errors import BugError, GatewayUnreachable, InputError, Ktr
 from ktrdr_pipelines.ib.contracts import (
     Choice,
     ContractInfo,
-    NoContractTold,
+    EmptyContractAnswer,
     choose_contract,
     complete_instrument,
     list_candidates,
@@ -98,7 +98,7 @@ def discover(
     for candidate in candidates:
         try:
             found = _try_candidate(symbol, candidate, history)
-        except (NoContractTold, BugError) as error:
+        except (EmptyContractAnswer, BugError) as error:
             # What is no proper question for one kind (321) may be one for the next; but then nobody said that there is none.
             doubts.append(error)
             continue

@@ -23,7 +23,7 @@ from ktrdr_pipelines.domain.instruments import Instrument, Series
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError, TransientError
 from ktrdr_pipelines.ib.client import GatewayClient, Sending
-from ktrdr_pipelines.ib.codes import Hold, RequestLost
+from ktrdr_pipelines.ib.codes import Outage, RequestLost
 from ktrdr_pipelines.ib.connection import Connection
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, pin_contract
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
@@ -234,7 +234,7 @@ class IBHistory:
 
         def ask() -> list[ContractInfo]:
             client = self.connect()
-            self.ride_out(client, frozenset((Hold.LINK, Hold.DEFINITIONS)))
+            self.ride_out(client, frozenset((Outage.LINK, Outage.DEFINITIONS)))
             with self._watch():
                 # Not a history request: not counted against the budget.
                 return client.contract_details(instrument)
@@ -244,7 +244,7 @@ class IBHistory:
     def _paced(self, ask: Ask, send: Callable[[GatewayClient, Sending], T]) -> T:
         """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
         client = self.connect()
-        self.ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
+        self.ride_out(client, frozenset((Outage.LINK, Outage.HISTORY)))
         told: dict[str, float] = {}
 
         def waiting(seconds: float, rule: Rule, until_s: float) -> None:
@@ -297,24 +297,24 @@ class IBHistory:
         self.retry_wait_s += seconds
         self.sleep(seconds)
 
-    def ride_out(self, client: GatewayClient, needed: frozenset[Hold]) -> None:
+    def ride_out(self, client: GatewayClient, needed: frozenset[Outage]) -> None:
         """Wait while the gateway says that something ``needed`` is down, at most as long as patience lasts.
 
         Raises:
             TransientError: it is down, and the address has no patience at all.
         """
         is_told = False
-        while client.down.kinds & needed:
+        while client.outages.kinds & needed:
             if self.address.hold_patience_s <= 0:
                 raise TransientError(
-                    f"the {client.down.describe(needed)} is down, says the gateway",
+                    f"the {client.outages.describe(needed)} is down, says the gateway",
                     advice="Ask again later: IB mends it; loads wait for it.",
                 )
             if self._patience_s <= 0 or not client.is_connected:
                 return
             if not is_told:
                 is_told = True
-                self._tell(f"the gateway says it is down: {client.down.describe(needed)}", self._patience_s)
+                self._tell(f"the gateway says it is down: {client.outages.describe(needed)}", self._patience_s)
             self._wait(1.0)
             self._patience_s -= 1.0
         self._patience_s = self.address.hold_patience_s

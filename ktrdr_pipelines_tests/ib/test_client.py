@@ -28,7 +28,7 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client import GatewayClient
-from ktrdr_pipelines.ib.codes import Hold, RequestLost
+from ktrdr_pipelines.ib.codes import Outage, RequestLost
 from ktrdr_pipelines.ib.wire.decoding import (
     RawBars,
     check_bars_message,
@@ -194,7 +194,7 @@ def test_a_greeting_that_stops_half_way_says_how_far_it_came() -> None:
     ready = (error(-1, 2110, "Connectivity between TWS and server is broken"), (9, 1, 1))
     with (
         ScriptedGateway(ready=ready) as gateway,
-        pytest.raises(GatewayUnreachable, match=r"server version 176.*it said: 2110 Connectivity"),
+        pytest.raises(GatewayUnreachable, match=r"server version 176.*2110 Connectivity"),
     ):
         make_client(gateway.port, connect_timeout_s=0.4).connect()
 
@@ -207,7 +207,7 @@ def test_a_greeting_that_stops_half_way_says_how_far_it_came() -> None:
             "not as a gateway",
         ),
         ({"closes": True}, "closed the connection"),
-        ({"hello": (76, "20100101 12:00:00 EST")}, "version must be >= 972"),
+        ({"hello": (76, "20100101 12:00:00 EST")}, "server version 76"),
         ({"ready": (("close",),)}, "closed the connection"),
         ({"ready": (error(-1, 504, "Not connected"),)}, "refused: Not connected"),
     ],
@@ -226,7 +226,7 @@ def test_what_is_no_usable_gateway_is_known_at_once(options: dict[str, Any], wor
 def test_a_gateway_that_greets_and_hangs_is_found_by_the_probe() -> None:
     """Connected is not alive: a gateway that does not tell the time is unreachable, and the socket is closed."""
     with ScriptedGateway({TIME: lambda _: ()}) as gateway:
-        with pytest.raises(GatewayUnreachable, match="does not tell the time"):
+        with pytest.raises(GatewayUnreachable, match="does not answer the time request"):
             make_client(gateway.port, probe_timeout_s=0.3).connect()
         wait_until(lambda: not gateway.open_sockets, "the socket stays open")
 
@@ -490,7 +490,7 @@ def test_requests_that_the_link_lost_fail_at_once_and_are_cancelled() -> None:
         wait_until(lambda: bool(gateway.told(CANCEL_HISTORY) and gateway.told(CANCEL_HEAD)), "not cancelled")
         client.probe()
         assert client.is_connected
-        assert not client.down.kinds
+        assert not client.outages.kinds
 
 
 @pytest.mark.parametrize(("code", "kind"), [(326, RequestLost), (504, GatewayUnreachable), (1300, GatewayUnreachable)])
@@ -524,7 +524,7 @@ def test_no_data_is_not_believed_if_something_was_down_meanwhile() -> None:
     with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
         with pytest.raises(TransientError, match="while a farm is down"):
             ask_bars(client)
-        assert not client.down.kinds
+        assert not client.outages.kinds
         assert ask_bars(client).no_data_text == NO_DATA
 
 
@@ -533,11 +533,11 @@ def test_no_data_is_not_believed_while_the_farm_is_down(reply: Callable[[str], F
     """After 2105 "nothing there" is a failure that may be tried again; after 2106 it is an answer."""
     with ScriptedGateway({HISTORY: lambda fields: [reply(fields[1])]}) as gateway, make_client(gateway.port) as client:
         gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
-        wait_until(lambda: Hold.HISTORY in client.down.kinds, "2105 was not heard")
+        wait_until(lambda: Outage.HISTORY in client.outages.kinds, "2105 was not heard")
         with pytest.raises(TransientError):
             ask_bars(client)
         gateway.say(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
-        wait_until(lambda: not client.down.kinds, "2106 was not heard")
+        wait_until(lambda: not client.outages.kinds, "2106 was not heard")
         assert len(ask_bars(client)) == 0
 
 
@@ -551,7 +551,7 @@ def test_late_bars_never_reach_a_later_request(start_gateway: Callable[..., Any]
         wait_until(lambda: gateway.requests[-1].kind == "cancel", "not cancelled")
         client.request_timeout_s = 5.0
         assert len(ask_bars(client)) == 7
-        assert client._open == {}  # nothing grows with every failure
+        assert client.open_requests == {}  # nothing grows with every failure
 
 
 def test_bars_of_another_request_are_not_taken() -> None:
@@ -614,6 +614,11 @@ def test_a_trailing_empty_field_is_no_bar() -> None:
 # -- stamps ---------------------------------------------------------------------------------------------------------------
 
 
+def as_given(stamp: Any) -> Any:
+    """In place of the library's reading of a stamp: bars of these tests carry what it would return."""
+    return stamp
+
+
 def bar(stamp: object) -> SimpleNamespace:
     return SimpleNamespace(date=stamp, open=1.0, high=2.0, low=0.5, close=1.5, volume=-1.0)
 
@@ -627,24 +632,23 @@ def bar(stamp: object) -> SimpleNamespace:
         (datetime(2024, 3, 1, 14, 30, tzinfo=UTC), False),
         (datetime(2024, 3, 1, tzinfo=timezone(timedelta(hours=-5))), False),
         (datetime(2024, 3, 1, 14, 30, 0, 500000, tzinfo=UTC), True),
-        ("20240301", False),
     ],
 )
 def test_stamps_that_would_have_to_be_guessed_are_refused(stamp: object, intraday: bool) -> None:
     """Naive stamps, dates for intraday bars, times of day for daily ones, fractions of a second."""
     with pytest.raises(DataError):
-        columns_from_bars([bar(stamp)], intraday=intraday)
+        columns_from_bars([bar(stamp)], as_given, intraday=intraday)
 
 
 def test_columns_keep_order_and_repeats() -> None:
     """Nothing is sorted, cut or dropped here, and any zone is turned into UTC."""
     late, early = datetime(2024, 3, 1, 15, tzinfo=UTC), datetime(2024, 3, 1, 9, tzinfo=timezone(timedelta(hours=-5)))
-    columns = columns_from_bars([bar(late), bar(early), bar(late)], intraday=True)
+    columns = columns_from_bars([bar(late), bar(early), bar(late)], as_given, intraday=True)
     assert columns.opens_s.tolist() == [1709305200, 1709301600, 1709305200]
     assert columns.opens_s.dtype == np.int64
-    midnight = columns_from_bars([bar(datetime(2024, 3, 1, tzinfo=UTC).date())], intraday=False)
+    midnight = columns_from_bars([bar(datetime(2024, 3, 1, tzinfo=UTC).date())], as_given, intraday=False)
     assert midnight.opens_s.tolist() == [1709251200]
-    assert len(columns_from_bars([], intraday=True)) == 0
+    assert len(columns_from_bars([], as_given, intraday=True)) == 0
 
 
 # -- contracts and the start of history -----------------------------------------------------------------------------------

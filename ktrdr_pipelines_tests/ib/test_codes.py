@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PacingError, PermanentError, TransientError
 from ktrdr_pipelines.ib.codes import (
     CODES,
-    Hold,
+    Outage,
     Kind,
     Outcome,
     RequestLost,
@@ -21,7 +21,7 @@ from ktrdr_pipelines.ib.codes import (
     name_farm,
     to_error,
 )
-from ktrdr_pipelines.ib.wire.outages import Down
+from ktrdr_pipelines.ib.wire.outages import Outages
 
 NOON = datetime(2024, 3, 5, 17, 0, tzinfo=UTC)
 SERVICE = "Historical Market Data Service error message:"
@@ -104,20 +104,20 @@ FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
     ),
     ((10197,), None, lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice),
     ((162,), "anything else", lambda o: o.error is TransientError and "language to English" in o.advice),
-    ((165,), None, lambda o: not o.ends_request and not o.holds),
+    ((165,), None, lambda o: not o.ends_request and not o.begins),
     ((166,), None, lambda o: o.error is PermanentError),
     ((200,), None, lambda o: o.error is PermanentError and "symbol" in o.advice),
     ((326,), None, lambda o: o.next_client_id),
     ((420,), None, lambda o: o.error is PacingError and o.pauses_login),
     ((502, 504, 1300), None, lambda o: o.reconnect and o.error is GatewayUnreachable),
-    ((1100,), None, lambda o: not o.ends_request and o.holds == {Hold.LINK}),
-    ((1101,), None, lambda o: not o.ends_request and o.releases == {Hold.LINK} and o.needs_resubscribe),
-    ((1102,), None, lambda o: not o.ends_request and o.releases == {Hold.LINK} and not o.needs_resubscribe),
+    ((1100,), None, lambda o: not o.ends_request and o.begins == {Outage.LINK}),
+    ((1101,), None, lambda o: not o.ends_request and o.ends == {Outage.LINK} and o.needs_resubscribe),
+    ((1102,), None, lambda o: not o.ends_request and o.ends == {Outage.LINK} and not o.needs_resubscribe),
     ((2103, 2104, 2108), None, lambda o: o.ignore),
-    ((2105,), None, lambda o: not o.ends_request and o.holds == {Hold.HISTORY}),
-    ((2106, 2107), None, lambda o: not o.ends_request and o.releases == {Hold.HISTORY}),
-    ((2157,), None, lambda o: not o.ends_request and o.holds == {Hold.DEFINITIONS}),
-    ((2158,), None, lambda o: not o.ends_request and o.releases == {Hold.DEFINITIONS}),
+    ((2105,), None, lambda o: not o.ends_request and o.begins == {Outage.HISTORY}),
+    ((2106, 2107), None, lambda o: not o.ends_request and o.ends == {Outage.HISTORY}),
+    ((2157,), None, lambda o: not o.ends_request and o.begins == {Outage.DEFINITIONS}),
+    ((2158,), None, lambda o: not o.ends_request and o.ends == {Outage.DEFINITIONS}),
     ((2174, 10339), None, lambda o: o.error is BugError and o.ends_request),
 ]
 TONGUES = [
@@ -201,20 +201,20 @@ def test_only_a_request_for_bars_can_prove_a_window_empty() -> None:
     assert outcome.error is PermanentError
 
 
-@pytest.mark.parametrize("held", [{Hold.HISTORY}, {Hold.LINK}, {Hold.LINK, Hold.DEFINITIONS}])
-def test_no_data_of_a_broken_farm_proves_nothing(held: set[Hold]) -> None:
+@pytest.mark.parametrize("held", [{Outage.HISTORY}, {Outage.LINK}, {Outage.LINK, Outage.DEFINITIONS}])
+def test_no_data_of_a_broken_farm_proves_nothing(held: set[Outage]) -> None:
     """While the history farm or the link is known to be down, "no data" is a failure that may be tried again."""
-    outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, held=held)
+    outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=held)
     assert not outcome.proven_empty
     assert outcome.retry_helps
 
 
-@pytest.mark.parametrize("held", [{Hold.DEFINITIONS}, {Hold.LINK}])
-def test_unknown_contract_of_a_broken_farm_is_not_believed(held: set[Hold]) -> None:
+@pytest.mark.parametrize("held", [{Outage.DEFINITIONS}, {Outage.LINK}])
+def test_unknown_contract_of_a_broken_farm_is_not_believed(held: set[Outage]) -> None:
     """While contracts cannot be looked up, "no such contract" may be tried again; history alone down changes nothing."""
     text = "No security definition has been found for the request"
-    assert classify(200, text, now=NOON, held=held).retry_helps
-    assert not classify(200, text, now=NOON, held={Hold.HISTORY}).retry_helps
+    assert classify(200, text, now=NOON, outages=held).retry_helps
+    assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).retry_helps
 
 
 @pytest.mark.parametrize(
@@ -269,22 +269,22 @@ def test_unknown_codes_fail_but_unknown_warnings_do_not_end_a_request() -> None:
 def test_what_is_lost_is_held_until_it_is_back() -> None:
     """Following the messages of a link loss and a farm loss, requests are held exactly while something is down."""
     story = [
-        (2105, "HMDS data farm connection is broken:ushmds", {Hold.HISTORY}),
-        (1100, "Connectivity between IB and TWS has been lost.", {Hold.HISTORY, Hold.LINK}),
-        (2106, "HMDS data farm connection is OK:ushmds", {Hold.LINK}),
+        (2105, "HMDS data farm connection is broken:ushmds", {Outage.HISTORY}),
+        (1100, "Connectivity between IB and TWS has been lost.", {Outage.HISTORY, Outage.LINK}),
+        (2106, "HMDS data farm connection is OK:ushmds", {Outage.LINK}),
         (1102, "Connectivity between IB and TWS has been restored - data maintained.", set()),
-        (2157, "Sec-def data farm connection is broken:secdefil", {Hold.DEFINITIONS}),
-        (2103, "Market data farm connection is broken:usfarm", {Hold.DEFINITIONS}),
+        (2157, "Sec-def data farm connection is broken:secdefil", {Outage.DEFINITIONS}),
+        (2103, "Market data farm connection is broken:usfarm", {Outage.DEFINITIONS}),
         (2158, "Sec-def data farm connection is OK:secdefil", set()),
-        (2105, "HMDS data farm connection is broken:ushmds", {Hold.HISTORY}),
+        (2105, "HMDS data farm connection is broken:ushmds", {Outage.HISTORY}),
         (2107, "HMDS data farm connection is inactive but should be available upon demand.ushmds", set()),
-        (2110, "Connectivity between TWS and server is broken. It will be restored automatically.", {Hold.LINK}),
-        (2105, "HMDS data farm connection is broken:ushmds", {Hold.LINK, Hold.HISTORY}),
+        (2110, "Connectivity between TWS and server is broken. It will be restored automatically.", {Outage.LINK}),
+        (2105, "HMDS data farm connection is broken:ushmds", {Outage.LINK, Outage.HISTORY}),
         (1102, "... restored - data maintained. All data farms are connected: usfarm; ushmds.", set()),
-        (1100, "Connectivity between IB and TWS has been lost.", {Hold.LINK}),
+        (1100, "Connectivity between IB and TWS has been lost.", {Outage.LINK}),
         (1101, "Connectivity between IB and TWS has been restored - data lost.", set()),
     ]
-    down = Down()
+    down = Outages()
     for code, text, expected in story:
         outcome = classify(code, text, now=NOON)
         assert outcome.kind is Kind.NOTICE
@@ -295,7 +295,7 @@ def test_what_is_lost_is_held_until_it_is_back() -> None:
 
 def follow(*story: tuple[int, str]) -> str:
     """What is down after these messages, in words."""
-    down = Down()
+    down = Outages()
     for code, text in story:
         down = down.after(classify(code, text, now=NOON))
     return down.describe()

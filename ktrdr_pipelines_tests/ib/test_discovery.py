@@ -15,7 +15,7 @@ import pytest
 from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import BugError, InputError, KtrdrError, PermanentError
-from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, NoContractTold
+from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, EmptyContractAnswer
 from ktrdr_pipelines.ib.discovery import discover, estimate_history_start, identify_series, symbols_file
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.symbol_cache import FOUND_KEPT, NONE_KEPT, KnownSymbols
@@ -144,7 +144,7 @@ def test_a_choice_that_cannot_be_meant_is_refused(choice: dict[str, Any]) -> Non
         Choice(**choice)
 
 
-@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
+@pytest.mark.parametrize("doubt", [EmptyContractAnswer("an end and no word"), BugError("321 is no such pair")])
 def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, doubt: KtrdrError) -> None:
     """GOOGLE has the form of a pair. What IB does with that question decides nothing about the stock."""
     google = ContractInfo(1, "GOOGLE", "STK", "NASDAQ", "USD", valid_exchanges="SMART,NASDAQ")
@@ -158,7 +158,7 @@ def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, 
     assert discover("GOOGLE", history=history).contract == google
 
 
-@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
+@pytest.mark.parametrize("doubt", [EmptyContractAnswer("an end and no word"), BugError("321 is no such pair")])
 def test_an_answer_that_says_nothing_is_no_proof_that_there_is_none(history: IBHistory, doubt: KtrdrError) -> None:
     """Where IB knew none of the other kinds, the doubt is what is told, and it is not remembered."""
 

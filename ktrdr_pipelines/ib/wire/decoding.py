@@ -8,7 +8,7 @@ bars in front of them. Here both are errors at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
@@ -66,32 +66,41 @@ class RawBars:
         return len(self.opens_s)
 
 
-def columns_from_bars(bars: Sequence[Any], *, intraday: bool) -> RawBars:
-    """Columns from the library's bar objects (``date``, ``open`` … ``volume``).
+def columns_from_bars(bars: Sequence[Any], parse_time: Callable[[str], date], *, intraday: bool) -> RawBars:
+    """Columns from the library's bar objects (``date`` as text, ``open`` … ``volume``).
 
     Raises:
-        DataError: a stamp without a zone, an intraday bar with a date only, a daily bar with a time of day, a fraction of a
-            second: guessing would shift the file.
+        DataError: a stamp that is no time or has no zone, an intraday bar with a date only, a daily bar with a time of day, a
+            fraction of a second: guessing would shift the file.
     """
     opens = np.empty(len(bars), dtype=np.int64)
     for i, bar in enumerate(bars):
-        stamp = bar.date
-        if isinstance(stamp, datetime):
-            if stamp.tzinfo is None:
-                raise DataError(f"IB sent a bar stamped {stamp} without a time zone", advice=_NOTHING_WRITTEN)
-            seconds = stamp.timestamp()
-            if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
-                raise DataError(f"IB sent a bar stamped {stamp}, which is no bar open", advice=_NOTHING_WRITTEN)
-            opens[i] = int(seconds)
-        elif isinstance(stamp, date) and not intraday:
-            opens[i] = int(datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC).timestamp())
-        else:
-            raise DataError(f"IB sent an intraday bar stamped {stamp!r}", advice=_NOTHING_WRITTEN)
+        try:
+            stamp = parse_time(bar.date)
+            opens[i] = _open_of(stamp, intraday)
+        except (ValueError, LookupError, OverflowError, OSError) as error:
+            raise DataError(
+                clean_text(f"IB sent a bar stamped {bar.date!r:.60}: {error!s:.200}"), advice=_NOTHING_WRITTEN
+            ) from None
 
     def column(name: str) -> npt.NDArray[np.float64]:
         return np.fromiter((getattr(bar, name) for bar in bars), dtype=np.float64, count=len(bars))
 
     return RawBars(opens, column("open"), column("high"), column("low"), column("close"), column("volume"))
+
+
+def _open_of(stamp: date, intraday: bool) -> int:
+    """The bar open of a stamp in epoch seconds. Raises ValueError where it would have to be guessed."""
+    if not isinstance(stamp, datetime):
+        if intraday:
+            raise ValueError("a date without a time of day")
+        return int(datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC).timestamp())
+    if stamp.tzinfo is None:
+        raise ValueError("a time without a zone")
+    seconds = stamp.timestamp()
+    if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
+        raise ValueError("no open of a bar")
+    return int(seconds)
 
 
 def check_bars_message(fields: Sequence[str]) -> None:
@@ -212,12 +221,13 @@ def read_sample(found: Any) -> ContractInfo:
     )
 
 
-def read_head(stamp: datetime | date) -> datetime:
-    """A head timestamp as the library read it, as an instant.
+def read_head(text: str, parse_time: Callable[[str], date]) -> datetime:
+    """A head timestamp as an instant.
 
     Raises:
-        OverflowError: outside the years 1 to 9999.
+        ValueError, LookupError, OverflowError, OSError: no time, no known zone, outside the years 1 to 9999.
     """
+    stamp = parse_time(text)
     if not isinstance(stamp, datetime):
         return datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC)
     # formatDate 2 is epoch seconds; a gateway that answers in text means UTC for this request.
