@@ -1,7 +1,7 @@
 """Requests to a gateway: bars, contracts, schedules, the start of history. One method per request.
 
-Calls from any thread block until the answer, an error of `errors.py`, or the time-out. The connection, and a request from its sending
-to its end: `ib/wire/session.py`. The reading of answers: `ib/wire/decoding.py`. No pacing and no retries here: see `history.py`.
+Calls from any thread block until the answer, an error of `errors.py`, or the time-out. The connection, and a request from sending
+to end: `ib/wire/session.py`. The reading of answers: `ib/wire/decoding.py`. No pacing and no retries here: see `history.py`.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class GatewayClient(GatewaySession):
     ) -> datetime | None:
         """IB's start of the instrument's history: a hint, at times too early or too late (docs/ib_facts.md, 5).
 
-        None when IB has none for this contract. Cancelled after use: uncancelled ones pile up and hang. It is not waited for longer
-        than bars are.
+        None when IB has none for this contract. Cancelled after use: uncancelled ones pile up and hang. Its time-out is at most
+        that of bars.
         """
         doing = f"asking for the start of history of {instrument.symbol}"
 

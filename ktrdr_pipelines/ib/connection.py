@@ -150,6 +150,7 @@ class Connection:
                 request_timeout_s=self.address.request_timeout_s,
                 probe_timeout_s=self.address.probe_timeout_s,
                 now=self.now,
+                library=self.address.library,
             )
             try:
                 client.connect()

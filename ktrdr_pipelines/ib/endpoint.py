@@ -32,7 +32,9 @@ class GatewayAddress:
     state_dir: Path = Path()
     """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
     ledger_url: str = field(default="", repr=False)
-    """May hold a password."""
+    """May contain a password."""
+    library: str = "ib_insync"
+    """The client library (`ib/wire/library.py`)."""
 
     @property
     def login(self) -> str:

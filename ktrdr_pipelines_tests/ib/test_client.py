@@ -40,6 +40,7 @@ from ktrdr_pipelines.ib.wire.diagnostics import describe_open_ports
 from ktrdr_pipelines.ib.wire.loop_thread import LoopThread
 from ktrdr_pipelines.ib.wire.session import ClientIdInUse, HungUp
 from ktrdr_pipelines.simulator.faults import FaultRule
+from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.scripted_gateway import (
     BAR,
     CANCEL_HEAD,
@@ -64,7 +65,9 @@ NO_DATA = "Historical Market Data Service error message:HMDS query returned no d
 
 def make_client(port: int, **options: Any) -> GatewayClient:
     quick = {"connect_timeout_s": 5.0, "request_timeout_s": 5.0, "probe_timeout_s": 3.0}
-    return GatewayClient("127.0.0.1", port, 7, **{"ports": {}, "now": lambda: NOON, **quick, **options})
+    return GatewayClient(
+        "127.0.0.1", port, 7, **{"ports": {}, "now": lambda: NOON, "library": LIBRARY, **quick, **options}
+    )
 
 
 def ask_bars(client: GatewayClient, instrument: Instrument = AAPL, **options: Any) -> RawBars:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PacingError, PermanentError, TransientError
 from ktrdr_pipelines.ib.codes import (
     CODES,
-    Outage,
     Kind,
+    Outage,
     Outcome,
     RequestLost,
     classify,

@@ -23,6 +23,7 @@ from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.server import GatewayThread
+from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 
 SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG", "AMZN", "NVDA", "IBM", "KO")
@@ -39,9 +40,9 @@ class SharedLogin(HandClock):
         self.waits: list[Waiting] = []
         self.others_due_s: list[float] = []
         """When the other program asks next, latest first."""
-        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=where)
+        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=where, library=LIBRARY)
         self.history = running.enter_context(IBHistory(address, self.waits.append, self.sleep, clock=self))
-        self.other = running.enter_context(GatewayClient("127.0.0.1", gateway.port, OTHER_CLIENT_ID))
+        self.other = running.enter_context(GatewayClient("127.0.0.1", gateway.port, OTHER_CLIENT_ID, library=LIBRARY))
         self.others_number = 0
 
     def sleep(self, seconds: float) -> None:

@@ -17,7 +17,7 @@ def frame(payload: bytes) -> bytes:
 
 
 class FrameBuffer:
-    """Bytes in, payloads of whole messages out. ``is_greeting``: short messages only, no empty ones; until the handshake is over."""
+    """Bytes in, payloads of whole messages out. ``is_greeting``: short messages only, none empty; until the handshake ends."""
 
     def __init__(self) -> None:
         self.is_greeting = True

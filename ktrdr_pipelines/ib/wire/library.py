@@ -14,12 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
 from ktrdr_pipelines.errors import ConfigurationError
 from ktrdr_pipelines.ib.wire.message_socket import MessageSocket
 
-LibraryName = Literal["ib_insync", "ib_async"]
+LIBRARIES = ("ib_insync", "ib_async")
+
+
+_DOING = "loading the client library"
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,17 @@ class Library:
         return requests
 
 
-def load_library(name: LibraryName) -> Library:
+def load_library(name: str) -> Library:
     """Import the library called ``name``. To be called in a thread that has an event loop: eventkit, which both are built on,
     asks for it when it is imported (docs/dependencies.md, ib_insync as it behaves).
 
     Raises:
-        ConfigurationError: not installed, or its installation is damaged.
+        ConfigurationError: another name than those of `LIBRARIES`, not installed, or its installation is damaged.
     """
+    if name not in LIBRARIES:
+        raise ConfigurationError(
+            f"{name!r} is not a client library", doing=_DOING, advice=f"Set IB_LIBRARY to {' or '.join(LIBRARIES)}."
+        )
     try:
         client, decoder, contract, util = (
             importlib.import_module(f"{name}.{module}") for module in ("client", "decoder", "contract", "util")
@@ -65,7 +72,7 @@ def load_library(name: LibraryName) -> Library:
     except ImportError as error:
         raise ConfigurationError(
             f"the client library {name} cannot be imported ({error})",
-            doing="loading the client library",
+            doing=_DOING,
             advice=_explain_import(name),
         ) from error
     # What the library logs as an error reaches the caller as an exception; twice would confuse.
@@ -73,7 +80,7 @@ def load_library(name: LibraryName) -> Library:
     return Library(client.Client, decoder.Decoder, contract.Contract, util.parseIBDatetime)
 
 
-def _explain_import(name: LibraryName) -> str:
+def _explain_import(name: str) -> str:
     if name == "ib_async" and not _is_installed("ib_async"):
         return "Install the extra `ib-async`, or set IB_LIBRARY=ib_insync."
     # Both libraries bring a package called eventkit, by different distributions: uninstalling one removes the other's files.

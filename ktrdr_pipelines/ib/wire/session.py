@@ -43,7 +43,7 @@ from ktrdr_pipelines.ib.wire.decoding import (
 )
 from ktrdr_pipelines.ib.wire.diagnostics import WELL_KNOWN_PORTS, NotAGatewayError, explain_unreachable
 from ktrdr_pipelines.ib.wire.handshake import ACCOUNTS, VALID_ID, Handshake, HungUpError
-from ktrdr_pipelines.ib.wire.library import Library, LibraryName, load_library
+from ktrdr_pipelines.ib.wire.library import Library, load_library
 from ktrdr_pipelines.ib.wire.loop_thread import LoopThread
 from ktrdr_pipelines.ib.wire.message_socket import MessageSocket
 from ktrdr_pipelines.ib.wire.outages import Outages
@@ -83,7 +83,7 @@ class GatewaySession:
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     ports: Mapping[int, str] = field(default_factory=lambda: WELL_KNOWN_PORTS)
     """Ports to try, and what usually listens there, when ``port`` leads to no gateway."""
-    library: LibraryName = "ib_insync"
+    library: str = "ib_insync"
     """The client library that encodes and decodes."""
     notices: list[str] = field(default_factory=list)
     """Messages of the gateway that ended no request (farms, links, warnings), newest last; at most the last hundred."""
