@@ -1,9 +1,9 @@
-"""What each of IB's message codes means for a request: one table, one reader.
+"""The meaning of each of IB's message codes for a request: one table, one reader (docs/ib_facts.md, 8).
 
-A row says what follows (`Kind`), which error a person sees, what to do, and where the fact was learned. The code is matched
+A row has what follows (`Kind`), the error that is raised, what the user can do, and the source of the fact. The code is matched
 first, then the text; texts can be localised, so a text only ever *narrows* a code whose unmatched rest is a failure.
-Nothing here waits, retries or talks to a gateway: see `client.py`, `ib/pacing/rules.py` and `ib/pacing/ledger.py`. What is
-down at the moment is added up in `ib/wire/outages.py`.
+Nothing here waits, retries or talks to a gateway: see `client.py`, `ib/pacing/rules.py` and `ib/pacing/ledger.py`. The present
+outages are added up in `ib/wire/outages.py`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from ktrdr_pipelines.errors import (
 
 
 class Kind(StrEnum):
-    """What a message means for the request it came for."""
+    """What a message means for the request it names."""
 
-    EMPTY = "proven empty"
+    EMPTY = "no data"
     """IB answered: there is nothing in this window."""
     FAILED = "failed"
     """The request is over and there is no answer."""
     CANCELLED = "cancelled"
-    """The echo of a cancel, or a late word about a request that is gone. Neither data nor an answer."""
+    """The echo of a cancel, or a late message about a request that is gone. Neither data nor an answer."""
     NOTICE = "notice"
     """Ends nothing: a request that is waiting keeps waiting within its time-out."""
 
 
 class Outage(StrEnum):
-    """What can be down. `Outcome.begins` adds, `Outcome.ends` removes; farm by farm in `ib/wire/outages.py`."""
+    """What can be out. `Outcome.begins` adds, `Outcome.ends` removes; farm by farm in `ib/wire/outages.py`."""
 
     LINK = "link between the gateway and IB"
     HISTORY = "history farm"
@@ -48,8 +48,8 @@ class Outage(StrEnum):
 
 
 class RequestLost(TransientError):
-    """The gateway has forgotten the request, through no fault of it (1101): nothing speaks against asking again at once, as
-    soon as pacing allows."""
+    """The gateway has lost the request, through no fault of the request (1101): it may be sent again at once, as soon as pacing
+    allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ class Code:
     """One row. ``pattern`` None matches every text of these codes; rows of one code are tried in order.
 
     ``error`` is raised when the message ends the request (FAILED), or by a caller whose patience with a NOTICE runs out; None
-    where there is nothing to raise. ``advice`` is for people. ``pauses_login``: every process of the login has to wait.
+    where there is nothing to raise. ``advice`` is for the user. ``pauses_login``: every process of the login has to wait.
     ``next_client_id``: connect again with another id. ``reconnect``: the socket is of no more use. ``needs_resubscribe``:
     requests that were open are lost and have to be asked again. ``ends_all``: every farm of the kinds in ``ends`` is
-    back, not only the one that the text names. ``goes_on``: the gateway may go on with the request although it is over for
-    us, so it has to be cancelled. ``source``: where this was learned.
+    back, not only the one that the text names. ``goes_on``: the gateway may go on with the request although it is over
+    here, so it has to be cancelled. ``source``: where this was learned.
     """
 
     codes: tuple[int, ...]
@@ -106,7 +106,8 @@ class Outcome:
         return self.row.advice
 
     @property
-    def proven_empty(self) -> bool:
+    def is_empty(self) -> bool:
+        """True if IB answered that the window has no data."""
         return self.row.kind is Kind.EMPTY
 
     @property
@@ -116,7 +117,7 @@ class Outcome:
 
     @property
     def must_cancel(self) -> bool:
-        """True if the gateway goes on with the request that this message ends for us."""
+        """True if the gateway may go on with the request that this message ends here."""
         return self.row.goes_on
 
     @property
@@ -162,11 +163,11 @@ class Outcome:
         return self.row.error is not None and self.row.error.retry_helps
 
     def to_error(self, doing: str = "") -> KtrdrError:
-        """The exception for this message, with its code, what IB said, and what to do.
+        """The exception for this message, with its code, IB's text, and what to do.
 
-        A message that is no failure (proven empty, a mere notice) gives a BugError: whoever turned it into one was wrong.
+        A message that is no failure ("no data", a notice) becomes a BugError: the caller must not raise it.
         """
-        observed = f"the gateway said {self.code} ({self.row.meaning}): {self.text.strip() or 'no text'}"
+        observed = f"the gateway answered {self.code} ({self.row.meaning}): {self.text.strip() or 'no text'}"
         if self.row.error is None:
             return BugError(
                 f"{observed}; this is no failure but was handled as one",
@@ -196,7 +197,7 @@ _RESET_FROM, _RESET_TO = time(23, 45), time(0, 45)
 def in_nightly_reset(now: datetime) -> bool:
     """True from 23:45 to 00:45 New York, end not included: IB restarts its servers and valid contracts are unknown.
 
-    Source: IBKR's system status page and public threads ("about"; ``ib_facts`` section 8). Raises ValueError if naive.
+    Source: IBKR's system status page and public threads ("about"; docs/ib_facts.md, 8). Raises ValueError if naive.
     """
     local = require_utc(now, "now").astimezone(_NEW_YORK).time()
     return local >= _RESET_FROM or local < _RESET_TO
@@ -209,7 +210,7 @@ def _text(pattern: str) -> re.Pattern[str]:
 _DOC = "IBKR's message codes page"
 _LIMITS = "IBKR's historical data limitations page"
 _THREADS = "public issue threads"
-_FACTS = "project facts, section 8"
+_FACTS = "docs/ib_facts.md, 8"
 
 _SLOW_DOWN = (
     "All processes of this login now wait; nothing to do. Look for another program on the same login if it repeats."
@@ -227,11 +228,10 @@ _UNKNOWN = (
     "If it persists, look the code up on IBKR's message codes page and report it, so that it gets a row of its own."
 )
 _UNKNOWN_HISTORY = (
-    "It is not IB's English \"query returned no data\", so it proves nothing. Set the gateway's language to English if the text "
+    "It is not IB's English \"query returned no data\", so it is no evidence. Set the gateway's language to English if the text "
     "above is in another one; otherwise, if it persists, report it, so that it gets a row of its own."
 )
-_RIDE_OUT = "Requests are held until the gateway says that it is back; nothing to do unless it lasts."
-
+_WAIT = "Requests wait until the gateway reports the end of the outage; nothing to do unless it lasts."
 
 _ASK_AGAIN = "Open requests are asked again."
 _ALL_FARMS = r"all\s+data\s+farms\s+are\s+connected"
@@ -246,7 +246,7 @@ CODES: tuple[Code, ...] = (
          f"{_FACTS}; ib_insync thread 461"),
     Code((162,), _text(r"invalid\s+step"), "bad duration or bar size", Kind.FAILED, BugError, _REPORT, _FACTS),
     Code((162,), _text(r"query\s+cancell?ed"), "cancelled", Kind.CANCELLED, TransientError,
-         "The request was given up before it was answered; it says nothing about the data.",
+         "The request was given up before it was answered; this is no evidence about the data.",
          f"{_FACTS}; ib_insync thread 268"),
     Code((162,), _text(r"query\s+returned\s+no\s+data"), "no data in the window", Kind.EMPTY, None,
          "", f"{_FACTS}; Lean thread 4344"),
@@ -265,7 +265,7 @@ CODES: tuple[Code, ...] = (
     Code((10314,), None, "end time not understood", Kind.FAILED, BugError, _REPORT, f"{_DOC}; {_THREADS}"),
     Code((10339,), None, "end time given for a continuous future", Kind.FAILED, BugError, _REPORT, _FACTS),
     Code((366,), None, "no such request open", Kind.CANCELLED, TransientError,
-         "A late word about a request that is gone; it says nothing about the data.", _FACTS),
+         "A late message about a request that is gone; this is no evidence about the data.", _FACTS),
     Code((165,), None, "history farm notice", Kind.NOTICE, None, "", _FACTS),
     # -- pacing outside 162
     Code((420,), None, "pacing violation (real time)", Kind.FAILED, PacingError, _SLOW_DOWN, _FACTS, pauses_login=True),
@@ -278,9 +278,9 @@ CODES: tuple[Code, ...] = (
     Code((10197,), None, "competing live session", Kind.FAILED, TransientError, _ELSEWHERE, _FACTS, pauses_login=True),
     # -- the contract
     Code((166,), None, "expired contract", Kind.FAILED, PermanentError,
-         "IB keeps no history of this expired contract: futures go two years back, options none.", _FACTS),
+         "This expired contract is beyond IB's retention: futures go two years back, options none.", _FACTS),
     Code((200,), _text(r"ambiguous"), "several contracts match", Kind.FAILED, PermanentError,
-         "Say more about the contract in the universe file: primary exchange, currency or expiry.", _THREADS),
+         "Describe the contract in more detail in the universe file: primary exchange, currency or expiry.", _THREADS),
     Code((200,), None, "no such contract", Kind.FAILED, PermanentError,
          "Check symbol, kind, exchange and currency, and that the instrument is not delisted.", f"{_FACTS}; {_DOC}"),
     # -- the connection
@@ -289,7 +289,7 @@ CODES: tuple[Code, ...] = (
     Code((502, 504), None, "not connected", Kind.FAILED, GatewayUnreachable, _RECONNECT, _FACTS, reconnect=True),
     Code((1300,), None, "the gateway's port has changed", Kind.FAILED, GatewayUnreachable,
          "The port was changed in the gateway's settings: set IB_PORT to the new one.", _FACTS, reconnect=True),
-    Code((1100, 2110), None, "link to IB lost", Kind.NOTICE, TransientError, _RIDE_OUT, f"{_FACTS}; 2110: {_DOC}",
+    Code((1100, 2110), None, "link to IB lost", Kind.NOTICE, TransientError, _WAIT, f"{_FACTS}; 2110: {_DOC}",
          begins=Outage.LINK),
     Code((1101,), _text(_ALL_FARMS), "link to IB back, all farms too, requests lost", Kind.NOTICE, RequestLost, _ASK_AGAIN,
          f"{_FACTS}; wording from {_THREADS}", ends=frozenset(Outage), ends_all=True, needs_resubscribe=True,
@@ -301,41 +301,41 @@ CODES: tuple[Code, ...] = (
     Code((1102,), None, "link to IB back, requests kept", Kind.NOTICE, None, "", _FACTS,
          ends=frozenset((Outage.LINK,)), ends_all=True),
     # -- the farms. Streaming quotes (2103, 2104, 2108, 2119) do not concern history.
-    Code((2105,), None, "history farm broken", Kind.NOTICE, TransientError, _RIDE_OUT, _FACTS, begins=Outage.HISTORY),
+    Code((2105,), None, "history farm broken", Kind.NOTICE, TransientError, _WAIT, _FACTS, begins=Outage.HISTORY),
     Code((2106, 2107), None, "history farm fine or idle", Kind.NOTICE, None, "", _FACTS,
          ends=frozenset((Outage.HISTORY,))),
-    Code((2157,), None, "contract farm broken", Kind.NOTICE, TransientError, _RIDE_OUT, f"{_FACTS}; {_DOC}",
+    Code((2157,), None, "contract farm broken", Kind.NOTICE, TransientError, _WAIT, f"{_FACTS}; {_DOC}",
          begins=Outage.DEFINITIONS),
     Code((2158,), None, "contract farm fine", Kind.NOTICE, None, "", f"{_FACTS}; {_DOC}",
          ends=frozenset((Outage.DEFINITIONS,))),
     Code((2103, 2104, 2108, 2119), None, "quote farm status", Kind.NOTICE, None, "", f"{_FACTS}; 2119: {_DOC}"),
 )  # fmt: skip
-"""Every message this program knows. Add one row per new message, with its source; the tests walk the table."""
+"""Every message that this program knows. Add one row per new message, with its source; the tests walk the table."""
 
 _UNKNOWN_NOTICE = Code((), None, "notice without a row here", Kind.NOTICE, None, _UNKNOWN,
                        f"{_DOC}: 2100 to 2199 are the gateway's warnings, which leave requests as they are")  # fmt: skip
 _UNKNOWN_FAILURE = Code((), None, "code without a row here", Kind.FAILED, TransientError, _UNKNOWN,
-                        "design: what is not known to be an answer is a failure")  # fmt: skip
+                        "docs/design.md, 6: what is not known to be an answer is a failure")  # fmt: skip
 _EMPTY_OUTSIDE_BARS = Code((162,), None, "no history to date", Kind.FAILED, PermanentError,
-                           "IB keeps no history of this kind for the instrument: check what to show.",
+                           "IB has no history of this kind for the instrument: check what to show.",
                            f"{_FACTS}; {_THREADS}")  # fmt: skip
 _NOT_NOW = Code((200,), None, "contract not found while IB restarts", Kind.FAILED, TransientError,
                 "IB's servers restart from about 23:45 to 00:45 New York, and do not know valid contracts then. Try later.",
                 f"{_FACTS}; ib_insync thread 330")  # fmt: skip
-_FARM_DOWN = Code((162, 200), None, "answered while a farm is down", Kind.FAILED, TransientError, _RIDE_OUT,
-                  "design: an answer of a broken farm proves nothing; ib_insync thread 330")  # fmt: skip
+_FARM_OUT = Code((162, 200), None, "answered during an outage", Kind.FAILED, TransientError, _WAIT,
+                 "docs/design.md, 6: an answer of a broken farm is no evidence; ib_insync thread 330")  # fmt: skip
 
 
 def classify(
     code: int, text: str, *, now: datetime, during_history: bool = True, outages: Collection[Outage] = frozenset()
 ) -> Outcome:
-    """What message ``code`` with ``text`` means.
+    """The meaning of message ``code`` with ``text``.
 
-    ``now`` is aware; it decides whether a 200 falls into the nightly reset. ``during_history`` says that the message answers
-    a request for **bars**: only such an answer can prove a window empty (the same text for a head timestamp is a
-    permanent failure). ``outages`` is what is known to be down: then neither "no data" nor "no such contract" is believed.
-    A code without a row is a failure that may be tried again; only in 2100 to 2199, the gateway's range of warnings, it
-    is a notice, because such a message leaves the request running and its bars would be thrown away.
+    ``now`` is aware; it decides whether a 200 falls into the nightly reset. ``during_history``: the message answers a request
+    for **bars**; only then does "no data" mean an empty window (the same text for a head timestamp is a permanent failure).
+    ``outages``: what is out; then neither "no data" nor "no such contract" is believed. A code without a row is a failure
+    that may be tried again; only in 2100 to 2199, the gateway's range of warnings, it is a notice, because such a message leaves
+    the request running, and its bars would be lost.
 
     Raises:
         ValueError: ``now`` has no zone.
@@ -350,11 +350,11 @@ def classify(
 def _adjust(row: Code, now: datetime, during_history: bool, outages: Collection[Outage]) -> Code:
     if row.kind is Kind.EMPTY:
         if Outage.HISTORY in outages or Outage.LINK in outages:
-            return _FARM_DOWN
+            return _FARM_OUT
         return row if during_history else _EMPTY_OUTSIDE_BARS
     if row.codes == (200,) and row.pattern is None:
         if Outage.DEFINITIONS in outages or Outage.LINK in outages:
-            return _FARM_DOWN
+            return _FARM_OUT
         if in_nightly_reset(now):
             return _NOT_NOW
     return row

@@ -525,7 +525,7 @@ def test_no_data_is_not_believed_if_something_was_down_meanwhile() -> None:
     replies = iter([flap, []])
     answers = {HISTORY: lambda fields: [*next(replies), error(fields[1], 162, NO_DATA)]}
     with ScriptedGateway(answers) as gateway, make_client(gateway.port) as client:
-        with pytest.raises(TransientError, match="while a farm is down"):
+        with pytest.raises(TransientError, match="answered during an outage"):
             ask_bars(client)
         assert not client.outages.kinds
         assert ask_bars(client).no_data_text == NO_DATA

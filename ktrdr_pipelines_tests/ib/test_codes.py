@@ -70,7 +70,7 @@ def test_message_leads_to_what_the_facts_say(code: int, text: str, kind: Kind, e
     outcome = classify(code, text, now=NOON)
     assert (outcome.kind, outcome.error) == (kind, error)
     assert outcome.is_known
-    assert outcome.proven_empty == (kind is Kind.EMPTY)
+    assert outcome.is_empty == (kind is Kind.EMPTY)
 
 
 @pytest.mark.parametrize("row", CODES, ids=lambda row: f"{row.codes[0]}-{row.meaning}")
@@ -90,7 +90,7 @@ def test_every_row_is_complete(row) -> None:
 # The table of the facts (section 8), line by line: codes, a text that narrows them (None: any), what follows.
 FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
     ((162,), "pacing violation", lambda o: o.error is PacingError and o.pauses_login),
-    ((162,), "HMDS query returned no data: X", lambda o: o.proven_empty),
+    ((162,), "HMDS query returned no data: X", lambda o: o.is_empty),
     ((162,), "query cancelled", lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
     ((366,), None, lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
     ((162,), "invalid step", lambda o: o.error is BugError),
@@ -147,7 +147,7 @@ def test_the_table_of_the_facts_holds_in_every_language(
 def test_words_we_do_not_know_never_prove_a_window_empty(words: str) -> None:
     """Whatever the code: "no data" in another language is a failure, and the advice says what a person can do about it."""
     for code in {*KNOWN_CODES, 161, 2101, 99999}:
-        assert not classify(code, words, now=NOON).proven_empty
+        assert not classify(code, words, now=NOON).is_empty
     assert "Set the gateway's language to English" in str(to_error(162, words, now=NOON))
 
 
@@ -171,7 +171,7 @@ def test_every_error_family_is_told() -> None:
 def test_only_one_phrase_of_one_code_proves_emptiness(code: int, text: str, during_history: bool) -> None:
     """Whatever IB says, only 162 with "query returned no data" is read as "there is nothing"; all else fails or is ignored."""
     outcome = classify(code, text, now=NOON, during_history=during_history)
-    assert not outcome.proven_empty
+    assert not outcome.is_empty
     error = outcome.to_error("loading AAPL 1h")
     assert isinstance(error, KtrdrError)
     assert error.code == code
@@ -197,7 +197,7 @@ def test_a_complaint_beside_no_data_is_a_complaint(before: str, after: str, phra
 def test_only_a_request_for_bars_can_prove_a_window_empty() -> None:
     """The same words in answer to a request for the start of history are a refusal, not a proof."""
     outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, during_history=False)
-    assert not outcome.proven_empty
+    assert not outcome.is_empty
     assert outcome.error is PermanentError
 
 
@@ -205,7 +205,7 @@ def test_only_a_request_for_bars_can_prove_a_window_empty() -> None:
 def test_no_data_of_a_broken_farm_proves_nothing(held: set[Outage]) -> None:
     """While the history farm or the link is known to be down, "no data" is a failure that may be tried again."""
     outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=held)
-    assert not outcome.proven_empty
+    assert not outcome.is_empty
     assert outcome.retry_helps
 
 
@@ -367,7 +367,7 @@ def test_the_error_tells_code_words_and_advice() -> None:
     """A person reads what was being done, IB's code and words, and what to do; the code is an attribute too."""
     error = to_error(162, SERVICE + "No market data permissions for NYSE STK", now=NOON, doing="loading QS 1m")
     assert error.code == 162
-    assert str(error).startswith("loading QS 1m: the gateway said 162 (no permission): Historical Market Data Service")
+    assert str(error).startswith("loading QS 1m: the gateway answered 162 (no permission): Historical Market Data Service")
     assert "Market Data Subscriptions" in error.advice
     assert str(error).endswith(error.advice)
 

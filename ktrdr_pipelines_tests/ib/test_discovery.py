@@ -286,7 +286,7 @@ def test_a_symbol_of_the_universe_means_what_the_universe_says(history: IBHistor
     for choice in (Choice("STK"), Choice(con_id=265000), Choice(exchange="NASDAQ"), Choice(currency="USD")):
         assert identify_series("AAPL", hourly, universe, history, choice).instrument == stock("AAPL")
     for choice in (Choice("FUT"), Choice(con_id=900003), Choice(exchange="MEXI"), Choice(currency="MXN")):
-        with pytest.raises(InputError, match="already means another instrument"):
+        with pytest.raises(InputError, match="already has another instrument"):
             identify_series("AAPL", hourly, universe, history, choice)
 
 

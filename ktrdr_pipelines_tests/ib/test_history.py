@@ -26,7 +26,7 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client_ids import ClientIds, in_use, lease_client_id
-from ktrdr_pipelines.ib.endpoint import HOLD_PATIENCE_S
+from ktrdr_pipelines.ib.endpoint import OUTAGE_PATIENCE_S
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.ib.pacing.ledger import open_ledger
 from ktrdr_pipelines.planning.requests import Request
@@ -169,7 +169,7 @@ def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -
     with pytest.raises(PacingError):
         history.fetch(SERIES, REQUEST)
     other = open_ledger(bench.where / "ib", history.address.login, bench.time)
-    assert "pacing" in other.snapshot().holds[0].reason
+    assert "pacing" in other.snapshot().pauses[0].reason
     other.close()
     before_s = bench.time.wall_s
     assert len(bench.connect_to(gateway.port).fetch(SERIES, REQUEST)) == 7
@@ -192,7 +192,7 @@ def test_the_same_login_elsewhere_pauses_everybody_and_tells_the_person(bench: B
         begun_s = bench.time.wall_s
         other.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
         assert bench.time.wall_s - begun_s >= 30
-        assert bench.waits[-1].reason.startswith("pacing: pause of all processes (the gateway said ")
+        assert bench.waits[-1].reason.startswith("pacing: pause of all processes (the gateway answered ")
         assert text in bench.waits[-1].reason
         history.close()
         other.close()
@@ -419,7 +419,7 @@ def test_requests_are_held_while_the_history_farm_is_down(bench: Bench) -> None:
         bench.time.on_sleep = recover
         assert len(history.fetch(SERIES, REQUEST)) == 1
         assert slept == [1.0] * 5
-        assert [wait.reason for wait in bench.waits] == ["the gateway says it is down: history farm ushmds"]
+        assert [wait.reason for wait in bench.waits] == ["the gateway reports an outage: history farm ushmds"]
         history.close()
 
 
@@ -434,9 +434,9 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
         client.probe()
         begun_s = bench.time.wall_s
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert HOLD_PATIENCE_S <= bench.time.wall_s - begun_s < HOLD_PATIENCE_S + 20
+        assert OUTAGE_PATIENCE_S <= bench.time.wall_s - begun_s < OUTAGE_PATIENCE_S + 20
         middle_s = bench.time.wall_s
-        with pytest.raises(TransientError, match="while a farm is down"):
+        with pytest.raises(TransientError, match="answered during an outage"):
             history.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
         assert bench.time.wall_s - middle_s < 5
         history.close()
@@ -445,13 +445,13 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
 def test_without_patience_a_broken_link_is_said_at_once(bench: Bench) -> None:
     """What somebody waits for is neither sent nor waited for while the gateway says that it has no link to IB."""
     with ScriptedGateway({}) as gateway:
-        history = bench.connect_to(gateway.port, retry_waits_s=(), hold_patience_s=0.0)
+        history = bench.connect_to(gateway.port, retry_waits_s=(), outage_patience_s=0.0)
         client = history.connect()
         gateway.say(*error(-1, 1100, "Connectivity between IB and Trader Workstation has been lost."))
         client.probe()
         begun_s = bench.time.wall_s
         for ask in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(SERIES.instrument)):
-            with pytest.raises(TransientError, match="the link between the gateway and IB is down"):
+            with pytest.raises(TransientError, match="reports an outage: link between the gateway and IB"):
                 ask()
         assert (bench.time.wall_s, history.requests_made) == (begun_s, 0)
         history.close()

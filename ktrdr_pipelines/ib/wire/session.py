@@ -444,7 +444,7 @@ def _check(message: int, fields: list[str], server_version: int, parts: int) -> 
 
 
 def _to_failure(outcome: Outcome) -> Exception:
-    if outcome.proven_empty:
+    if outcome.is_empty:
         return NoData(outcome.text)
     failure = outcome.to_error()
     failure.pauses_login = outcome.pauses_login

@@ -166,7 +166,7 @@ def _find_head(
         if (before := known.find_head(pinned)) is not None:
             return pinned, before.head, None
         client = history.connect()
-        history.ride_out(client, frozenset((Outage.LINK, Outage.HISTORY)))
+        history.wait_for_outages(client, frozenset((Outage.LINK, Outage.HISTORY)))
         with _take_turn(history, describe_head(pinned), min(deadline, time.monotonic() + TURN_PATIENCE_S)) as grant:
             try:
                 head = client.head_timestamp(pinned, timeout_s=QUICK_S, sending=grant.sending)

@@ -138,7 +138,7 @@ def pacing_state(history: IBHistory) -> PacingState:
         next_free_at=datetime.fromtimestamp(budget.next_free_at_s, UTC),
         waiting=budget.waiting,
         unanswered=budget.open,
-        pauses=tuple((datetime.fromtimestamp(hold.until_s, UTC), hold.reason) for hold in budget.holds),
+        pauses=tuple((datetime.fromtimestamp(pause.until_s, UTC), pause.reason) for pause in budget.pauses),
     )
 
 

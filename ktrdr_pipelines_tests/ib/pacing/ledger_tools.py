@@ -19,6 +19,8 @@ from ktrdr_pipelines.ib.pacing.ledger import (
 from ktrdr_pipelines.ib.pacing.rules import Ask, Wait, bars_ask
 from ktrdr_pipelines_tests.ib.pacing.ledger_worker import LOGIN as LOGIN
 
+OpenHere = Callable[..., Ledger]
+"""The fixture that opens ledgers and closes them with the test."""
 ROOT = Path(__file__).parents[3]
 FULL_S = 600.5
 

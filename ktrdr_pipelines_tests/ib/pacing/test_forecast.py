@@ -29,7 +29,7 @@ def test_five_requests_of_one_contract_go_at_once_and_the_sixth_waits_two_second
     """The burst rule is seen, and named at the request that it held up."""
     sendings = forecast(asks(6), [], NOW_S)
     assert after(sendings) == [0, 0, 0, 0, 0, 2.5]
-    assert [s.held_up_by for s in sendings] == [None] * 5 + [Rule.BURST]
+    assert [s.waited_for for s in sendings] == [None] * 5 + [Rule.BURST]
 
 
 def test_bid_ask_counts_twice() -> None:
@@ -45,7 +45,7 @@ def test_sixty_in_ten_minutes_then_the_next_sixty() -> None:
     sendings = forecast(asks(61), [], NOW_S)
     assert sendings[59].at_s - NOW_S < 60
     assert sendings[60].at_s - NOW_S == pytest.approx(WINDOW_S + MARGIN_S, abs=0.1)
-    assert sendings[60].held_up_by is Rule.WINDOW
+    assert sendings[60].waited_for is Rule.WINDOW
 
 
 def test_what_others_have_used_of_the_budget_counts() -> None:
@@ -62,8 +62,8 @@ def test_the_same_request_again_waits_fifteen_seconds() -> None:
 
 def test_a_pause_of_all_processes_comes_first() -> None:
     """Nothing goes before its end."""
-    (only,) = forecast(asks(1), [], NOW_S, hold_until_s=NOW_S + 120)
-    assert (round(only.at_s - NOW_S), only.held_up_by) == (120, Rule.HOLD)
+    (only,) = forecast(asks(1), [], NOW_S, pause_until_s=NOW_S + 120)
+    assert (round(only.at_s - NOW_S), only.waited_for) == (120, Rule.PAUSE)
 
 
 def test_unanswered_requests_do_not_hold_up_a_forecast_for_ever() -> None:
@@ -89,14 +89,14 @@ def test_years_of_minutes_are_foretold_in_a_moment() -> None:
 def test_every_time_is_allowed_and_none_before_it(wanted: list[Ask], ages: list[float], hold_s: float | None) -> None:
     """At each time told the rules say go, and a hundredth of a second earlier they did not, or another request came just then."""
     entries = [Entry(NOW_S - age, Ask(f"p{i}", "X")) for i, age in enumerate(ages)]
-    hold_until_s = None if hold_s is None else NOW_S + hold_s
-    sendings = forecast(wanted, entries, NOW_S, hold_until_s=hold_until_s)
+    pause_until_s = None if hold_s is None else NOW_S + hold_s
+    sendings = forecast(wanted, entries, NOW_S, pause_until_s=pause_until_s)
     assert len(sendings) == len(wanted)
     earliest_s = NOW_S
     for ask, sending in zip(wanted, sendings, strict=True):
         assert sending.at_s >= earliest_s
-        assert isinstance(decide(entries, ask, sending.at_s, hold_until_s), Go)
+        assert isinstance(decide(entries, ask, sending.at_s, pause_until_s), Go)
         if sending.at_s > earliest_s + 0.02:
-            assert not isinstance(decide(entries, ask, sending.at_s - 0.01, hold_until_s), Go)
+            assert not isinstance(decide(entries, ask, sending.at_s - 0.01, pause_until_s), Go)
         entries.append(Entry(sending.at_s, ask))
         earliest_s = sending.at_s

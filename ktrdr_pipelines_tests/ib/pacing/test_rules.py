@@ -217,7 +217,7 @@ def test_entries_from_the_future_count_as_now() -> None:
 
 def test_a_pause_of_all_goes_before_everything() -> None:
     """Nothing is sent before the end of a pause; the wait is that of whichever ends last."""
-    assert decide([], bars(), T0, T0 + 42) == Wait(42, Rule.HOLD)
+    assert decide([], bars(), T0, T0 + 42) == Wait(42, Rule.PAUSE)
     assert decide([], bars(), T0, T0) == Go()
     assert decide(filled(60), bars(), T0, T0 + 42).rule is Rule.WINDOW
 
