@@ -194,7 +194,7 @@ class GatewayClient(GatewaySession):
             exchange=instrument.exchange,
             currency=instrument.currency,
         )
-        # Once IB pinned a conId, the primary exchange is implied; sent before, it tells twins apart.
+        # Once IB pinned a conId, the primary exchange is implied; sent before, it distinguishes twins.
         if not instrument.con_id:
             contract.primaryExchange = instrument.primary_exchange
         if instrument.sec_type == "FUT":

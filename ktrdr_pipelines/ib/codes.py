@@ -237,7 +237,7 @@ _ASK_AGAIN = "Open requests are asked again."
 _ALL_FARMS = r"all\s+data\s+farms\s+are\s+connected"
 
 CODES: tuple[Code, ...] = (
-    # -- answers of the history service (162), most alarming first: one text may hold several of these phrases
+    # -- answers of the history service (162), most alarming first: one text may contain several of these phrases
     Code((162,), _text(r"\bpacing\b"), "pacing violation", Kind.FAILED, PacingError, _SLOW_DOWN,
          f"{_FACTS}; {_LIMITS}", pauses_login=True),
     Code((162,), _text(r"different\s+IP"), "competing session", Kind.FAILED, TransientError, _ELSEWHERE,

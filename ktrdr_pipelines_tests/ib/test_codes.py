@@ -27,7 +27,7 @@ NOON = datetime(2024, 3, 5, 17, 0, tzinfo=UTC)
 SERVICE = "Historical Market Data Service error message:"
 KNOWN_CODES = sorted({code for row in CODES for code in row.codes})
 
-# What IB says, word for word where it was seen, and what follows. Written from the facts, not from the table in the code.
+# IB's texts, verbatim where they were seen, and what follows. Written from the facts, not from the table in the code.
 CASES = [
     (162, SERVICE + "Historical data request pacing violation", Kind.FAILED, PacingError),
     (162, SERVICE + "HMDS query returned no data: AAPL@SMART Trades", Kind.EMPTY, None),
@@ -75,7 +75,7 @@ def test_message_leads_to_what_the_facts_say(code: int, text: str, kind: Kind, e
 
 @pytest.mark.parametrize("row", CODES, ids=lambda row: f"{row.codes[0]}-{row.meaning}")
 def test_every_row_is_complete(row) -> None:
-    """Each row names its source, says what it means, and tells a person what to do wherever it can fail a request."""
+    """Each row has its source and meaning, and what the user can do wherever it can fail a request."""
     assert row.source.strip()
     assert row.meaning.strip()
     assert row.codes
@@ -145,7 +145,7 @@ def test_the_table_of_the_facts_holds_in_every_language(
 
 @pytest.mark.parametrize("words", TONGUES)
 def test_words_we_do_not_know_never_prove_a_window_empty(words: str) -> None:
-    """Whatever the code: "no data" in another language is a failure, and the advice says what a person can do about it."""
+    """Whatever the code: "no data" in another language is a failure, and the advice is what the user can do about it."""
     for code in {*KNOWN_CODES, 161, 2101, 99999}:
         assert not classify(code, words, now=NOON).is_empty
     assert "Set the gateway's language to English" in str(to_error(162, words, now=NOON))
@@ -169,7 +169,7 @@ def test_every_error_family_is_told() -> None:
 @settings(max_examples=60, deadline=None)
 @given(code=st.integers(-1000, 100_000), text=st.text(max_size=80), during_history=st.booleans())
 def test_only_one_phrase_of_one_code_proves_emptiness(code: int, text: str, during_history: bool) -> None:
-    """Whatever IB says, only 162 with "query returned no data" is read as "there is nothing"; all else fails or is ignored."""
+    """Whatever IB sends, only 162 with "query returned no data" is read as "there is nothing"; all else fails or is ignored."""
     outcome = classify(code, text, now=NOON, during_history=during_history)
     assert not outcome.is_empty
     error = outcome.to_error("loading AAPL 1h")
@@ -186,7 +186,7 @@ def test_only_one_phrase_of_one_code_proves_emptiness(code: int, text: str, duri
     phrase=st.sampled_from(["pacing violation", "different IP"]),
 )
 def test_a_complaint_beside_no_data_is_a_complaint(before: str, after: str, phrase: str) -> None:
-    """A text that says both "no data" and something alarming is the alarm."""
+    """A text with both "no data" and something alarming is the alarm."""
     for text in (
         f"{before} {phrase} query returned no data {after}",
         f"{before} query returned no data, {phrase} {after}",
@@ -201,19 +201,19 @@ def test_only_a_request_for_bars_can_prove_a_window_empty() -> None:
     assert outcome.error is PermanentError
 
 
-@pytest.mark.parametrize("held", [{Outage.HISTORY}, {Outage.LINK}, {Outage.LINK, Outage.DEFINITIONS}])
-def test_no_data_of_a_broken_farm_proves_nothing(held: set[Outage]) -> None:
+@pytest.mark.parametrize("outages", [{Outage.HISTORY}, {Outage.LINK}, {Outage.LINK, Outage.DEFINITIONS}])
+def test_no_data_of_a_broken_farm_is_no_evidence(outages: set[Outage]) -> None:
     """While the history farm or the link is known to be down, "no data" is a failure that may be tried again."""
-    outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=held)
+    outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=outages)
     assert not outcome.is_empty
     assert outcome.retry_helps
 
 
-@pytest.mark.parametrize("held", [{Outage.DEFINITIONS}, {Outage.LINK}])
-def test_unknown_contract_of_a_broken_farm_is_not_believed(held: set[Outage]) -> None:
+@pytest.mark.parametrize("outages", [{Outage.DEFINITIONS}, {Outage.LINK}])
+def test_unknown_contract_of_a_broken_farm_is_not_believed(outages: set[Outage]) -> None:
     """While contracts cannot be looked up, "no such contract" may be tried again; history alone down changes nothing."""
     text = "No security definition has been found for the request"
-    assert classify(200, text, now=NOON, outages=held).retry_helps
+    assert classify(200, text, now=NOON, outages=outages).retry_helps
     assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).retry_helps
 
 
@@ -267,7 +267,7 @@ def test_unknown_codes_fail_but_unknown_warnings_do_not_end_a_request() -> None:
 
 
 def test_what_is_lost_is_held_until_it_is_back() -> None:
-    """Following the messages of a link loss and a farm loss, requests are held exactly while something is down."""
+    """Following the messages of a link loss and a farm loss, there is an outage exactly from its first to its last message."""
     story = [
         (2105, "HMDS data farm connection is broken:ushmds", {Outage.HISTORY}),
         (1100, "Connectivity between IB and TWS has been lost.", {Outage.HISTORY, Outage.LINK}),
@@ -307,7 +307,7 @@ BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm conn
 @pytest.mark.parametrize(
     ("story", "down"),
     [
-        # one farm says nothing of another
+        # one farm has nothing to do with another
         ([(2105, f"{BROKEN}:ushmds"), (2106, f"{FINE}:euhmds")], "history farm ushmds"),
         ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:euhmds"), (2106, f"{FINE}:ushmds")], "history farm euhmds"),
         ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:ushmds"), (2107, f"{IDLE}.ushmds")], ""),
@@ -323,7 +323,7 @@ BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm conn
         ([(2105, f"{BROKEN}:ushmds"), (2105, BROKEN), (2106, f"{FINE}:euhmds")], "history farm, history farm ushmds"),
         # farms of another kind, quotes and chatter
         ([(2105, f"{BROKEN}:ushmds"), (2158, "OK:ushmds"), (2104, "OK:ushmds"), (165, ":ushmds")], "history farm ushmds"),
-        # the link takes back farms only if it says so
+        # the link ends outages of farms only if its text has it
         ([(2105, f"{BROKEN}:ushmds"), (1100, "lost"), (1102, "data maintained")], "history farm ushmds"),
         ([(2105, f"{BROKEN}:ushmds"), (1100, "lost"), (1101, "data lost")], "history farm ushmds"),
         ([(2105, f"{BROKEN}:ushmds"), (2157, "x:s"), (1100, ""), (1102, "All data farms are connected: usfarm; ushmds.")], ""),
@@ -356,7 +356,7 @@ def test_the_farm_is_named_behind_the_last_colon_in_any_language(text: str, farm
 
 
 def test_what_concerns_the_whole_login_or_the_connection_is_flagged() -> None:
-    """Pacing and a competing session pause everybody, a busy id means the next one, a dead socket a new connection."""
+    """Pacing and a competing session pause all processes, a busy id means the next one, a dead socket a new connection."""
     flagged = {code for code, text, *_ in CASES if classify(code, text, now=NOON).pauses_login}
     assert flagged == {162, 322, 420, 100, 10197}
     assert [code for code, text, *_ in CASES if classify(code, text, now=NOON).next_client_id] == [326]
@@ -364,15 +364,17 @@ def test_what_concerns_the_whole_login_or_the_connection_is_flagged() -> None:
 
 
 def test_the_error_tells_code_words_and_advice() -> None:
-    """A person reads what was being done, IB's code and words, and what to do; the code is an attribute too."""
+    """The error has what was being done, IB's code and text, and what to do; the code is an attribute too."""
     error = to_error(162, SERVICE + "No market data permissions for NYSE STK", now=NOON, doing="loading QS 1m")
     assert error.code == 162
-    assert str(error).startswith("loading QS 1m: the gateway answered 162 (no permission): Historical Market Data Service")
+    assert str(error).startswith(
+        "loading QS 1m: the gateway answered 162 (no permission): Historical Market Data Service"
+    )
     assert "Market Data Subscriptions" in error.advice
     assert str(error).endswith(error.advice)
 
 
 def test_what_is_no_failure_cannot_be_raised_as_one() -> None:
-    """Turning "proven empty" or a notice into an error is a bug of ours and says so."""
+    """Raising "no data" or a notice as an error is a bug of ours, and is reported as one."""
     for code, text in ((162, "query returned no data"), (2106, "fine"), (165, "")):
         assert type(to_error(code, text, now=NOON + timedelta(days=1))) is BugError

@@ -132,7 +132,7 @@ def test_a_con_id_of_another_instrument_is_refused(wanted: Instrument, words: st
 def test_a_con_id_decides_where_the_rest_leaves_it_open(wanted: Instrument) -> None:
     info = ContractInfo(2, "AAPL", "STK", "MEXI", "MXN")
     assert choose_contract(wanted, [info]) is info
-    nameless = replace(info, symbol="", sec_type="", currency="")  # a gateway that hardly says anything
+    nameless = replace(info, symbol="", sec_type="", currency="")  # a gateway that sends hardly any fields
     assert choose_contract(wanted, [nameless]) is nameless
 
 

@@ -158,12 +158,12 @@ def test_bars_that_cannot_be_read_are_not_asked_again(bench: Bench) -> None:
         history = bench.connect_to(gateway.port)
         with pytest.raises(DataError):
             history.fetch(SERIES, REQUEST)
-        assert len(gateway.told(HISTORY)) == 1
+        assert len(gateway.received_of(HISTORY)) == 1
         history.close()
 
 
 def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -> None:
-    """One process is told that it asks too fast; the ledger, as every other process opens it, holds all of them."""
+    """One process gets a pacing violation; the ledger, as every other process opens it, pauses all of them."""
     gateway = start_gateway([FaultRule("pacing", nth=(1,))])
     history = bench.connect_to(gateway.port, retry_waits_s=())
     with pytest.raises(PacingError):
@@ -181,7 +181,7 @@ def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -
     [(10197, "No market data during competing live session"), (162, "connected from a different IP address")],
 )
 def test_the_same_login_elsewhere_pauses_everybody_and_tells_the_person(bench: Bench, code: int, text: str) -> None:
-    """Transient: every process of the login waits, and the person hears what happened and what to do about it."""
+    """Transient: every process of the login waits, and the user learns what happened and what to do about it."""
     replies = iter([lambda i: error(i, code, text)] * 2 + [lambda i: bars(i, BAR)])
     with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=(1.5,))
@@ -212,7 +212,7 @@ def test_every_wait_is_in_the_log(bench: Bench, start_gateway: Any, caplog: pyte
 
 
 def test_nobody_home_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
-    """A gateway that is not running is told now, not after 105 seconds, and no lease stays behind."""
+    """A gateway that is not running is reported now, not after 105 seconds, and no lease stays behind."""
     history = bench.connect_to(unused_port)
     for call in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(stock("AAPL")), history.connect):
         with pytest.raises(GatewayUnreachable, match="connection refused"):
@@ -233,7 +233,7 @@ def test_a_dropped_connection_is_made_again_for_the_retry(bench: Bench, start_ga
 
 
 def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None:
-    """Once there was a connection, a gateway that is gone is looked for every 15 seconds; the person is told once, and when it
+    """Once there was a connection, a gateway that is gone is looked for every 15 seconds; the wait is reported once, and when it
     is back the load goes on, without a retry spent. The next restart is waited for as long again."""
     gateway = run_in_thread(SyntheticMarket(), judge=False)
     with ExitStack() as running:
@@ -254,9 +254,9 @@ def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None
         assert bench.time.long_sleeps == [15.0] * 20
         assert history.retries == 0
         assert history.retry_wait_s == 300.0
-        (told,) = bench.waits
-        assert told.reason.startswith("the gateway is gone and may be restarting: no gateway at")
-        assert told.seconds == pytest.approx(525, abs=20)
+        (reported,) = bench.waits
+        assert reported.reason.startswith("the gateway is gone and may be restarting: no gateway at")
+        assert reported.seconds == pytest.approx(525, abs=20)
         history.close()
 
 
@@ -292,22 +292,22 @@ def test_a_gateway_that_left_is_not_waited_for_where_nothing_is_retried(bench: B
 
 def test_a_machine_that_slept_asks_before_it_trusts(bench: Bench) -> None:
     """After a sleep, which only the clock that goes on meanwhile shows, a connection that looks alive is asked for the time; one
-    that is dead is made anew, and no request is lost on it. A clock that was set back proves nothing."""
+    that is dead is made again, and no request is lost on it. A clock that was set back counts as idle."""
     answers = {
         HISTORY: lambda fields: [bars(fields[1], BAR)],
-        TIME: lambda _: [(49, 1, int(time.time()))] if len(gateway.told(TIME)) != 3 else [],
+        TIME: lambda _: [(49, 1, int(time.time()))] if len(gateway.received_of(TIME)) != 3 else [],
     }
     with ScriptedGateway(answers) as gateway:
         history = bench.connect_to(gateway.port, probe_timeout_s=0.3)
         client = history.connect()
         assert history.connect() is client
-        assert len(gateway.told(TIME)) == 1
+        assert len(gateway.received_of(TIME)) == 1
         bench.time.pass_by(3600)
         assert history.connect() is client
-        assert len(gateway.told(TIME)) == 2
+        assert len(gateway.received_of(TIME)) == 2
         bench.time.pass_by(-3600)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (gateway.connections, history.retries, len(gateway.told(HISTORY))) == (2, 0, 1)
+        assert (gateway.connections, history.retries, len(gateway.received_of(HISTORY))) == (2, 0, 1)
         history.close()
 
 
@@ -342,7 +342,7 @@ def test_a_connection_lost_while_waiting_for_its_turn_costs_no_request(bench: Be
 
         bench.time.on_sleep = drop
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (len(gateway.told(HISTORY)), history.requests_made, history.retries) == (2, 2, 1)
+        assert (len(gateway.received_of(HISTORY)), history.requests_made, history.retries) == (2, 2, 1)
         assert bench.time.long_sleeps == []
         history.close()
 
@@ -353,7 +353,7 @@ def test_a_gateway_that_hangs_and_restarts_is_ridden_out(bench: Bench) -> None:
     silent = {"for": 3}
 
     def on_time(_: list[str]) -> list[Any]:
-        if gateway.told(HISTORY) and silent["for"]:
+        if gateway.received_of(HISTORY) and silent["for"]:
             silent["for"] -= 1
             return []
         return [(49, 1, int(time.time()))]
@@ -385,7 +385,7 @@ def test_after_a_time_out_a_dead_connection_is_found_out_before_the_retry(bench:
     with ScriptedGateway({HISTORY: on_history, TIME: on_time}) as gateway:
         history = bench.connect_to(gateway.port, request_timeout_s=0.3, probe_timeout_s=0.3)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (gateway.connections, len(gateway.told(HISTORY)), history.retries) == (2, 2, 1)
+        assert (gateway.connections, len(gateway.received_of(HISTORY)), history.retries) == (2, 2, 1)
         history.close()
 
 
@@ -400,21 +400,21 @@ def test_requests_that_time_out_are_given_up_as_failures(bench: Bench, start_gat
 
 
 def test_requests_are_held_while_the_history_farm_is_down(bench: Bench) -> None:
-    """After 2105 nothing is sent until 2106; the person is told once why nothing happens."""
+    """After 2105 nothing is sent until 2106; the wait is reported once."""
     slept: list[float] = []
 
     def recover(seconds: float) -> None:
         slept.append(seconds)
         if len(slept) == 5:
-            gateway.say(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
+            gateway.send(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
         if len(slept) >= 5:
-            client.probe()  # whatever was said before is heard now
+            client.probe()  # whatever was sent before has arrived now
 
     answers = {HISTORY: lambda fields: [bars(fields[1], BAR)]}
     with ScriptedGateway(answers) as gateway:
         history = bench.connect_to(gateway.port)
         client = history.connect()
-        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        gateway.send(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
         client.probe()
         bench.time.on_sleep = recover
         assert len(history.fetch(SERIES, REQUEST)) == 1
@@ -430,7 +430,7 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
     with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=())
         client = history.connect()
-        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        gateway.send(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
         client.probe()
         begun_s = bench.time.wall_s
         assert len(history.fetch(SERIES, REQUEST)) == 1
@@ -443,11 +443,11 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
 
 
 def test_without_patience_a_broken_link_is_said_at_once(bench: Bench) -> None:
-    """What somebody waits for is neither sent nor waited for while the gateway says that it has no link to IB."""
+    """An interactive request is neither sent nor waits while the gateway reports an outage of its link to IB."""
     with ScriptedGateway({}) as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=(), outage_patience_s=0.0)
         client = history.connect()
-        gateway.say(*error(-1, 1100, "Connectivity between IB and Trader Workstation has been lost."))
+        gateway.send(*error(-1, 1100, "Connectivity between IB and Trader Workstation has been lost."))
         client.probe()
         begun_s = bench.time.wall_s
         for ask in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(SERIES.instrument)):
@@ -458,7 +458,7 @@ def test_without_patience_a_broken_link_is_said_at_once(bench: Bench) -> None:
 
 
 def test_an_idle_connection_is_asked_before_it_is_trusted(bench: Bench, start_gateway: Any) -> None:
-    """A connection that went away while nobody used it costs no retry: it is made anew before the request."""
+    """A connection that ended while it was idle costs no retry: it is made anew before the request."""
     gateway = start_gateway()
     history = bench.connect_to(gateway.port)
     first = history.connect()
@@ -513,7 +513,7 @@ def test_the_next_id_is_taken_however_the_gateway_refuses(bench: Bench, refuse_b
     """326 that comes after the greeting, and a gateway that only closes the connection: the next id at once, no time-out."""
 
     def answer(fields: list[str]) -> list[Any]:
-        if gateway.told(START_API)[-1][2] != "1":
+        if gateway.received_of(START_API)[-1][2] != "1":
             return READY if fields[0] == START_API else [(49, 1, int(time.time()))]
         if refuse_by == "hanging up":
             return [("close",)]
@@ -529,7 +529,7 @@ def test_the_next_id_is_taken_however_the_gateway_refuses(bench: Bench, refuse_b
 
 
 def test_a_gateway_that_hangs_up_on_everybody_is_not_tried_fifty_times(bench: Bench) -> None:
-    """A trusted-IP rule looks like a refused id: one other id is tried, then the person is told."""
+    """A trusted-IP rule looks like a refused id: one other id is tried, then the error is raised."""
     with ScriptedGateway(ready=(("close",),)) as gateway:
         history = bench.connect_to(gateway.port)
         with pytest.raises(GatewayUnreachable, match="trusted IP"):
@@ -555,7 +555,7 @@ def test_a_zombie_of_our_own_is_passed_over(bench: Bench) -> None:
     with ScriptedGateway({START_API: start, HISTORY: history_request}) as gateway:
         history = bench.connect_to(gateway.port, request_timeout_s=60.0)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert [fields[2] for fields in gateway.told(START_API)] == ["1", "1", "2"]
+        assert [fields[2] for fields in gateway.received_of(START_API)] == ["1", "1", "2"]
         assert bench.time.long_sleeps == []  # no retry wait: only the ledger's
         history.close()
 
@@ -588,7 +588,7 @@ def test_when_every_id_is_taken_it_says_so(bench: Bench) -> None:
     ],
 )
 def test_the_source_follows_the_account(bench: Bench, account: str, source: str) -> None:
-    """Simulator, paper and live are told apart by the account id, which no setting can get wrong."""
+    """Simulator, paper and live differ by the account id, which no setting can get wrong."""
     with ScriptedGateway(ready=((15, 1, f"{account},"), (9, 1, 1))) as gateway:
         history = bench.connect_to(gateway.port)
         history.connect()
@@ -608,7 +608,7 @@ def test_the_start_of_history_is_asked_once(bench: Bench, start_gateway: Any) ->
 
 
 def test_a_start_of_history_that_cannot_be_had_fails_no_load(bench: Bench, start_gateway: Any) -> None:
-    """It is a hint: whatever the gateway says instead, it is asked for once, without retries, and the load goes on without."""
+    """It is a hint: whatever the gateway answers instead, it is asked for once, without retries, and the load goes on without."""
     gateway = start_gateway([FaultRule("error", on="head", code=162, text="No head time stamp")])
     history = bench.connect_to(gateway.port)
     assert history.find_head(stock("AAPL")) is None

@@ -22,7 +22,7 @@ IDENTICAL_S = 15.0
 BURST_S = 2.0
 BURST_UNITS = 6
 """*Fewer* than six requests for the same contract, exchange and tick type within two seconds. BID_ASK counts twice here too:
-the specification says so of requests, not of one rule."""
+the specification has it for requests, not for one rule."""
 OPEN_REQUESTS = 50
 """At most 50 history requests may be unanswered at a time."""
 

@@ -17,8 +17,8 @@ _CLOSE_S = 0.2
 
 
 class MessageSocket(asyncio.Protocol):
-    """``on_message`` gets each payload; a ValueError that it raises ends the connection, its text says why. ``on_end`` is called
-    once, with the reason or an empty text."""
+    """``on_message`` gets each payload; a ValueError that it raises ends the connection, with its text as the reason. ``on_end``
+    is called once, with the reason or an empty text."""
 
     def __init__(self, on_message: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
         self.frames = FrameBuffer()

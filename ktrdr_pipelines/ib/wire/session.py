@@ -118,7 +118,7 @@ class GatewaySession:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the socket is open and the gateway gave no notice. The gateway may be dead all the same: see `probe`."""
+        """Whether the socket is open and the gateway gave no notice. It may be dead nevertheless: see `probe`."""
         return self._thread is not None and self._is_open and not self._refusal
 
     @property

@@ -26,7 +26,7 @@ def test_nothing_to_ask_needs_no_time() -> None:
 
 
 def test_five_requests_of_one_contract_go_at_once_and_the_sixth_waits_two_seconds() -> None:
-    """The burst rule is seen, and named at the request that it held up."""
+    """The burst rule applies, and is named at the request that waits for it."""
     sendings = forecast(asks(6), [], NOW_S)
     assert after(sendings) == [0, 0, 0, 0, 0, 2.5]
     assert [s.waited_for for s in sendings] == [None] * 5 + [Rule.BURST]
@@ -55,7 +55,7 @@ def test_what_others_have_used_of_the_budget_counts() -> None:
 
 
 def test_the_same_request_again_waits_fifteen_seconds() -> None:
-    """An identical request sent five seconds ago holds up the first."""
+    """The first waits for an identical request sent five seconds ago."""
     (again,) = asks(1)
     assert after(forecast([again], [Entry(NOW_S - 5, again)], NOW_S)) == [10.5]
 
@@ -67,7 +67,7 @@ def test_a_pause_of_all_processes_comes_first() -> None:
 
 
 def test_unanswered_requests_do_not_hold_up_a_forecast_for_ever() -> None:
-    """Fifty open requests count as answered now: nobody knows when they will be."""
+    """Fifty open requests count as answered now: the time of their answers is unknown."""
     past = [Entry(NOW_S - 60, Ask(f"open {i}", f"open {i}"), is_open=True) for i in range(50)]
     assert after(forecast(asks(1), past, NOW_S)) == [0]
 
@@ -87,7 +87,8 @@ def test_years_of_minutes_are_foretold_in_a_moment() -> None:
     hold_s=st.none() | st.floats(-10, 900),
 )  # fmt: skip
 def test_every_time_is_allowed_and_none_before_it(wanted: list[Ask], ages: list[float], hold_s: float | None) -> None:
-    """At each time told the rules say go, and a hundredth of a second earlier they did not, or another request came just then."""
+    """At each forecast time the rules allow the request; a hundredth of a second earlier they did not, or another one had just
+    gone."""
     entries = [Entry(NOW_S - age, Ask(f"p{i}", "X")) for i, age in enumerate(ages)]
     pause_until_s = None if hold_s is None else NOW_S + hold_s
     sendings = forecast(wanted, entries, NOW_S, pause_until_s=pause_until_s)

@@ -78,13 +78,13 @@ def test_a_write_that_took_long_counts_from_its_end(ledger: Ledger, clock: HandC
         clock.sleep(8)
         assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.5, abs=0.01)
         clock.sleep(FULL_S)
-        assert isinstance(ledger.try_acquire(wish("A", "other")), Grant), "nobody waits for ever for one who is stopped"
+        assert isinstance(ledger.try_acquire(wish("A", "other")), Grant), "a stopped process blocks no other for long"
     clock.sleep(1)
     assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.5, abs=0.01)
 
 
 def test_a_write_that_failed_may_have_arrived(ledger: Ledger) -> None:
-    """An error of the socket says nothing about what the gateway has read: the request counts."""
+    """An error of the socket does not show what the gateway has read: the request counts."""
     with pytest.raises(ConnectionError), ledger.acquire(wish()) as grant, grant.sending():
         raise ConnectionError
     assert (ledger.snapshot().used, ledger.snapshot().open) == (1, 0)
@@ -93,7 +93,7 @@ def test_a_write_that_failed_may_have_arrived(ledger: Ledger) -> None:
 def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(
     open_here: OpenHere, tmp_path: Path
 ) -> None:
-    """A look at the ledger that took long says nothing about now: it is repeated, and then the grant is too old."""
+    """A look at the ledger that took long is out of date: it is repeated, and then the grant is too old."""
 
     class StoppingClock(HandClock):
         reads = -100
@@ -183,15 +183,15 @@ def test_open_requests_of_a_killed_process_are_closed(open_here: OpenHere, tmp_p
 
 @pytest.mark.slow
 def test_waiting_sleeps_exactly_as_long_as_needed(ledger: Ledger, clock: HandClock) -> None:
-    """A waiter wakes when the budget is free, tells its wait once per change, and knows how long it was."""
+    """A waiter wakes when the budget is free, reports its wait once per change, and knows how long it was."""
     fill(ledger)
     began = clock.now_s()
-    told: list[tuple[float, Rule, float]] = []
-    grant = ledger.acquire(wish(), sleep=clock.sleep, on_wait=lambda *wait: told.append(wait))
+    reported: list[tuple[float, Rule, float]] = []
+    grant = ledger.acquire(wish(), sleep=clock.sleep, on_wait=lambda *wait: reported.append(wait))
     assert clock.now_s() - began == pytest.approx(FULL_S, abs=0.05)
     assert grant.waited_s == pytest.approx(FULL_S, abs=0.05)
-    assert [rule for _, rule, _ in told] == [Rule.WINDOW]
-    assert told[0][2] == pytest.approx(began + FULL_S, abs=0.05)
+    assert [rule for _, rule, _ in reported] == [Rule.WINDOW]
+    assert reported[0][2] == pytest.approx(began + FULL_S, abs=0.05)
 
 
 def test_waiting_can_be_cancelled_and_leaves_no_place_behind(ledger: Ledger, clock: HandClock) -> None:
@@ -252,7 +252,7 @@ def test_a_heavy_request_is_not_starved_by_light_ones(
 def test_one_may_overtake_who_delays_nobody(
     open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
 ) -> None:
-    """Whoever waits for its own twin does not hold up others, and they do not take the unit that it will need."""
+    """A waiter for its own twin does not delay others, and they do not take the unit that it will need."""
     fill(ledger, 55)
     send(ledger, wish("A", "x"))
     newcomer = open_here(tmp_path, LOGIN, clock)
@@ -334,7 +334,7 @@ def test_waiters_are_served_in_the_order_of_their_arrival(
 def test_a_pacing_answer_makes_everybody_wait(
     open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
 ) -> None:
-    """After IB complained nobody sends for 15 s, for longer when it complains again, and for 15 s again after a quiet time."""
+    """After a pacing violation no process sends for 15 s, for longer after another one, and for 15 s again after a quiet time."""
     other = open_here(tmp_path, LOGIN, clock)
     for expected in (*PENALTIES_S, PENALTIES_S[-1]):
         assert ledger.penalise("code 162, pacing") == expected
@@ -358,7 +358,7 @@ def test_complaints_about_one_event_pause_once(ledger: Ledger, clock: HandClock)
 
 
 def test_a_pause_of_given_length_neither_counts_nor_is_shortened(ledger: Ledger, clock: HandClock) -> None:
-    """A competing session pauses for as long as the caller says; a pacing answer in it does not end it earlier."""
+    """A competing session pauses for as long as the caller wants; a pacing violation in it does not end it earlier."""
     assert ledger.penalise("competing session", 60) == 60
     assert ledger.penalise("pacing") == 15.0
     clock.sleep(30)
@@ -408,7 +408,7 @@ def test_a_clock_set_forward_frees_nothing(ledger: Ledger, clock: HandClock) -> 
 
 @pytest.mark.parametrize("wall_step_s", [60, 7200, -3600])
 def test_a_reboot_frees_nothing_early(ledger: Ledger, clock: HandClock, wall_step_s: float) -> None:
-    """After a restart of the machine, whatever its wall clock says, what was sent counts ten minutes and not much longer."""
+    """After a restart of the machine, whatever its wall clock shows, what was sent counts ten minutes and not much longer."""
     fill(ledger)
     clock.reboot(uptime_s=30, wall_step_s=wall_step_s)
     assert wait_of(ledger).rule is Rule.WINDOW

@@ -1,6 +1,6 @@
 """The ledger's file lost, damaged, on a full disk, in the hands of killed, forked and threaded users: never a free pass.
 
-That nobody is ever faster for it is judged in `ib/pacing/test_ledger_judged.py`.
+That no process gets faster by it is judged in `ib/pacing/test_ledger_judged.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def assert_refused_thrice(lines: list[str]) -> None:
 
 
 def test_a_damaged_file_is_kept_and_the_pause_explained(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
-    """What is no database is moved aside, byte for byte, and people are told why everything waits."""
+    """What is not a database is moved aside, byte for byte, and the wait is explained."""
     path = ledger_path(tmp_path, LOGIN)
     ledger = open_here(tmp_path, LOGIN, clock)
     fill(ledger)
@@ -64,7 +64,7 @@ def test_the_first_start_does_not_wait(open_here: OpenHere, tmp_path: Path, cloc
 
 
 def test_an_unusable_directory_is_one_clear_error(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
-    """Where no file can be made, nothing is granted, and the error says where and what to do."""
+    """Where no file can be made, nothing is granted, and the error names the place and what to do."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"pacing ledger .*no request was sent") as caught:
         open_here(tmp_path / "file" / "deeper", LOGIN, clock).try_acquire(wish())
@@ -129,7 +129,7 @@ def test_a_forked_child_uses_a_connection_of_its_own(tmp_path: Path) -> None:
         "import os, sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
         "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import fill, send, wait_of, LOGIN\n"
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN); fill(ledger, 30)\n"
-        "mutex = ledger._store._mutex; mutex.acquire(); child = os.fork()\n"  # as another thread would hold it
+        "mutex = ledger._store._mutex; mutex.acquire(); child = os.fork()\n"  # as if another thread had it
         "if child: mutex.release()\n"
         "fill(ledger, 15)\n"
         "if child: os.waitpid(child, 0); print(ledger.snapshot().used, wait_of(ledger).rule.name)\n"

@@ -90,7 +90,7 @@ def test_a_database_that_is_gone_grants_nothing(open_here: OpenHere, postgres_ur
 
 @pytest.mark.parametrize("url", ["mysql://x@y/z", "postgresql+nodriver://x@y/z", "sqlite:///x.db", "nonsense://"])
 def test_a_url_that_cannot_be_used_is_refused(open_here: OpenHere, url: str) -> None:
-    """Anything but PostgreSQL, and a missing driver, is told at once, with what to write instead."""
+    """Anything but PostgreSQL, and a missing driver, is refused at once, with what to write instead."""
     with pytest.raises(InputError) as caught:
         open_here(url, LOGIN)
     assert "PostgreSQL" in caught.value.advice or "postgresql+psycopg" in caught.value.advice
