@@ -22,7 +22,8 @@ from ktrdr_pipelines.ib.contracts import ContractInfo, EmptyContractAnswer
 from ktrdr_pipelines.ib.trading_schedule import read_schedule
 from ktrdr_pipelines.ib.wire.answers import BARS, CONTRACT, CONTRACT_END, HEAD, SAMPLES, SCHEDULE
 from ktrdr_pipelines.ib.wire.decoding import RawBars, columns_from_bars, read_contract, read_head, read_sample
-from ktrdr_pipelines.ib.wire.session import GatewaySession, NoData
+from ktrdr_pipelines.ib.wire.dispatcher import NoData
+from ktrdr_pipelines.ib.wire.session import GatewaySession
 
 log = logging.getLogger(__name__)
 

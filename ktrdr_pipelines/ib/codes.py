@@ -94,18 +94,6 @@ class Outcome:
     is_known: bool = True
 
     @property
-    def kind(self) -> Kind:
-        return self.row.kind
-
-    @property
-    def error(self) -> type[KtrdrError] | None:
-        return self.row.error
-
-    @property
-    def advice(self) -> str:
-        return self.row.advice
-
-    @property
     def is_empty(self) -> bool:
         """True if IB answered that the window has no data."""
         return self.row.kind is Kind.EMPTY
@@ -116,51 +104,13 @@ class Outcome:
         return self.row.kind is not Kind.NOTICE
 
     @property
-    def must_cancel(self) -> bool:
-        """True if the gateway may go on with the request that this message ends here."""
-        return self.row.goes_on
-
-    @property
     def begins(self) -> frozenset[Outage]:
         return frozenset() if self.row.begins is None else frozenset((self.row.begins,))
-
-    @property
-    def ends(self) -> frozenset[Outage]:
-        return self.row.ends
-
-    @property
-    def ends_all(self) -> bool:
-        return self.row.ends_all
 
     @property
     def farm(self) -> str:
         """The farm that a farm message names, in small letters; empty where it names none."""
         return name_farm(self.text)
-
-    @property
-    def needs_resubscribe(self) -> bool:
-        return self.row.needs_resubscribe
-
-    @property
-    def pauses_login(self) -> bool:
-        return self.row.pauses_login
-
-    @property
-    def next_client_id(self) -> bool:
-        return self.row.next_client_id
-
-    @property
-    def reconnect(self) -> bool:
-        return self.row.reconnect
-
-    @property
-    def ignore(self) -> bool:
-        """True if there is nothing to do: log it (loudly when not `is_known`) and go on."""
-        return self.row.kind is Kind.NOTICE and not (self.begins or self.ends or self.row.needs_resubscribe)
-
-    @property
-    def retry_helps(self) -> bool:
-        return self.row.error is not None and self.row.error.retry_helps
 
     def to_error(self, doing: str = "") -> KtrdrError:
         """The exception for this message, with its code, IB's text, and what to do.
@@ -358,16 +308,3 @@ def _adjust(row: Code, now: datetime, during_history: bool, outages: Collection[
         if in_nightly_reset(now):
             return _NOT_NOW
     return row
-
-
-def to_error(
-    code: int,
-    text: str,
-    *,
-    now: datetime,
-    doing: str = "",
-    during_history: bool = True,
-    outages: Collection[Outage] = frozenset(),
-) -> KtrdrError:
-    """`classify` and `Outcome.to_error` in one: always a KtrdrError, never a bare exception."""
-    return classify(code, text, now=now, during_history=during_history, outages=outages).to_error(doing)

@@ -195,7 +195,7 @@ def test_client_reads_exactly_the_markets_bars(library, number):
     assert got == wanted
 
 
-def test_client_is_told_why_a_request_is_refused(library):
+def test_client_receives_why_a_request_is_refused(library):
     """Each kind of bad request ends with IB's code and wording, never with an empty answer."""
     answers = drive(library)["history"][len(CASES) :]
     expected = refused_of(library)

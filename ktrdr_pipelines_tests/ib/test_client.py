@@ -167,7 +167,7 @@ def test_refused_connection_names_the_ports_that_answer(unused_port: int) -> Non
     assert f"ktrdr simulator --port {unused_port}" in str(caught.value)
 
 
-def test_no_usual_port_answers_is_said_too(unused_port: int) -> None:
+def test_that_no_usual_port_answers_is_reported_too(unused_port: int) -> None:
     """Where nothing answers at all, the sentence has that."""
     assert describe_open_ports("127.0.0.1", skip=1, ports={unused_port: "TWS"}).startswith("None of IB's usual ports")
 
@@ -192,7 +192,7 @@ def test_a_silent_server_ends_by_the_connect_time_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_greeting_that_stops_half_way_says_how_far_it_came() -> None:
+def test_a_greeting_that_stops_half_way_is_reported_as_far_as_it_came() -> None:
     """Version but no account list (a gateway before its login), with the last notice it gave."""
     ready = (error(-1, 2110, "Connectivity between TWS and server is broken"), (9, 1, 1))
     with (
@@ -388,7 +388,7 @@ def test_bars_of_the_simulator_arrive(start_gateway: Callable[..., Any]) -> None
     assert gateway.requests[0].end == "20240301-21:00:00"
 
 
-def test_proven_empty_comes_with_ibs_words() -> None:
+def test_no_data_comes_with_ibs_text() -> None:
     """162 with "query returned no data" is an answer without bars; so is an answer that counts zero bars."""
     replies = iter([lambda i: error(i, 162, NO_DATA), lambda i: bars(i)])
     with (
@@ -422,7 +422,7 @@ def test_proven_empty_comes_with_ibs_words() -> None:
         (77777, "something new", TransientError),
     ],
 )
-def test_an_error_ends_its_request_as_the_table_says(code: int, text: str, kind: type[KtrdrError]) -> None:
+def test_an_error_ends_its_request_by_the_table(code: int, text: str, kind: type[KtrdrError]) -> None:
     """The right class with IB's code; never an empty answer; with and without the field for rejected orders."""
     ways = iter(
         [
@@ -805,7 +805,7 @@ def sample(*fields: str) -> tuple[str, ...]:
         (("-1",), 176, "announced"),
     ],
 )
-def test_an_answer_with_symbols_holds_as_many_as_it_says(fields: tuple[str, ...], version: int, words: str) -> None:
+def test_an_answer_with_symbols_has_as_many_as_it_announces(fields: tuple[str, ...], version: int, words: str) -> None:
     """Missing ones, surplus ones and counts that are none are an error at once, in the layouts before and after 176."""
     if not words:
         check_samples_message(sample(*fields), version)

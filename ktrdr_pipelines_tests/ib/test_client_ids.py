@@ -124,7 +124,7 @@ def test_processes_that_start_together_get_different_ids(tmp_path: Path) -> None
     assert in_use(tmp_path) == []
 
 
-def test_looking_disturbs_nobody_and_survives_odd_files(tmp_path: Path) -> None:
+def test_looking_disturbs_no_lease_and_survives_odd_files(tmp_path: Path) -> None:
     """A missing directory is empty; foreign, half-written and outlived records are neither shown nor an error."""
     assert in_use(tmp_path / "none") == []
     (tmp_path / "notes.owner").write_text("hello")

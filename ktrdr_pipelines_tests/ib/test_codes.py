@@ -19,11 +19,18 @@ from ktrdr_pipelines.ib.codes import (
     classify,
     in_nightly_reset,
     name_farm,
-    to_error,
 )
 from ktrdr_pipelines.ib.wire.outages import Outages
 
 NOON = datetime(2024, 3, 5, 17, 0, tzinfo=UTC)
+
+
+def is_ignored(outcome: Outcome) -> bool:
+    """The message is logged, and nothing else follows."""
+    row = outcome.row
+    return row.kind is Kind.NOTICE and not (outcome.begins or row.ends or row.needs_resubscribe)
+
+
 SERVICE = "Historical Market Data Service error message:"
 KNOWN_CODES = sorted({code for row in CODES for code in row.codes})
 
@@ -68,7 +75,7 @@ CASES = [
 def test_message_leads_to_what_the_facts_say(code: int, text: str, kind: Kind, error: type[KtrdrError] | None) -> None:
     """Each known message has the kind and the error family of the facts, under its own code."""
     outcome = classify(code, text, now=NOON)
-    assert (outcome.kind, outcome.error) == (kind, error)
+    assert (outcome.row.kind, outcome.row.error) == (kind, error)
     assert outcome.is_known
     assert outcome.is_empty == (kind is Kind.EMPTY)
 
@@ -89,36 +96,36 @@ def test_every_row_is_complete(row) -> None:
 
 # The table of the facts (section 8), line by line: codes, a text that narrows them (None: any), what follows.
 FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
-    ((162,), "pacing violation", lambda o: o.error is PacingError and o.pauses_login),
+    ((162,), "pacing violation", lambda o: o.row.error is PacingError and o.row.pauses_login),
     ((162,), "HMDS query returned no data: X", lambda o: o.is_empty),
-    ((162,), "query cancelled", lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
-    ((366,), None, lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
-    ((162,), "invalid step", lambda o: o.error is BugError),
-    ((321,), None, lambda o: o.error is BugError),
-    ((162,), "No market data permissions for X", lambda o: o.error is PermanentError and "Subscri" in o.advice),
-    ((354, 10090, 10187), None, lambda o: o.error is PermanentError and "Subscri" in o.advice),
+    ((162,), "query cancelled", lambda o: o.row.kind is Kind.CANCELLED and o.row.error.retry_helps),
+    ((366,), None, lambda o: o.row.kind is Kind.CANCELLED and o.row.error.retry_helps),
+    ((162,), "invalid step", lambda o: o.row.error is BugError),
+    ((321,), None, lambda o: o.row.error is BugError),
+    ((162,), "No market data permissions for X", lambda o: o.row.error is PermanentError and "Subscri" in o.row.advice),
+    ((354, 10090, 10187), None, lambda o: o.row.error is PermanentError and "Subscri" in o.row.advice),
     (
         (162,),
         "connected from a different IP address",
-        lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice,
+        lambda o: o.row.error.retry_helps and o.row.pauses_login and "log out" in o.row.advice,
     ),
-    ((10197,), None, lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice),
-    ((162,), "anything else", lambda o: o.error is TransientError and "language to English" in o.advice),
+    ((10197,), None, lambda o: o.row.error.retry_helps and o.row.pauses_login and "log out" in o.row.advice),
+    ((162,), "anything else", lambda o: o.row.error is TransientError and "language to English" in o.row.advice),
     ((165,), None, lambda o: not o.ends_request and not o.begins),
-    ((166,), None, lambda o: o.error is PermanentError),
-    ((200,), None, lambda o: o.error is PermanentError and "symbol" in o.advice),
-    ((326,), None, lambda o: o.next_client_id),
-    ((420,), None, lambda o: o.error is PacingError and o.pauses_login),
-    ((502, 504, 1300), None, lambda o: o.reconnect and o.error is GatewayUnreachable),
+    ((166,), None, lambda o: o.row.error is PermanentError),
+    ((200,), None, lambda o: o.row.error is PermanentError and "symbol" in o.row.advice),
+    ((326,), None, lambda o: o.row.next_client_id),
+    ((420,), None, lambda o: o.row.error is PacingError and o.row.pauses_login),
+    ((502, 504, 1300), None, lambda o: o.row.reconnect and o.row.error is GatewayUnreachable),
     ((1100,), None, lambda o: not o.ends_request and o.begins == {Outage.LINK}),
-    ((1101,), None, lambda o: not o.ends_request and o.ends == {Outage.LINK} and o.needs_resubscribe),
-    ((1102,), None, lambda o: not o.ends_request and o.ends == {Outage.LINK} and not o.needs_resubscribe),
-    ((2103, 2104, 2108), None, lambda o: o.ignore),
+    ((1101,), None, lambda o: not o.ends_request and o.row.ends == {Outage.LINK} and o.row.needs_resubscribe),
+    ((1102,), None, lambda o: not o.ends_request and o.row.ends == {Outage.LINK} and not o.row.needs_resubscribe),
+    ((2103, 2104, 2108), None, is_ignored),
     ((2105,), None, lambda o: not o.ends_request and o.begins == {Outage.HISTORY}),
-    ((2106, 2107), None, lambda o: not o.ends_request and o.ends == {Outage.HISTORY}),
+    ((2106, 2107), None, lambda o: not o.ends_request and o.row.ends == {Outage.HISTORY}),
     ((2157,), None, lambda o: not o.ends_request and o.begins == {Outage.DEFINITIONS}),
-    ((2158,), None, lambda o: not o.ends_request and o.ends == {Outage.DEFINITIONS}),
-    ((2174, 10339), None, lambda o: o.error is BugError and o.ends_request),
+    ((2158,), None, lambda o: not o.ends_request and o.row.ends == {Outage.DEFINITIONS}),
+    ((2174, 10339), None, lambda o: o.row.error is BugError and o.ends_request),
 ]
 TONGUES = [
     "",
@@ -131,7 +138,7 @@ TONGUES = [
 @pytest.mark.parametrize(
     ("codes", "text", "follows"), FACTS, ids=lambda part: str(part) if isinstance(part, tuple) else ""
 )
-def test_the_table_of_the_facts_holds_in_every_language(
+def test_the_table_of_the_facts_applies_in_every_language(
     codes: tuple[int, ...], text: str | None, follows: Callable[[Outcome], bool]
 ) -> None:
     """Each line of it, with its source; a code that needs no text means the same in German, in Chinese and without words."""
@@ -144,11 +151,11 @@ def test_the_table_of_the_facts_holds_in_every_language(
 
 
 @pytest.mark.parametrize("words", TONGUES)
-def test_words_we_do_not_know_never_prove_a_window_empty(words: str) -> None:
+def test_unknown_texts_are_no_evidence_of_an_empty_window(words: str) -> None:
     """Whatever the code: "no data" in another language is a failure, and the advice is what the user can do about it."""
     for code in {*KNOWN_CODES, 161, 2101, 99999}:
         assert not classify(code, words, now=NOON).is_empty
-    assert "Set the gateway's language to English" in str(to_error(162, words, now=NOON))
+    assert "Set the gateway's language to English" in str(classify(162, words, now=NOON).to_error())
 
 
 def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
@@ -158,7 +165,7 @@ def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
         assert [row.pattern is None for row in rows] == [False] * (len(rows) - 1) + [True]
 
 
-def test_every_error_family_is_told() -> None:
+def test_every_error_family_occurs() -> None:
     """The table uses each family of the exception tree that a message of IB's can belong to, and each makes its own exit code."""
     families = {row.error for row in CODES if row.error} - {RequestLost}
     assert issubclass(RequestLost, TransientError)
@@ -176,8 +183,8 @@ def test_only_one_phrase_of_one_code_proves_emptiness(code: int, text: str, duri
     assert isinstance(error, KtrdrError)
     assert error.code == code
     assert type(error) is not KtrdrError
-    if outcome.kind is Kind.FAILED:
-        assert outcome.error is not None
+    if outcome.row.kind is Kind.FAILED:
+        assert outcome.row.error is not None
 
 
 @given(
@@ -191,14 +198,14 @@ def test_a_complaint_beside_no_data_is_a_complaint(before: str, after: str, phra
         f"{before} {phrase} query returned no data {after}",
         f"{before} query returned no data, {phrase} {after}",
     ):
-        assert classify(162, text, now=NOON).kind is Kind.FAILED
+        assert classify(162, text, now=NOON).row.kind is Kind.FAILED
 
 
 def test_only_a_request_for_bars_can_prove_a_window_empty() -> None:
     """The same words in answer to a request for the start of history are a refusal, not a proof."""
     outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, during_history=False)
     assert not outcome.is_empty
-    assert outcome.error is PermanentError
+    assert outcome.row.error is PermanentError
 
 
 @pytest.mark.parametrize("outages", [{Outage.HISTORY}, {Outage.LINK}, {Outage.LINK, Outage.DEFINITIONS}])
@@ -206,15 +213,15 @@ def test_no_data_of_a_broken_farm_is_no_evidence(outages: set[Outage]) -> None:
     """While the history farm or the link is known to be down, "no data" is a failure that may be tried again."""
     outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=outages)
     assert not outcome.is_empty
-    assert outcome.retry_helps
+    assert outcome.row.error.retry_helps
 
 
 @pytest.mark.parametrize("outages", [{Outage.DEFINITIONS}, {Outage.LINK}])
 def test_unknown_contract_of_a_broken_farm_is_not_believed(outages: set[Outage]) -> None:
     """While contracts cannot be looked up, "no such contract" may be tried again; history alone down changes nothing."""
     text = "No security definition has been found for the request"
-    assert classify(200, text, now=NOON, outages=outages).retry_helps
-    assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).retry_helps
+    assert classify(200, text, now=NOON, outages=outages).row.error.retry_helps
+    assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).row.error.retry_helps
 
 
 @pytest.mark.parametrize(
@@ -234,9 +241,9 @@ def test_unknown_contract_is_final_except_in_the_nightly_reset(when: str, is_res
     """A 200 between 23:45 and 00:45 New York, in winter and in summer, is tried again later; at any other time it is final."""
     now = datetime.fromisoformat(when).replace(tzinfo=UTC)
     assert in_nightly_reset(now) is is_reset
-    error = to_error(200, "No security definition has been found for the request", now=now)
+    error = classify(200, "No security definition has been found for the request", now=now).to_error()
     assert type(error) is (TransientError if is_reset else PermanentError)
-    assert type(to_error(200, "... is ambiguous", now=now)) is PermanentError
+    assert type(classify(200, "... is ambiguous", now=now).to_error()) is PermanentError
 
 
 def test_a_naive_time_is_refused() -> None:
@@ -245,12 +252,12 @@ def test_a_naive_time_is_refused() -> None:
         classify(162, "pacing", now=datetime(2024, 1, 1))  # noqa: DTZ001
 
 
-def test_a_notice_that_says_delayed_or_a_warning_ends_nothing_and_the_zone_warning_does() -> None:
+def test_a_notice_or_a_warning_ends_nothing_and_the_zone_warning_does() -> None:
     """The table alone decides: 10167 and the warnings leave a request running; 2174 ends it, and it has to be cancelled."""
     for code in (10167, 2104, 2150, 2199):
         outcome = classify(code, "", now=NOON)
         assert not outcome.ends_request
-        assert not outcome.must_cancel
+        assert not outcome.row.goes_on
     zone = classify(2174, "", now=NOON)
     assert zone.ends_request
     assert zone.must_cancel
@@ -260,13 +267,13 @@ def test_unknown_codes_fail_but_unknown_warnings_do_not_end_a_request() -> None:
     """A code without a row fails its request with a retry; one of the gateway's warnings (2100 to 2199) leaves it running."""
     for code in (1, 161, 163, 2099, 2200, 9999, 10400):
         outcome = classify(code, "?", now=NOON)
-        assert (outcome.kind, outcome.is_known, outcome.retry_helps) == (Kind.FAILED, False, True)
+        assert (outcome.row.kind, outcome.is_known, outcome.row.error.retry_helps) == (Kind.FAILED, False, True)
     for code in (2100, 2137, 2199):
         outcome = classify(code, "?", now=NOON)
-        assert (outcome.ignore, outcome.is_known, outcome.ends_request) == (True, False, False)
+        assert (is_ignored(outcome), outcome.is_known, outcome.ends_request) == (True, False, False)
 
 
-def test_what_is_lost_is_held_until_it_is_back() -> None:
+def test_an_outage_lasts_until_its_end_is_reported() -> None:
     """Following the messages of a link loss and a farm loss, there is an outage exactly from its first to its last message."""
     story = [
         (2105, "HMDS data farm connection is broken:ushmds", {Outage.HISTORY}),
@@ -287,10 +294,10 @@ def test_what_is_lost_is_held_until_it_is_back() -> None:
     down = Outages()
     for code, text, expected in story:
         outcome = classify(code, text, now=NOON)
-        assert outcome.kind is Kind.NOTICE
+        assert outcome.row.kind is Kind.NOTICE
         down = down.after(outcome)
         assert down.kinds == expected, code
-        assert outcome.needs_resubscribe == (code == 1101)
+        assert outcome.row.needs_resubscribe == (code == 1101)
 
 
 def follow(*story: tuple[int, str]) -> str:
@@ -331,7 +338,7 @@ BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm conn
         ([(2110, "TWS: broken"), (1102, "")], ""),
     ],
 )  # fmt: skip
-def test_each_farm_is_held_and_released_by_its_name(story: list[tuple[int, str]], down: str) -> None:
+def test_each_farm_has_an_outage_of_its_own(story: list[tuple[int, str]], down: str) -> None:
     """2105 for one farm is not taken back by 2106 for another; where names are missing, only what can be meant is released."""
     assert follow(*story) == down
 
@@ -357,15 +364,15 @@ def test_the_farm_is_named_behind_the_last_colon_in_any_language(text: str, farm
 
 def test_what_concerns_the_whole_login_or_the_connection_is_flagged() -> None:
     """Pacing and a competing session pause all processes, a busy id means the next one, a dead socket a new connection."""
-    flagged = {code for code, text, *_ in CASES if classify(code, text, now=NOON).pauses_login}
+    flagged = {code for code, text, *_ in CASES if classify(code, text, now=NOON).row.pauses_login}
     assert flagged == {162, 322, 420, 100, 10197}
-    assert [code for code, text, *_ in CASES if classify(code, text, now=NOON).next_client_id] == [326]
-    assert {code for code, text, *_ in CASES if classify(code, text, now=NOON).reconnect} == {326, 502, 504, 1300}
+    assert [code for code, text, *_ in CASES if classify(code, text, now=NOON).row.next_client_id] == [326]
+    assert {code for code, text, *_ in CASES if classify(code, text, now=NOON).row.reconnect} == {326, 502, 504, 1300}
 
 
-def test_the_error_tells_code_words_and_advice() -> None:
+def test_the_error_has_code_text_and_advice() -> None:
     """The error has what was being done, IB's code and text, and what to do; the code is an attribute too."""
-    error = to_error(162, SERVICE + "No market data permissions for NYSE STK", now=NOON, doing="loading QS 1m")
+    error = classify(162, SERVICE + "No market data permissions for NYSE STK", now=NOON).to_error("loading QS 1m")
     assert error.code == 162
     assert str(error).startswith(
         "loading QS 1m: the gateway answered 162 (no permission): Historical Market Data Service"
@@ -377,4 +384,4 @@ def test_the_error_tells_code_words_and_advice() -> None:
 def test_what_is_no_failure_cannot_be_raised_as_one() -> None:
     """Raising "no data" or a notice as an error is a bug of ours, and is reported as one."""
     for code, text in ((162, "query returned no data"), (2106, "fine"), (165, "")):
-        assert type(to_error(code, text, now=NOON + timedelta(days=1))) is BugError
+        assert type(classify(code, text, now=NOON + timedelta(days=1)).to_error()) is BugError

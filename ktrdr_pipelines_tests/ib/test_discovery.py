@@ -147,7 +147,7 @@ def test_a_choice_that_cannot_be_meant_is_refused(choice: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("doubt", [EmptyContractAnswer("an end and no word"), BugError("321 is no such pair")])
-def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, doubt: KtrdrError) -> None:
+def test_a_type_that_was_only_guessed_is_no_obstacle(history: IBHistory, doubt: KtrdrError) -> None:
     """GOOGLE has the form of a pair. What IB does with that question decides nothing about the stock."""
     google = ContractInfo(1, "GOOGLE", "STK", "NASDAQ", "USD", valid_exchanges="SMART,NASDAQ")
 
@@ -161,7 +161,7 @@ def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, 
 
 
 @pytest.mark.parametrize("doubt", [EmptyContractAnswer("an end and no word"), BugError("321 is no such pair")])
-def test_an_answer_that_says_nothing_is_no_proof_that_there_is_none(history: IBHistory, doubt: KtrdrError) -> None:
+def test_an_answer_without_content_is_no_evidence_of_absence(history: IBHistory, doubt: KtrdrError) -> None:
     """Where IB has none of the other types, the doubt is raised, and it is not remembered."""
 
     def describe(instrument: Instrument, _: str) -> list[ContractInfo]:
@@ -199,7 +199,7 @@ def test_what_was_found_is_remembered_and_expires(start_gateway: Any, connect: C
     assert discover("TSLA", history=third, known=known).instrument == found.instrument
 
 
-def test_what_one_account_was_told_does_not_count_for_another(start_gateway: Any, connect: Connect, now: Now) -> None:
+def test_an_answer_to_one_account_does_not_count_for_another(start_gateway: Any, connect: Connect, now: Now) -> None:
     """The simulator today and IB tomorrow, at one address: TSLA's conId of the one is Coca-Cola's at the other."""
     ids = {listing.symbol: listing.con_id for listing in list_instruments() if listing.currency == "USD"}
     swapped = {ids["TSLA"]: ids["KO"], ids["KO"]: ids["TSLA"]}
@@ -279,7 +279,7 @@ def test_a_memory_that_cannot_be_written_changes_nothing(history: IBHistory, tmp
 # -- the universe comes first -------------------------------------------------------------------------------------------------
 
 
-def test_a_symbol_of_the_universe_means_what_the_universe_says(history: IBHistory) -> None:
+def test_a_symbol_of_the_universe_is_the_instrument_of_the_universe(history: IBHistory) -> None:
     """A choice that differs is refused, one that agrees is taken; IB decides what the entry leaves open."""
     universe, hourly = DEFAULT_UNIVERSE, TIMEFRAMES["1h"]
     assert identify_series("EUR.USD", hourly, universe, history).instrument.symbol == "EURUSD"

@@ -120,7 +120,7 @@ def test_transient_errors_are_retried_after_15_30_and_60_seconds(bench: Bench, s
     assert [wait.seconds for wait in bench.waits if wait.reason.startswith("retry")] == [15.0, 30.0, 60.0]
 
 
-def test_a_retry_that_works_is_told_in_the_counts_only(bench: Bench, start_gateway: Any) -> None:
+def test_a_retry_that_works_shows_in_the_counts_only(bench: Bench, start_gateway: Any) -> None:
     """Two failures and then bars: the bars, two retries, three requests."""
     gateway = start_gateway([FaultRule("error", nth=(1, 2))])
     history = bench.connect_to(gateway.port)
@@ -162,7 +162,7 @@ def test_bars_that_cannot_be_read_are_not_asked_again(bench: Bench) -> None:
         history.close()
 
 
-def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -> None:
+def test_a_pacing_violation_pauses_other_processes(bench: Bench, start_gateway: Any) -> None:
     """One process gets a pacing violation; the ledger, as every other process opens it, pauses all of them."""
     gateway = start_gateway([FaultRule("pacing", nth=(1,))])
     history = bench.connect_to(gateway.port, retry_waits_s=())
@@ -180,7 +180,7 @@ def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -
     ("code", "text"),
     [(10197, "No market data during competing live session"), (162, "connected from a different IP address")],
 )
-def test_the_same_login_elsewhere_pauses_everybody_and_tells_the_person(bench: Bench, code: int, text: str) -> None:
+def test_the_same_login_elsewhere_pauses_every_process_and_informs_the_user(bench: Bench, code: int, text: str) -> None:
     """Transient: every process of the login waits, and the user learns what happened and what to do about it."""
     replies = iter([lambda i: error(i, code, text)] * 2 + [lambda i: bars(i, BAR)])
     with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
@@ -211,7 +211,7 @@ def test_every_wait_is_in_the_log(bench: Bench, start_gateway: Any, caplog: pyte
     assert history.pacing_wait_s == pytest.approx(12.5, abs=0.2)
 
 
-def test_nobody_home_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
+def test_no_gateway_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
     """A gateway that is not running is reported now, not after 105 seconds, and no lease stays behind."""
     history = bench.connect_to(unused_port)
     for call in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(stock("AAPL")), history.connect):
@@ -399,7 +399,7 @@ def test_requests_that_time_out_are_given_up_as_failures(bench: Bench, start_gat
     assert [record.kind for record in gateway.requests] == ["history", "cancel"] * 4
 
 
-def test_requests_are_held_while_the_history_farm_is_down(bench: Bench) -> None:
+def test_requests_wait_for_the_end_of_an_outage_of_the_history_farm(bench: Bench) -> None:
     """After 2105 nothing is sent until 2106; the wait is reported once."""
     slept: list[float] = []
 
@@ -442,7 +442,7 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
         history.close()
 
 
-def test_without_patience_a_broken_link_is_said_at_once(bench: Bench) -> None:
+def test_without_patience_a_broken_link_is_reported_at_once(bench: Bench) -> None:
     """An interactive request is neither sent nor waits while the gateway reports an outage of its link to IB."""
     with ScriptedGateway({}) as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=(), outage_patience_s=0.0)
@@ -528,7 +528,7 @@ def test_the_next_id_is_taken_however_the_gateway_refuses(bench: Bench, refuse_b
         history.close()
 
 
-def test_a_gateway_that_hangs_up_on_everybody_is_not_tried_fifty_times(bench: Bench) -> None:
+def test_a_gateway_that_hangs_up_on_every_id_is_not_tried_fifty_times(bench: Bench) -> None:
     """A trusted-IP rule looks like a refused id: one other id is tried, then the error is raised."""
     with ScriptedGateway(ready=(("close",),)) as gateway:
         history = bench.connect_to(gateway.port)
@@ -561,7 +561,7 @@ def test_a_zombie_of_our_own_is_passed_over(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_when_every_id_is_taken_it_says_so(bench: Bench) -> None:
+def test_when_every_id_is_taken_that_is_reported(bench: Bench) -> None:
     """A gateway that refuses every id: each is tried once and quickly, then the range is named."""
     refused = ScriptedGateway(
         ready=(error(-1, 326, "Unable to connect as the client id is already in use"), ("close",))

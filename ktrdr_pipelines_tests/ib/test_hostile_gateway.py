@@ -189,7 +189,7 @@ def test_a_broken_connection_fails_its_request_and_is_replaced() -> None:
 
 
 @pytest.mark.slow
-def test_late_answers_and_answers_to_others_reach_nobody() -> None:
+def test_late_answers_and_answers_to_others_reach_no_request() -> None:
     """A request that is answered with everything but an answer times out; its bars, arriving later, harm no other request."""
     late: list[bytes] = []
 
@@ -415,7 +415,7 @@ def greet(gateway: ScriptedGateway, **options: Any) -> GatewayClient | KtrdrErro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", [False, True])
-def test_strangers_are_told_apart_at_once_wherever_their_bytes_are_cut(ends: bool) -> None:
+def test_other_protocols_are_recognised_at_once_wherever_their_bytes_are_cut(ends: bool) -> None:
     """Other protocols and unreadable greetings, in pieces, closed or left open: no gateway, long before the time-out."""
     random = Random(16)
     for number, stranger in enumerate(STRANGERS):

@@ -27,6 +27,8 @@ class OpenRequest:
     ended: asyncio.Future[Any]
     parts: list[Any] = field(default_factory=list)
     """What came so far, of an answer in several messages."""
+    notices: list[str] = field(default_factory=list)
+    """The last messages of the gateway that came meanwhile and ended nothing."""
     must_cancel: bool = False
 
     def finish(self, answer: Any) -> None:
@@ -40,13 +42,8 @@ class OpenRequest:
             self.ended.set_exception(error)
 
 
-class OpenRequests(dict[int, OpenRequest]):
-    """The open requests of a connection by id; several at once."""
-
-    def fail_all(self, error: Exception) -> None:
-        """End every one of them with ``error``."""
-        for request in self.values():
-            request.fail(error)
+OpenRequests = dict[int, OpenRequest]
+"""The open requests of a connection by id; several at once."""
 
 
 class AnswerCollector:

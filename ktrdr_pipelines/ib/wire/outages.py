@@ -26,13 +26,13 @@ class Outages:
         parts = set(self.parts)
         for outage in outcome.begins:
             parts.add((outage, "" if outage is Outage.LINK else outcome.farm))
-        for outage in outcome.ends:
+        for outage in outcome.row.ends:
             parts -= self._ended(outage, outcome)
         return Outages(frozenset(parts))
 
     def _ended(self, outage: Outage, outcome: Outcome) -> set[tuple[Outage, str]]:
         of_this_kind = {part for part in self.parts if part[0] is outage}
-        if outcome.ends_all:
+        if outcome.row.ends_all:
             return of_this_kind
         if (outage, outcome.farm) in of_this_kind:
             return {(outage, outcome.farm)}

@@ -2,8 +2,8 @@
 
 A thread of its own with its own event loop owns the connection, and the client library is imported inside that thread: in
 others it finds no event loop, or the wrong one (docs/dagster_facts.md, 7). Calls from any thread block until the answer, an error
-of `errors.py`, or the time-out; several requests may be open at once. The requests are in `client.py`, the reading of answers in
-`decoding.py`, outages in `outages.py`. Only `codes.py` decides what a code means, and whether a message ends a request.
+of `errors.py`, or the time-out; several requests may be open at once. The requests are in `client.py`, the gateway's messages in
+`dispatcher.py`.
 
 Only the API handshake is made, none of the account, position and order requests that the library's ``IB.connect`` sends:
 a loader needs none of them, and each is one more thing to wait for. Messages of other kinds are dropped unread.
@@ -12,48 +12,23 @@ a loader needs none of them, and each is one more thing to wait for. Messages of
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self, TypeVar
 
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, RequestTimeout, TransientError
-from ktrdr_pipelines.ib.codes import Outcome, classify
-from ktrdr_pipelines.ib.wire.answers import (
-    BARS,
-    CONTRACT,
-    CONTRACT_END,
-    HEAD,
-    SAMPLES,
-    SCHEDULE,
-    TIME,
-    AnswerCollector,
-    OpenRequest,
-    OpenRequests,
-)
-from ktrdr_pipelines.ib.wire.decoding import (
-    check_bars_message,
-    check_contract_message,
-    check_samples_message,
-    check_schedule_message,
-    read_error,
-    report_unreadable,
-)
+from ktrdr_pipelines.ib.wire.answers import OpenRequest, OpenRequests
 from ktrdr_pipelines.ib.wire.diagnostics import WELL_KNOWN_PORTS, NotAGatewayError, explain_unreachable
+from ktrdr_pipelines.ib.wire.dispatcher import MESSAGES, Dispatcher
 from ktrdr_pipelines.ib.wire.handshake import ACCOUNTS, VALID_ID, Handshake, HungUpError
 from ktrdr_pipelines.ib.wire.library import Library, load_library
 from ktrdr_pipelines.ib.wire.loop_thread import LoopThread
 from ktrdr_pipelines.ib.wire.message_socket import MessageSocket
 from ktrdr_pipelines.ib.wire.outages import Outages
 
-log = logging.getLogger(__name__)
-
 CLIENT_ID_IN_USE = 326
-_ERROR = 4
-_ANSWERS = (CONTRACT, BARS, CONTRACT_END, SAMPLES, HEAD, SCHEDULE)
-_READ = frozenset(str(message).encode() for message in (_ERROR, VALID_ID, ACCOUNTS, TIME, *_ANSWERS))
+_READ = frozenset(str(message).encode() for message in (VALID_ID, ACCOUNTS, *MESSAGES))
 
 T = TypeVar("T")
 
@@ -64,10 +39,6 @@ class ClientIdInUse(TransientError):
 
 class HungUp(GatewayUnreachable):
     """The gateway closed the connection without a message as soon as it knew the client id: at times in place of 326."""
-
-
-class NoData(Exception):
-    """IB answered that the window has no data; the text is IB's."""
 
 
 @dataclass
@@ -89,23 +60,15 @@ class GatewaySession:
     """Messages of the gateway that ended no request (farms, links, warnings), newest last; at most the last hundred."""
 
     def __post_init__(self) -> None:
-        self.outages = Outages()
-        """What the gateway reports as out at the moment; then "no data" is not believed."""
         self.clock_lag_s = 0.0
         """How many seconds the gateway's time was behind this machine's at the last probe; 0 if it was not."""
-        self.open_requests = OpenRequests()
-        self._answers = AnswerCollector(self.open_requests)
+        self._dispatcher = Dispatcher(self.now, self.notices)
         self._thread: LoopThread | None = None
         self._library: Library | None = None
         self._socket: MessageSocket | None = None
         self._handshake: Handshake | None = None
         self._requests: Any = None
-        self._decoder: Any = None
         self._next_id = 0
-        self._probing: asyncio.Future[datetime] | None = None
-        self._id_in_use = False
-        self._refusal = ""
-        self._recent: list[str] = []
 
     # -- life cycle -------------------------------------------------------------------------------------------------
 
@@ -119,13 +82,23 @@ class GatewaySession:
     @property
     def is_connected(self) -> bool:
         """Whether the socket is open and the gateway gave no notice. It may be dead nevertheless: see `probe`."""
-        return self._thread is not None and self._is_open and not self._refusal
+        return self._thread is not None and self._is_open and not self._dispatcher.refusal
 
     @property
     def account(self) -> str:
         """First managed account, as the gateway announced it; empty before `connect`."""
         accounts = self._handshake.accounts if self._handshake is not None and self.is_connected else []
         return accounts[0] if accounts else ""
+
+    @property
+    def outages(self) -> Outages:
+        """What the gateway reports as out at the moment; then "no data" is not believed."""
+        return self._dispatcher.outages
+
+    @property
+    def open_requests(self) -> OpenRequests:
+        """The unanswered requests by id."""
+        return self._dispatcher.open_requests
 
     @property
     def library_parts(self) -> Library:
@@ -149,7 +122,7 @@ class GatewaySession:
         """
         if self._thread is not None:
             raise RuntimeError("already connected")
-        self._id_in_use, self._refusal, self.outages = False, "", Outages()
+        self._dispatcher = Dispatcher(self.now, self.notices)
         self._socket = self._handshake = None
         self._thread = LoopThread(f"ib-gateway-{self.port}", self._load_library)
         try:
@@ -157,7 +130,7 @@ class GatewaySession:
             self.probe()
         except BaseException as error:
             self.close()
-            if self._id_in_use and isinstance(error, GatewayUnreachable):  # the refusal came after the handshake
+            if self._dispatcher.id_in_use and isinstance(error, GatewayUnreachable):  # refused after the handshake
                 raise self._explain_id_in_use() from None
             raise
 
@@ -207,7 +180,7 @@ class GatewaySession:
         try:
             self._call(self._shake_hands(), self.connect_timeout_s * 2 + 5)
         except (OSError, ValueError, NotAGatewayError) as error:
-            if self._id_in_use:
+            if self._dispatcher.id_in_use:
                 raise self._explain_id_in_use() from None
             is_hung_up = isinstance(error, HungUpError)
             if isinstance(error, NotAGatewayError) and self.notices:
@@ -231,7 +204,6 @@ class GatewaySession:
         finally:
             hands.done.cancel()
         self._next_id = hands.first_id or 0
-        socket.frames.is_greeting = False
 
     async def _hang_up(self) -> None:
         if self._socket is not None:
@@ -239,12 +211,12 @@ class GatewaySession:
 
     async def _ask_time(self) -> datetime:
         self._check_open()
-        self._probing = asyncio.get_running_loop().create_future()
+        self._dispatcher.probing = asyncio.get_running_loop().create_future()
         try:
             self._requests.reqCurrentTime()
-            return await asyncio.wait_for(self._probing, self.probe_timeout_s)
+            return await asyncio.wait_for(self._dispatcher.probing, self.probe_timeout_s)
         finally:
-            self._probing = None
+            self._dispatcher.probing = None
 
     @property
     def _is_open(self) -> bool:
@@ -258,13 +230,7 @@ class GatewaySession:
         assert self._socket is not None
         assert self._handshake is not None
         self._handshake.fail(self._handshake.explain_end(self._socket.damage, reason))
-        lost = ConnectionError(reason or "the socket was closed")
-        self.open_requests.fail_all(lost)
-        self._fail_probe(lost)
-
-    def _fail_probe(self, error: Exception) -> None:
-        if self._probing is not None and not self._probing.done():
-            self._probing.set_exception(error)
+        self._dispatcher.fail_all(ConnectionError(reason or "the socket was closed"))
 
     def _explain_id_in_use(self) -> ClientIdInUse:
         return ClientIdInUse(
@@ -273,104 +239,26 @@ class GatewaySession:
             code=CLIENT_ID_IN_USE,
         )
 
-    # -- messages of the gateway, on the thread's loop ----------------------------------------------------------------
-
     def _on_message(self, payload: bytes) -> None:
         assert self._handshake is not None
         assert self._socket is not None
         if not self._handshake.server_version:
             version = self._handshake.read_version(payload)
             self._requests = self.library_parts.requests_over(self._socket, self.client_id, version)
-            self._decoder = self.library_parts.decoder(self._answers, version)
+            self._dispatcher.decode_with(self.library_parts.decoder, version)
             self._requests.startApi()
             return
         head, end, _ = payload.partition(b"\0")
         if not end or head not in _READ:
             return
         message, fields = int(head), payload.decode(errors="backslashreplace").split("\0")[:-1]
-        if message == _ERROR:
-            self._read_error(fields)
-        elif message == TIME:
-            self._read_time(fields)
-        elif message in _ANSWERS:
-            self._read_answer(message, fields)
+        if message in MESSAGES:
+            self._dispatcher.read(message, fields)
         elif not self._handshake.done.done():
             self._handshake.read(message, fields)
-
-    def _read_time(self, fields: list[str]) -> None:
-        calls = self._answers.calls
-        self._decoder.interpret(fields)
-        if self._probing is None or self._probing.done() or self._answers.calls == calls or not self._answers.time_s:
-            return
-        with suppress(ValueError, OverflowError, OSError):  # no time: the probe goes on to its time-out
-            self._probing.set_result(datetime.fromtimestamp(self._answers.time_s, UTC))
-
-    def _read_answer(self, message: int, fields: list[str]) -> None:
-        """Hand an answer to its request. One that cannot be read fails its request at once: the library would leave the request
-        to its time-out, and trust the count of bars in front of them."""
-        version = self._handshake.server_version if self._handshake is not None else 0
-        is_old = message == CONTRACT and version < 164
-        request = self._find_request(fields[2 if is_old or message == CONTRACT_END else 1 :])
-        if request is None or request.ended.done() or message not in request.answered_by:
-            return  # late, of a request that was given up; or no answer to what was asked
-        calls = self._answers.calls
-        try:
-            _check(message, fields, version, len(request.parts))
-            self._decoder.interpret(fields)
-            if self._answers.calls == calls:
-                raise ValueError("the client library cannot decode it")
-        except (ValueError, IndexError) as error:
-            request.fail(report_unreadable(error, fields))
-
-    def _read_error(self, fields: Sequence[str]) -> None:
-        try:
-            req_id, code, text = read_error(fields)
-        except ValueError as error:
-            if unread := self._find_request(fields[2:]):
-                unread.fail(report_unreadable(error, fields))
-            return
-        request = self.open_requests.get(req_id)
-        outcome = classify(
-            code,
-            text,
-            now=self.now(),
-            # Only of bars does "no data" count as an answer.
-            during_history=request is not None and request.answered_by == (BARS,),
-            outages=self.outages.kinds if request is None else request.outages_seen,
-        )
-        self._take_note(outcome)
-        if request is not None and outcome.ends_request:
-            request.must_cancel = outcome.must_cancel
-            request.fail(_to_failure(outcome))
-            return
-        if request is not None or req_id <= 0:
-            is_alarming = bool(outcome.begins) or outcome.reconnect or not outcome.is_known
-            log.log(logging.WARNING if is_alarming else logging.INFO, "message %d of the gateway: %s", code, text)
-            self._recent.append(f"{code} {text}")
-            self.notices.append(f"{code} {text}")
-            del self.notices[:-100], self._recent[:-100]
-
-    def _find_request(self, fields: Sequence[str]) -> OpenRequest | None:
-        """The open request whose id is the first of ``fields``."""
-        text = fields[0] if fields else ""
-        return self.open_requests.get(int(text)) if text.isascii() and text.isdigit() and len(text) < 12 else None
-
-    def _take_note(self, outcome: Outcome) -> None:
-        """What a message means for the connection and for all requests on it, whichever request it names."""
-        self.outages = self.outages.after(outcome)
-        self._id_in_use = self._id_in_use or outcome.next_client_id
-        for request in self.open_requests.values():
-            request.outages_seen |= self.outages.kinds
-        if outcome.reconnect or outcome.needs_resubscribe:
-            # No answer will come any more: better known now than after the time-out.
-            for request in self.open_requests.values():
-                request.must_cancel = outcome.must_cancel
-                request.fail(_to_failure(outcome))
-        if outcome.reconnect:
-            self._refusal = f"{outcome.text} ({outcome.code})"
-            self._fail_probe(outcome.to_error())
-            if self._handshake is not None:
-                self._handshake.fail(NotAGatewayError(f"refused: {self._refusal}"))
+            self._socket.frames.is_greeting = not self._handshake.done.done()
+        if self._dispatcher.refusal:
+            self._handshake.fail(NotAGatewayError(f"refused: {self._dispatcher.refusal}"))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -391,8 +279,8 @@ class GatewaySession:
             self._check_open()
             req_id, self._next_id = self._next_id, self._next_id + 1
             request = OpenRequest(answered_by, self.outages.kinds, asyncio.get_running_loop().create_future())
-            self.open_requests[req_id] = request
-            self._recent = []
+            open_requests = self.open_requests
+            open_requests[req_id] = request
             try:
                 send(req_id)
                 result = await asyncio.wait_for(request.ended, timeout_s)
@@ -403,12 +291,14 @@ class GatewaySession:
                 raise
             except TimeoutError:
                 request.must_cancel = True
-                recent = f"; messages of the gateway meanwhile: {'; '.join(self._recent[-3:])}" if self._recent else ""
+                notices = "; ".join(request.notices)
                 raise RequestTimeout(
-                    f"no answer within {timeout_s:g} s; the request was cancelled{recent}", doing=doing
+                    f"no answer within {timeout_s:g} s; the request was cancelled"
+                    + (f"; messages of the gateway meanwhile: {notices}" if notices else ""),
+                    doing=doing,
                 ) from None
             finally:
-                del self.open_requests[req_id]
+                del open_requests[req_id]
                 if cancel is not None and request.must_cancel and self._is_open:
                     cancel(req_id)
 
@@ -425,27 +315,3 @@ class GatewaySession:
             ) from None
         except KtrdrError as error:
             raise error.while_doing(doing) from None
-
-
-def _check(message: int, fields: list[str], server_version: int, parts: int) -> None:
-    """See that an answer is as long as it claims; ``parts`` of it came in earlier messages.
-
-    Raises:
-        ValueError, IndexError: it is not.
-    """
-    if message == BARS:
-        check_bars_message(fields)
-    elif message == SCHEDULE:
-        check_schedule_message(fields)
-    elif message == SAMPLES:
-        check_samples_message(fields, server_version)
-    elif message == CONTRACT:
-        check_contract_message(fields, parts)
-
-
-def _to_failure(outcome: Outcome) -> Exception:
-    if outcome.is_empty:
-        return NoData(outcome.text)
-    failure = outcome.to_error()
-    failure.pauses_login = outcome.pauses_login
-    return failure

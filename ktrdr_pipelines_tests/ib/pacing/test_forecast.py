@@ -73,7 +73,7 @@ def test_unanswered_requests_do_not_hold_up_a_forecast_for_ever() -> None:
 
 
 @pytest.mark.slow
-def test_years_of_minutes_are_foretold_in_a_moment() -> None:
+def test_years_of_minutes_are_forecast_in_a_moment() -> None:
     """5,000 requests at sixty in ten minutes take nearly fourteen hours, and a forecast does not."""
     sendings = forecast(asks(5000), [], NOW_S)
     assert 13.8 < (sendings[-1].at_s - NOW_S) / 3600 < 13.9

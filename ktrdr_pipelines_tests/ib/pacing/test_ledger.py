@@ -221,7 +221,7 @@ def while_waiting(ledger: Ledger, clock: HandClock, ask: Ask, visit: Callable[[]
 
 
 @pytest.mark.slow
-def test_nobody_overtakes_one_who_waits_for_the_budget(
+def test_no_request_overtakes_one_that_waits_for_the_budget(
     open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
 ) -> None:
     """A newcomer gets nothing that an earlier waiter could use, at any moment of its wait, even the one at which it is free."""
@@ -249,7 +249,7 @@ def test_a_heavy_request_is_not_starved_by_light_ones(
     assert clock.now_s() - began == pytest.approx(305.5, abs=0.1)
 
 
-def test_one_may_overtake_who_delays_nobody(
+def test_a_request_may_overtake_if_it_delays_no_other(
     open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
 ) -> None:
     """A waiter for its own twin does not delay others, and they do not take the unit that it will need."""
@@ -331,7 +331,7 @@ def test_waiters_are_served_in_the_order_of_their_arrival(
 # -- pauses
 
 
-def test_a_pacing_answer_makes_everybody_wait(
+def test_a_pacing_violation_pauses_every_process(
     open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
 ) -> None:
     """After a pacing violation no process sends for 15 s, for longer after another one, and for 15 s again after a quiet time."""
@@ -368,7 +368,7 @@ def test_a_pause_of_given_length_neither_counts_nor_is_shortened(ledger: Ledger,
     ]
 
 
-def test_the_snapshot_tells_people_the_state(ledger: Ledger, clock: HandClock) -> None:
+def test_the_snapshot_shows_the_state(ledger: Ledger, clock: HandClock) -> None:
     """Used, limit, open, next free moment and pauses are what the rules make of them; an empty ledger is free at once."""
     empty = ledger.snapshot()
     assert (empty.used, empty.limit, empty.next_free_at_s, empty.pauses) == (0, 60, clock.now_s(), ())

@@ -45,7 +45,7 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_postgresql_holds_the_same_budget(open_here: OpenHere, postgres_url: str) -> None:
+def test_postgresql_has_the_same_budget(open_here: OpenHere, postgres_url: str) -> None:
     """In a database every opening and every thread shares one budget per login, with the server's clock."""
     ledgers = [open_here(postgres_url, LOGIN) for _ in range(4)]
     threads = [threading.Thread(target=fill, args=(ledger, 15)) for ledger in ledgers]
