@@ -1,5 +1,6 @@
 # make demo   real bars from a simulated gateway into checked CSV files, compared with their source
 # make test   linters, types, tests
+# make test-ib-async  the tests of the gateway client, with ib_async in place of ib_insync (part of make test)
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
 # make bench  measurements, as ratios within one run
 # make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test ui bench soak matrix kills lint quick-lint lock clients clean
+.PHONY: demo test test-ib-async ui bench soak matrix kills lint quick-lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -30,7 +31,11 @@ endif
 	@echo "$(BIN)/mypy beside $(BIN)/python -m pytest; what mypy finds comes last"
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
 	  $(BIN)/python -m pytest -n 3 --dist worksteal $(if $(INITDB),,-m "not postgres"); tests=$$?; \
+	  $(MAKE) --no-print-directory test-ib-async || tests=$$?; \
 	  wait $$types; types=$$?; echo "mypy:"; cat $(VENV)/mypy.log; exit $$((tests || types))
+
+test-ib-async: clients
+	IB_LIBRARY=ib_async .venvs/ib_async/bin/python -m pytest -n 3 --dist worksteal ktrdr_pipelines_tests/ib --ignore ktrdr_pipelines_tests/ib/pacing
 
 lint: quick-lint
 	$(BIN)/mypy
@@ -58,7 +63,7 @@ clients: $(READY)
 
 lock: $(READY)
 	$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \
-	  --python-version 3.11 --all-extras pyproject.toml -o requirements.lock
+	  --python-version 3.11 --extra demo --extra postgres --extra deploy --extra api --extra dev pyproject.toml -o requirements.lock
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \

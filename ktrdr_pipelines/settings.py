@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -132,6 +132,14 @@ class Settings(BaseSettings):
             (15.0, 30.0, 60.0),
             "Waits in seconds before each retry of a transient failure, separated by "
             "commas; their number is the number of retries.",
+        ),
+    ]
+    ib_library: Annotated[
+        Literal["ib_insync", "ib_async"],
+        _field(
+            "IB_LIBRARY",
+            "ib_insync",
+            "Client library of the connection: `ib_insync`, or `ib_async` (install the extra `ib-async`).",
         ),
     ]
     data_dir: Annotated[Path, _field("KTRDR_DATA_DIR", PROJECT_ROOT / "data", "Folder of the CSV files.")]

@@ -165,11 +165,16 @@ def clock() -> HandClock:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, clock: HandClock) -> Iterator[Ledger]:
+def open_here() -> Iterator[Callable[..., Ledger]]:
+    """`open_ledger`; what it opens is closed with the test."""
+    with ExitStack() as opened:
+        yield lambda *arguments: opened.enter_context(open_ledger(*arguments))
+
+
+@pytest.fixture
+def ledger(open_here: Callable[..., Ledger], tmp_path: Path, clock: HandClock) -> Ledger:
     """A pacing ledger of that clock, in a folder of the test's own."""
-    opened = open_ledger(tmp_path, LOGIN, clock)
-    yield opened
-    opened.close()
+    return open_here(tmp_path, LOGIN, clock)
 
 
 @pytest.fixture

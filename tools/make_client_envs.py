@@ -1,8 +1,11 @@
-"""Create the environments of the client libraries that the simulator is proven with: ``.venvs/ib_async``, ``.venvs/ibapi``.
+"""Create the environments of the client libraries: ``.venvs/ib_async``, ``.venvs/ibapi``.
 
 Run by ``make clients``; standard library only. Each environment is installed from a lock with hashes beside the client
 scripts and is left alone while that lock is unchanged. Both libraries need environments of their own: ib_async and
 ib_insync own the same package ``eventkit``, and the tests want ``ibapi`` as IBKR ships it.
+
+The environment of ib_async also sees the packages of the environment that runs this, behind its own: the tests of the gateway
+client run there with ``IB_LIBRARY=ib_async`` (``make test-ib-async``).
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "ktrdr_pipelines_tests" / "clients"
 CLIENTS = ("ib_async", "ibapi")
+SEES_PROJECT = ("ib_async",)
 STAMP = "installed.sha256"
 
 
@@ -26,9 +31,20 @@ def find_python(environment: Path) -> Path:
     return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def describe_wanted(lock: Path) -> str:
-    """What an up-to-date environment was made from: the lock's hash and the Python version."""
-    return f"{hashlib.sha256(lock.read_bytes()).hexdigest()} {sys.version_info.major}.{sys.version_info.minor}\n"
+def describe_wanted(lock: Path, packages: str) -> str:
+    """What an up-to-date environment was made from: the lock's hash, the Python version, the folder of packages behind it."""
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
+    return f"{digest} {sys.version_info.major}.{sys.version_info.minor} {packages}".rstrip() + "\n"
+
+
+def see_packages(environment: Path, packages: str) -> None:
+    """Let ``environment`` see the folder ``packages`` behind its own packages."""
+    (own,) = (
+        environment.glob("lib/python*/site-packages")
+        if sys.platform != "win32"
+        else [environment / "Lib/site-packages"]
+    )
+    (own / "project_packages.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
 
 
 def install_client(name: str) -> bool:
@@ -38,7 +54,8 @@ def install_client(name: str) -> bool:
         subprocess.CalledProcessError: the installation failed; what was half made is removed.
     """
     lock, environment = LOCKS / f"{name}.lock", ROOT / ".venvs" / name
-    stamp, wanted = environment / STAMP, describe_wanted(lock)
+    packages = sysconfig.get_path("purelib") if name in SEES_PROJECT else ""
+    stamp, wanted = environment / STAMP, describe_wanted(lock, packages)
     if stamp.exists() and stamp.read_text() == wanted and find_python(environment).exists():
         return False
     shutil.rmtree(environment, ignore_errors=True)
@@ -66,6 +83,8 @@ def install_client(name: str) -> bool:
                 "--disable-pip-version-check",
             ]
         subprocess.run([*installer, "--require-hashes", "-r", str(lock)], check=True)
+        if packages:
+            see_packages(environment, packages)
     except BaseException:
         shutil.rmtree(environment, ignore_errors=True)
         raise

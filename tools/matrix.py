@@ -33,7 +33,7 @@ class Row:
 def shorten(told: str) -> str:
     """The heart of what a person reads: without series and window, which differ from cell to cell."""
     text = told.split("Z: ")[-1] if "Z: " in told else told
-    return text.replace("the gateway said ", "").replace("Historical Market Data Service error message:", "")[:88]
+    return text.replace("the gateway answered ", "").replace("Historical Market Data Service error message:", "")[:88]
 
 
 def play(cell: Cell, row: Row, scratch: Path) -> str:

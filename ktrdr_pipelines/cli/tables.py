@@ -56,7 +56,7 @@ def describe_dry_run(dry: DryRun) -> list[str]:
         lines += [table[0], *shorten(table[1:], "gaps")]
     if dry.requests:
         requests = [
-            (str(i), str(r.window), str(r.duration), _time(r.end), _clock(s.at_s, dry.now), s.held_up_by or "")
+            (str(i), str(r.window), str(r.duration), _time(r.end), _clock(s.at_s, dry.now), s.waited_for or "")
             for i, (r, s) in enumerate(zip(dry.requests, dry.sendings, strict=True), 1)
         ]
         table = lay_out([("request", "for", "IB duration", "IB end", "earliest", "held up by"), *requests])

@@ -1,4 +1,4 @@
 """The Interactive Brokers side: codes, pacing and its ledger, client ids, contracts, client.
 
-This root imports nothing. Only `ib/wire/session.py` imports the client library.
+This module imports nothing. Only `ib/wire/library.py` imports the client library.
 """

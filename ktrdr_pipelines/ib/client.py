@@ -1,7 +1,7 @@
-"""What a gateway can be asked: bars, contracts, schedules, the start of history. One method for each question.
+"""Requests to a gateway: bars, contracts, schedules, the start of history. One method per request.
 
-Calls from any thread block until the answer, an error of `errors.py`, or the time-out. The connection and the life of a request
-are in `ib/wire/session.py`. Pacing and retries are not here: see `history.py`. How answers are read: `ib/wire/decoding.py`.
+Calls from any thread block until the answer, an error of `errors.py`, or the time-out. The connection, and a request from sending
+to end: `ib/wire/session.py`. The reading of answers: `ib/wire/decoding.py`. No pacing and no retries here: see `history.py`.
 """
 
 from __future__ import annotations
@@ -17,73 +17,62 @@ from ktrdr_pipelines.calendars import Session
 from ktrdr_pipelines.domain.instruments import Instrument, is_future_code
 from ktrdr_pipelines.domain.time import require_utc
 from ktrdr_pipelines.errors import KtrdrError, PermanentError, TransientError
-from ktrdr_pipelines.ib.codes import Hold
-from ktrdr_pipelines.ib.contracts import ContractInfo, NoContractTold
+from ktrdr_pipelines.ib.codes import Outage
+from ktrdr_pipelines.ib.contracts import ContractInfo, EmptyContractAnswer
 from ktrdr_pipelines.ib.trading_schedule import read_schedule
+from ktrdr_pipelines.ib.wire.answers import BARS, CONTRACT, CONTRACT_END, HEAD, SAMPLES, SCHEDULE
 from ktrdr_pipelines.ib.wire.decoding import RawBars, columns_from_bars, read_contract, read_head, read_sample
-from ktrdr_pipelines.ib.wire.session import (
-    BARS,
-    CONTRACT,
-    CONTRACT_END,
-    HEAD,
-    SAMPLES,
-    SCHEDULE,
-    Conversation,
-    NoData,
-)
+from ktrdr_pipelines.ib.wire.dispatcher import NoData
+from ktrdr_pipelines.ib.wire.session import GatewaySession
 
 log = logging.getLogger(__name__)
 
 Sending = Callable[[], AbstractContextManager[None]]
-"""Opened around the write of a history request (`ledger.Grant.sending`)."""
+"""Entered around the write of a history request (`ledger.Grant.sending`)."""
 
 
 @dataclass
-class GatewayClient(Conversation):
+class GatewayClient(GatewaySession):
     """A connection to the gateway at ``host``:``port``. Use as a context manager, or call `close` on every path."""
-
-    # -- requests ---------------------------------------------------------------------------------------------------
 
     def contract_details(self, instrument: Instrument, timeout_s: float = 30.0) -> list[ContractInfo]:
         """Every contract that fits ``instrument``; an empty list when IB knows none (200).
 
         Raises:
-            NoContractTold: neither a contract nor a word.
+            EmptyContractAnswer: an answer without a contract and without an error.
             RequestTimeout, TransientError, PermanentError: see `codes.py`.
         """
-        contract = self._contract(instrument)
         doing = f"asking for the contract of {instrument.symbol}"
 
         def send(req_id: int) -> None:
-            self._ib.client.reqContractDetails(req_id, contract)
+            self._requests.reqContractDetails(req_id, self._contract(instrument))
 
         try:
-            details = self._request(doing, send, lambda _: None, timeout_s, contract, (CONTRACT, CONTRACT_END))
+            details = self._request(doing, send, None, timeout_s, (CONTRACT, CONTRACT_END))
         except KtrdrError as error:
-            # "Ambiguous" is a 200 too, and no "there is none".
+            # "Ambiguous" is a 200 too, and does not mean that there is none.
             if error.code == 200 and not error.retry_helps and "ambiguous" not in error.observed.lower():
                 return []
             raise
         if not details:
-            raise NoContractTold(
-                "IB ended its answer without a contract and without a word that there is none",
+            raise EmptyContractAnswer(
+                "IB's answer ended without a contract and without the error for an unknown one",
                 doing=doing,
                 advice="Try again.",
             )
         return [read_contract(each, doing) for each in details]
 
     def matching_symbols(self, pattern: str, timeout_s: float = 10.0) -> list[ContractInfo]:
-        """What IB offers for a symbol or name that may be misspelt: its best guesses, at most sixteen or so.
+        """IB's best guesses at a symbol or name that may be misspelt, at most sixteen or so.
 
         Raises:
             RequestTimeout, TransientError, PermanentError: see `codes.py`.
         """
-        doing = f"asking for symbols like {pattern}"
 
         def send(req_id: int) -> None:
-            self._ib.client.reqMatchingSymbols(req_id, pattern)
+            self._requests.reqMatchingSymbols(req_id, pattern)
 
-        found = self._request(doing, send, lambda _: None, timeout_s, self._lib.Contract(), (SAMPLES,))
+        found = self._request(f"asking for symbols like {pattern}", send, None, timeout_s, (SAMPLES,))
         return [read_sample(each) for each in found]
 
     def historical_bars(
@@ -98,51 +87,31 @@ class GatewayClient(Conversation):
         sending: Sending = nullcontext,
     ) -> RawBars:
         """One historical-data request, exactly as given. ``end`` is aware, None means now (IB's empty string); fractions of a
-        second are rounded up. ``sending`` is entered around the very write; if it refuses, nothing is sent.
+        second are rounded up. ``sending`` is entered around the write alone; if it raises, nothing is sent.
 
-        Returns the bars of the answer, or no bars and ``no_data_text`` when IB said that the window is empty.
+        Returns the bars of the answer, or no bars and ``no_data_text`` when IB answered that the window is empty.
 
         Raises:
             RequestTimeout: no answer in time; cancelled on the wire. Never an empty result.
             DataError: an answer that cannot be read, or bars without a usable stamp.
             KtrdrError: whatever else IB answered, by `codes.py`.
         """
-        contract = self._contract(instrument)
-        # The dash form is UTC by definition; without a zone the gateway would assume its own (ib_facts.md, 3).
-        end_text = "" if end is None else _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
-
-        def send(req_id: int) -> None:
-            with sending():
-                self._ib.client.reqHistoricalData(
-                    req_id,
-                    contract,
-                    end_text,
-                    duration,
-                    bar_size,
-                    instrument.what_to_show,
-                    instrument.use_rth,
-                    2,
-                    False,
-                    [],
-                )
-
-        def cancel(req_id: int) -> None:
-            self._ib.client.cancelHistoricalData(req_id)
-
         try:
-            bars = self._request(doing, send, cancel, self.request_timeout_s, contract, (BARS,))
+            bars = self._ask_history(
+                instrument, end, duration, bar_size, instrument.what_to_show, doing, sending, answered_by=BARS
+            )
         except NoData as empty:
             return RawBars.nothing(str(empty))
         if not bars:
-            if self.down.kinds & {Hold.HISTORY, Hold.LINK}:
+            if self.outages.kinds & {Outage.HISTORY, Outage.LINK}:
                 raise TransientError(
-                    f"no bars came while this is down: {self.down.describe()}",
+                    f"no bars in the answer, during an outage ({self.outages.describe()})",
                     doing=doing,
-                    advice="An answer of a broken farm proves nothing.",
+                    advice="An answer during an outage is no evidence that there is no data.",
                 )
             return RawBars.nothing("")
         try:
-            return columns_from_bars(bars, intraday=intraday)
+            return columns_from_bars(bars, self.library_parts.parse_time, intraday=intraday)
         except KtrdrError as error:
             raise error.while_doing(doing) from None
 
@@ -154,63 +123,79 @@ class GatewayClient(Conversation):
         Raises:
             DataError: an answer that cannot be read. KtrdrError: whatever else IB answered, by `codes.py`.
         """
-        contract = self._contract(instrument)
-        end_text = _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
-
-        def send(req_id: int) -> None:
-            with sending():
-                self._ib.client.reqHistoricalData(
-                    req_id, contract, end_text, duration, "1 day", "SCHEDULE", instrument.use_rth, 2, False, []
-                )
-
-        def cancel(req_id: int) -> None:
-            self._ib.client.cancelHistoricalData(req_id)
-
-        answer = self._request(doing, send, cancel, self.request_timeout_s, contract, (SCHEDULE,))
-        rows = [(row.startDateTime, row.endDateTime, row.refDate) for row in answer.sessions]
+        zone, rows = self._ask_history(
+            instrument, end, duration, "1 day", "SCHEDULE", doing, sending, answered_by=SCHEDULE
+        )
         try:
-            return read_schedule(answer.timeZone, rows)
+            return read_schedule(zone, rows)
         except KtrdrError as error:
             raise error.while_doing(doing) from None
 
     def head_timestamp(
         self, instrument: Instrument, timeout_s: float = 30.0, sending: Sending = nullcontext
     ) -> datetime | None:
-        """When IB believes that the instrument's history starts: a hint, too early or too late at times.
+        """IB's start of the instrument's history: a hint, at times too early or too late (docs/ib_facts.md, 5).
 
-        None when IB knows none for this contract. Cancelled after use: uncancelled ones pile up and hang (ib_facts.md, 5). A hint
-        is waited for no longer than bars are.
+        None when IB has none for this contract. Cancelled after use: uncancelled ones pile up and hang. Its time-out is at most
+        that of bars.
         """
-        contract = self._contract(instrument)
+        doing = f"asking for the start of history of {instrument.symbol}"
 
         def send(req_id: int) -> None:
             with sending():
-                self._ib.client.reqHeadTimeStamp(req_id, contract, instrument.what_to_show, instrument.use_rth, 2)
+                self._requests.reqHeadTimeStamp(
+                    req_id, self._contract(instrument), instrument.what_to_show, instrument.use_rth, 2
+                )
 
         def cancel(req_id: int) -> None:
-            self._ib.client.cancelHeadTimeStamp(req_id)
+            self._requests.cancelHeadTimeStamp(req_id)
 
-        doing = f"asking for the start of history of {instrument.symbol}"
         try:
             patience_s = min(timeout_s, self.request_timeout_s)
-            return read_head(self._request(doing, send, cancel, patience_s, contract, (HEAD,), always_cancel=True))
+            text = self._request(doing, send, cancel, patience_s, (HEAD,), always_cancel=True)
+            return read_head(text, self.library_parts.parse_time)
         except PermanentError:
-            return None  # "no head time stamp" is no statement about bars: the caller goes without the hint
-        except (ValueError, OverflowError) as error:
-            log.warning("%s: IB's answer is no time (%.200s); going on without it", doing, error)
+            return None  # "no head time stamp" is no statement about bars: the caller goes on without the hint
+        except (ValueError, LookupError, OverflowError, OSError) as error:
+            log.warning("%s: IB's answer is not a time (%.200s); going on without it", doing, error)
             return None
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    def _ask_history(
+        self,
+        instrument: Instrument,
+        end: datetime | None,
+        duration: str,
+        bar_size: str,
+        what_to_show: str,
+        doing: str,
+        sending: Sending,
+        *,
+        answered_by: int,
+    ) -> Any:
+        # The dash form is UTC by definition; without a zone the gateway would assume its own (docs/ib_facts.md, 3).
+        end_text = "" if end is None else _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
+
+        def send(req_id: int) -> None:
+            contract, rth = self._contract(instrument), instrument.use_rth
+            with sending():
+                self._requests.reqHistoricalData(
+                    req_id, contract, end_text, duration, bar_size, what_to_show, rth, 2, False, []
+                )
+
+        def cancel(req_id: int) -> None:
+            self._requests.cancelHistoricalData(req_id)
+
+        return self._request(doing, send, cancel, self.request_timeout_s, (answered_by,))
 
     def _contract(self, instrument: Instrument) -> Any:
-        contract = self._lib.Contract(
+        contract = self.library_parts.contract(
             conId=instrument.con_id,
             symbol=instrument.ib_symbol,
             secType=instrument.sec_type,
             exchange=instrument.exchange,
             currency=instrument.currency,
         )
-        # Once IB pinned a conId, the primary exchange is implied; sent before, it tells twins apart.
+        # Once IB pinned a conId, the primary exchange is implied; sent before, it distinguishes twins.
         if not instrument.con_id:
             contract.primaryExchange = instrument.primary_exchange
         if instrument.sec_type == "FUT":

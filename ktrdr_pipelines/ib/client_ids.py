@@ -1,7 +1,7 @@
-"""Client ids, leased so that no two processes of this program show the gateway the same one.
+"""Client ids, leased so that no two processes of this program use the same one at a gateway.
 
 One lock file per id in a directory per gateway; the kernel drops a lock with its owner, so a killed process frees its id at
-once. That another program holds an id is only known from the gateway (326): ask again with ``skip``.
+once. An id that another program uses shows only at the gateway (326): lease again with ``skip``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ktrdr_pipelines.ib.processes import Owner, current_owner
 
 
 class ClientIds(Enum):
-    """The ranges (first, last) of client ids, by who started the process; so a sensor never takes a person's id."""
+    """The ranges (first, last) of client ids, by what started the process: a sensor never takes an id of the user's range."""
 
     PERSON = (1, 50)
     DAEMON = (200, 299)
@@ -33,8 +33,8 @@ class ClientIds(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LeasedId:
-    """One id in use, for people. ``pid`` is 0 where the owner could not be read; ``is_here``: it is a process of this machine,
-    for certain, so that the pid means what it says."""
+    """One id in use. ``pid`` is 0 where the owner could not be read; ``is_here``: it is certainly a process of this machine, so
+    the pid is valid here."""
 
     client_id: int
     pid: int
@@ -46,7 +46,7 @@ class LeasedId:
 
 
 class Lease:
-    """A client id of one's own until `release`, the end of the ``with`` block, or the end of the process."""
+    """A leased client id, until `release`, the end of the ``with`` block, or the end of the process."""
 
     def __init__(self, client_id: int, lock: FileLock, record: Path) -> None:
         self.client_id = client_id
@@ -54,9 +54,9 @@ class Lease:
         self._record = record
 
     def release(self) -> None:
-        """Give the id back. Harmless when repeated. The connection must be closed before: IB keeps the id until then."""
+        """Release the id. Harmless when repeated. Close the connection before: the gateway keeps the id until then."""
         if self._lock.is_locked:
-            # While the lock is still ours: afterwards the record may be the next owner's.
+            # While the lock is still this process's: afterwards the record may be the next owner's.
             with suppress(OSError):
                 self._record.unlink(missing_ok=True)
             self._lock.release()
@@ -75,7 +75,7 @@ def lease_client_id(
 ) -> Lease:
     """The first free id of ``ids``, ``preferred`` first (which may lie outside the range), none of ``skip``.
 
-    ``directory`` belongs to one gateway and is made if missing. It has to be local: locks over a network are not kept everywhere.
+    ``directory`` belongs to one gateway and is created if missing. It has to be local: locks over a network are unreliable.
 
     Raises:
         TransientError: every id is taken.
@@ -96,12 +96,12 @@ def lease_client_id(
         f"all client ids from {first} to {last} are in use",
         doing="connecting to the gateway",
         advice="End other processes of this program, or wait for one to finish. If none runs, restart the gateway: it may not "
-        "have noticed that their connections are gone.",
+        "have noticed that their connections ended.",
     )
 
 
 def in_use(directory: Path) -> list[LeasedId]:
-    """The ids that living processes hold, ascending. Empty if ``directory`` does not exist. Disturbs no lease."""
+    """The ids of running processes, ascending. Empty if ``directory`` does not exist. Disturbs no lease."""
     if not directory.is_dir():
         return []
     found: list[LeasedId] = []
@@ -110,8 +110,8 @@ def in_use(directory: Path) -> list[LeasedId]:
             continue
         owner = _read_owner(path)
         alive = None if owner is None else owner.is_alive()
-        # Asking the lock would take it for a moment, and make somebody who wants this id believe that it is taken: so only
-        # where the owner cannot tell (another container, or a record half written).
+        # Testing the lock takes it for a moment, and another process that tries this id would find it taken: so only where the
+        # record does not suffice (another container, or half written).
         if alive or (alive is None and _is_locked(directory, int(path.stem))):
             found.append(LeasedId(int(path.stem), owner.pid if owner else 0, is_here=alive is True))
     return sorted(found, key=lambda leased: leased.client_id)
@@ -147,7 +147,7 @@ def _read_owner(path: Path) -> Owner | None:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return Owner(str(fields["host"]), int(fields["pid"]), str(fields["started"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # half written, or just deleted: the lock itself is asked instead
+        return None  # half written, or just deleted: the lock itself is tested instead
 
 
 def _explain(error: OSError, directory: Path) -> StoreError:

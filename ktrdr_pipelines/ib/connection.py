@@ -1,8 +1,7 @@
-"""The connection of a process: made with a client id that is free, asked whether it is alive before it is trusted, made anew when
-it is lost, waited for when the gateway is gone for a while.
+"""The connection of a process: made with a free client id, probed before it is trusted, made again when it is lost, waited for
+while the gateway restarts.
 
-One connection at a time. The wire is `ib/wire/session.py`'s, the ids of this program's processes `client_ids.py`'s; which
-request is tried again and when is `history.py`'s.
+One connection at a time. The wire: `ib/wire/session.py`; the client ids: `client_ids.py`; retries of requests: `history.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from ktrdr_pipelines.ib.wire.session import ClientIdInUse, HungUp
 log = logging.getLogger(__name__)
 
 PROBE_AFTER_S = 30.0
-"""A connection unused for longer than this is asked for the time before it is trusted again."""
+"""A connection unused for longer than this is probed before it is trusted again."""
 
 
 @dataclass
 class Connection:
     """The gateway at ``address``. One thread at a time; `close` on every path.
 
-    ``on_wait`` is told why and how long at most, when the gateway has to be waited for. ``clock`` has to go on while the machine
-    sleeps: a connection that was left alone then is no longer to be trusted.
+    ``on_wait`` gets reason and seconds at most of each wait for the gateway. ``clock`` has to run on while the machine sleeps: a
+    connection that was unused then is not to be trusted.
     """
 
     address: GatewayAddress
@@ -42,9 +41,9 @@ class Connection:
 
     def __post_init__(self) -> None:
         self.account = ""
-        """Of the last connection; empty if there never was one."""
+        """Of the last connection; empty before the first."""
         self.has_given_up = False
-        """True after the gateway could not be reached, with all the patience it deserved."""
+        """True once the gateway could not be reached for as long as patience lasts."""
         self._client: GatewayClient | None = None
         self._lease: Lease | None = None
         self._used: Stamp = self.clock.read()
@@ -53,14 +52,14 @@ class Connection:
 
     @property
     def clock_lag_s(self) -> float:
-        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or nobody asked yet."""
+        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or without a connection."""
         return self._client.clock_lag_s if self._client is not None else 0.0
 
     def get(self) -> GatewayClient:
-        """The connection: kept, probed when it was idle, or made anew with the next free client id.
+        """The present connection, probed if it was idle, or a new one with the next free client id.
 
         Raises:
-            GatewayUnreachable: see `GatewayClient.connect`; at once if there never was a connection, else when patience ends.
+            GatewayUnreachable: see `GatewayClient.connect`; at once before the first connection, else when patience ends.
         """
         if self._client is not None:
             try:
@@ -72,32 +71,32 @@ class Connection:
         return self._connect_patiently()
 
     def check(self) -> None:
-        """See that the connection is alive, asking the gateway if it was idle or something went wrong on it.
+        """Check that the connection is alive: probe it if it was idle or its last request failed.
 
         Raises:
             GatewayUnreachable: it is not.
         """
         if self._client is None or not self._client.is_connected:
-            raise GatewayUnreachable(f"the connection to {self.address.host}:{self.address.port} is gone")
+            raise GatewayUnreachable(f"the connection to {self.address.host}:{self.address.port} was lost")
         idle_s = self.clock.read().age_of(self._used)
-        # Less than nothing: a clock that was set back cannot tell.
+        # Negative: the clock was set back, so the idle time is unknown.
         if self._is_suspect or not 0 <= idle_s <= PROBE_AFTER_S:
             self._client.probe()
             self._is_suspect = False
             self.note_use()
 
     def note_use(self, error: KtrdrError | None = None) -> None:
-        """A request was sent or has ended just now, with ``error`` if it failed."""
+        """Note that a request was sent or has ended just now, with ``error`` if it failed."""
         self._used = self.clock.read()
         if error is None:
             return
         if isinstance(error, GatewayUnreachable):
             self.close()
-        # A request without an answer is how a dead connection shows itself: ask before the next one waits as long.
+        # A dead connection shows as a request without an answer: probe before the next one waits as long.
         self._is_suspect = error.retry_helps and not error.pauses_login
 
     def close(self) -> None:
-        """Disconnect and give the client id back. Harmless when repeated."""
+        """Disconnect and release the client id. Harmless when repeated."""
         client, lease = self._client, self._lease
         self._client = self._lease = None
         try:
@@ -108,11 +107,11 @@ class Connection:
                 lease.release()
 
     def _connect_patiently(self) -> GatewayClient:
-        """Connect. A gateway that was there before is waited for: it restarts every night."""
+        """Connect. A gateway that was connected before is waited for: it restarts every night."""
         pause_s = next(iter(self.address.retry_waits_s), 0.0)
-        is_told = False
+        is_reported = False
         while True:
-            # The monotonic clock stands still while the machine sleeps: sleeping is no waiting.
+            # The monotonic clock stands still while the machine sleeps: sleep does not count as waiting.
             begun_s = time.monotonic()
             try:
                 client = self._connect()
@@ -120,12 +119,12 @@ class Connection:
                 self._patience_s -= time.monotonic() - begun_s
                 if self._patience_s <= 0:
                     self.has_given_up = True
-                    if is_told:
+                    if is_reported:
                         error.observed += f"; waited {self.address.return_patience_s:g} s for it to come back"
                     raise
-                if not is_told:
-                    is_told = True
-                    log.warning("the gateway is gone, waiting up to %g s for it: %s", self._patience_s, error.observed)
+                if not is_reported:
+                    is_reported = True
+                    log.warning("no gateway any more, waiting up to %g s for it: %s", self._patience_s, error.observed)
                     self.on_wait(f"the gateway is gone and may be restarting: {error.observed}", self._patience_s)
                 wait_s = min(pause_s, self._patience_s)
                 self._patience_s -= wait_s
@@ -150,16 +149,17 @@ class Connection:
                 request_timeout_s=self.address.request_timeout_s,
                 probe_timeout_s=self.address.probe_timeout_s,
                 now=self.now,
+                library=self.address.library,
             )
             try:
                 client.connect()
             except ClientIdInUse:
-                # Some other program's, or a zombie the gateway has not noticed yet.
+                # Another program's, or of a connection whose end the gateway has not noticed yet.
                 taken.add(lease.client_id)
                 lease.release()
                 continue
             except HungUp:
-                # Perhaps this id is in use and the gateway did not come to say so: one other is worth a try, not fifty.
+                # Perhaps this id is in use and the gateway closed before it sent 326: one other id is worth a try, not fifty.
                 taken.add(lease.client_id)
                 lease.release()
                 if has_hung_up:

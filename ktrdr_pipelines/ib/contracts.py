@@ -1,7 +1,7 @@
-"""From a person's instrument to IB's contract: which candidates there are, which one is meant, what gets pinned.
+"""From the user's instrument to IB's contract: the candidates, the choice among them, what gets pinned.
 
-Pure: the library's details come in and become `ContractInfo`. Never ``details[0]``: several candidates are an error
-that shows them all. Discovery in the specification's order (CASH, STK, FUT) lives here as a list of candidates to try.
+Pure. Never the first of several: several contracts that fit are an error that lists them all. The specification's order of
+discovery (CASH, STK, FUT) is a list of candidates to try.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a person says of a symbol beyond its name, to choose among several contracts. Empty, or 0: not said.
+    """What the user gives beyond a symbol's name, to choose among several contracts. Empty, or 0: not given.
 
     Raises:
-        InputError: an unknown security type, or a conId that is none.
+        InputError: an unknown security type, or an invalid currency, exchange or conId.
     """
 
     sec_type: str = ""
     exchange: str = ""
-    """The venue it is asked at (``IBIS``), or a stock's primary exchange."""
+    """The exchange to ask at (``IBIS``), or a stock's primary exchange."""
     currency: str = ""
     con_id: int = 0
 
@@ -54,23 +54,23 @@ class Choice:
 
 
 class AmbiguousSymbol(InputError):
-    """Several contracts fit; ``candidates`` are all of them. A person has to choose."""
+    """Several contracts fit; ``candidates`` are all of them. The user has to choose."""
 
     def __init__(self, observed: str, candidates: Sequence[ContractInfo], *, advice: str) -> None:
         super().__init__(observed, advice=advice)
         self.candidates = tuple(candidates)
 
 
-class NoContractTold(TransientError):
-    """IB ended its answer without a contract, and without the word (200) that there is none: no proof of anything. Not tried
-    again at once: where one gateway stumbles, another may always answer like this."""
+class EmptyContractAnswer(TransientError):
+    """IB's answer had neither a contract nor the error (200) for an unknown one: no evidence. Not tried again at once: what is a
+    mishap of one gateway may be the only answer of another."""
 
     retry_helps = False
 
 
 @dataclass(frozen=True, slots=True)
 class ContractInfo:
-    """What IB's contract details say of one contract; strings as IB spells them, empty where it says nothing."""
+    """IB's contract details of one contract; strings as IB spells them, empty where it sends none."""
 
     con_id: int
     symbol: str
@@ -94,7 +94,7 @@ class ContractInfo:
     """The regular ones of them."""
 
     def describe(self) -> str:
-        """One line for a person who has to choose."""
+        """One line for a user who has to choose."""
         where = self.primary_exchange or self.exchange
         code = self.local_symbol if self.sec_type == "FUT" else ""
         parts = [code or self.symbol, self.sec_type, where, self.currency, self.expiry, self.long_name]
@@ -105,14 +105,14 @@ class ContractInfo:
 
 
 def list_candidates(symbol: str, choice: Choice = Choice()) -> list[Instrument]:
-    """What a bare ``symbol`` may mean, in the order to ask IB: a currency pair (CASH), a stock (STK), a future (FUT).
+    """The candidates for a bare ``symbol``, in the order to ask IB: a currency pair (CASH), a stock (STK), a future (FUT).
 
     A stock is asked for in US dollars first and then in any currency, a future by its code (``ESZ4``) or by its product. Where
-    ``choice`` names a security type, only that one; other kinds (indices, crypto, continuous futures) have to be named. A conId
+    ``choice`` names a security type, only that one; other types (indices, crypto, continuous futures) have to be named. A conId
     is asked for alone.
 
     Raises:
-        InputError: ``symbol`` is not a symbol at all, or no pair of currencies where a pair is wanted.
+        InputError: ``symbol`` is not a symbol, or not a pair of currencies where a pair is wanted.
     """
     wanted = symbol.strip().upper()
     file_symbol(wanted)
@@ -135,7 +135,7 @@ def list_candidates(symbol: str, choice: Choice = Choice()) -> list[Instrument]:
 
 
 def _stocks(symbol: str, exchange: str, currency: str) -> list[Instrument]:
-    # A venue is tried as the primary exchange first, with the best of all prices, as `primary_exchange` in the universe file.
+    # An exchange is tried as the primary exchange first, on SMART routing, as `primary_exchange` in the universe file.
     places = [("SMART", exchange), (exchange, "")] if exchange not in ("", "SMART") else [("SMART", "")]
     # IB writes a class of shares behind a space: BRK B.
     names = [symbol, symbol.replace(".", " ")] if re.fullmatch(r"[A-Z]+\.[A-Z]", symbol) else [symbol]
@@ -160,7 +160,7 @@ def _other_kind(symbol: str, sec_type: str, choice: Choice) -> Instrument:
 
 
 def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> ContractInfo:
-    """The one contract that ``instrument`` means among what IB answered.
+    """The one contract among IB's answers that fits ``instrument``.
 
     Raises:
         PermanentError: none fits.
@@ -171,12 +171,12 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
         if instrument.con_id and not _is_named(instrument, found):
             raise InputError(
                 f"conId {found.con_id} is {found.describe()}, not {instrument.ib_symbol}",
-                advice="Write the symbol that belongs to the conId, or the conId of the symbol (`ktrdr ib symbols` tells it).",
+                advice="Write the symbol that belongs to the conId, or the conId of the symbol (`ktrdr ib symbols` shows it).",
             )
     if not fitting:
         offered = "; ".join(d.describe() for d in list(details)[:5]) or "nothing"
         raise PermanentError(
-            f"IB knows no {_words(instrument)} (it offered: {offered})",
+            f"IB has no {_describe(instrument)} (it offered: {offered})",
             advice="Check symbol, security type, exchange and currency.",
         )
     if len(fitting) > 1:
@@ -192,7 +192,7 @@ def choose_contract(instrument: Instrument, details: Sequence[ContractInfo]) -> 
 
 
 _KINDS = {"CONTFUT": ("CONTFUT", "FUT")}
-"""A continuous future may be described as the contract in front."""
+"""IB may describe a continuous future as its front contract."""
 
 
 def _fits(instrument: Instrument, info: ContractInfo) -> bool:
@@ -201,7 +201,7 @@ def _fits(instrument: Instrument, info: ContractInfo) -> bool:
     fits = (not info.sec_type or info.sec_type in _KINDS.get(instrument.sec_type, (instrument.sec_type,))) and (
         not info.currency or not instrument.currency or info.currency == instrument.currency
     )
-    # A conId says which venue and expiry; but bars of another kind, or in another currency, must never get into the file.
+    # A conId fixes exchange and expiry; but bars of another type, or in another currency, must never get into the file.
     return fits and (bool(instrument.con_id) or _fits_unpinned(instrument, info))
 
 
@@ -209,38 +209,38 @@ def _fits_unpinned(instrument: Instrument, info: ContractInfo) -> bool:
     return (
         (not instrument.primary_exchange or instrument.primary_exchange in _homes(info))
         and (not instrument.expiry or _expires(info, instrument.expiry))
-        and (not _is_meant_by_code(instrument) or info.local_symbol in ("", instrument.symbol))
+        and (not _is_named_by_code(instrument) or info.local_symbol in ("", instrument.symbol))
     )
 
 
 def _is_named(instrument: Instrument, info: ContractInfo) -> bool:
-    """True if ``info`` can be called as ``instrument`` is: by its symbol, its local symbol or as a pair; signs do not matter."""
+    """True if ``instrument`` names ``info``: by its symbol, its local symbol or as a pair; punctuation does not matter."""
     names = {info.symbol, info.local_symbol, info.symbol + info.currency}
     if not (info.symbol or info.local_symbol):
-        return True  # this gateway tells no symbols
+        return True  # this gateway sends no symbols
     plain = {"".join(c for c in name.upper() if c.isalnum()) for name in names}
     return "".join(c for c in instrument.ib_symbol.upper() if c.isalnum()) in plain
 
 
-def _is_meant_by_code(instrument: Instrument) -> bool:
+def _is_named_by_code(instrument: Instrument) -> bool:
     return instrument.sec_type == "FUT" and not instrument.expiry and is_future_code(instrument.symbol)
 
 
 def _expires(info: ContractInfo, expiry: str) -> bool:
-    # A month means the contract month, which may lie after the last trade date; only where IB does not tell it, that date's.
+    # A month means the contract month, which may lie after the last trade date; only where IB does not send it, that date's.
     if len(expiry) == len("202412") and info.contract_month:
         return info.contract_month == expiry
     return info.expiry.startswith(expiry)
 
 
 def _homes(info: ContractInfo) -> Sequence[str]:
-    """What can be meant by the contract's primary exchange: what IB says, or, where it says nothing, wherever it trades."""
+    """Possible primary exchanges of the contract: the one IB sends, or, where it sends none, every exchange that it trades at."""
     if info.primary_exchange:
         return (info.primary_exchange, info.exchange)
     return (info.exchange, *info.valid_exchanges.split(","))
 
 
-def _words(instrument: Instrument) -> str:
+def _describe(instrument: Instrument) -> str:
     if instrument.con_id:
         return f"{instrument.sec_type} with conId {instrument.con_id}" + (
             f" in {instrument.currency}" if instrument.currency else ""
@@ -251,8 +251,8 @@ def _words(instrument: Instrument) -> str:
 
 
 def pin_contract(instrument: Instrument, info: ContractInfo) -> Instrument:
-    """``instrument`` with what IB said of it: conId, zone and last trade date, which are no part of its identity. A continuous
-    future has no conId of its own: it may be that of the contract in front, which changes with each roll."""
+    """``instrument`` with IB's conId, zone and last trade date, which are not part of its identity. A continuous future gets no
+    conId: IB's may be that of the front contract, which changes with each roll."""
     return replace(
         instrument,
         con_id=0 if instrument.sec_type == "CONTFUT" else info.con_id,
@@ -262,8 +262,8 @@ def pin_contract(instrument: Instrument, info: ContractInfo) -> Instrument:
 
 
 def complete_instrument(candidate: Instrument, info: ContractInfo) -> Instrument:
-    """What a person only named, described as IB describes it: kind, venue, currency, expiry, conId. A future that was asked for
-    by its product gets the name of its code (``ES`` -> ``ESZ4``), a pair that was asked for by its conId the pair's."""
+    """``candidate`` completed by IB's description: type, exchange, currency, expiry, conId. A future that was asked for by its
+    product gets its code as symbol (``ES`` -> ``ESZ4``), a pair that was asked for by its conId the pair's symbol."""
     symbol, sec_type = candidate.symbol, info.sec_type or candidate.sec_type
     if candidate.sec_type == "CONTFUT":
         sec_type = "CONTFUT"

@@ -1,9 +1,9 @@
-"""Which series a person means, and where its history starts: questions that come before a load.
+"""The series that a symbol means, and the start of its history: both are needed before a load.
 
-The universe answers the first where it can; otherwise IB is asked (or what it said a while ago is remembered), and the
-result is added to the universe. Several contracts are never decided here: a person chooses. The start of history comes from the
-sidecar where it is known, else from IB's head timestamp, which is a hint only: it is checked against one long daily request,
-the window begins earlier by a margin, and a load believes in a start only when the bars themselves show it.
+The series comes from the universe, else from the cache or from IB, and is then added to the universe. Among several contracts
+the user chooses, never this module. The start of history comes from the sidecar where it is known, else from IB's head
+timestamp, which is a hint only: it is checked with one long daily request, the window begins earlier by a margin, and a load
+takes a start for certain only when the bars themselves show it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ktrdr_pipelines.errors import BugError, GatewayUnreachable, InputError, Ktr
 from ktrdr_pipelines.ib.contracts import (
     Choice,
     ContractInfo,
-    NoContractTold,
+    EmptyContractAnswer,
     choose_contract,
     complete_instrument,
     list_candidates,
@@ -34,21 +34,23 @@ from ktrdr_pipelines.universe.file import Universe
 log = logging.getLogger(__name__)
 
 SHORT_BAR_HISTORY = timedelta(days=183)
-"""IB keeps bars of 30 seconds and less for six months (ib_facts.md, 5)."""
+"""IB's retention of bars of 30 seconds and less: six months (docs/ib_facts.md, 5)."""
 
 
-def kept_from(timeframe: Timeframe, now: datetime) -> datetime | None:
-    """Where what IB keeps of ``timeframe`` begins, at a midnight UTC; None where it keeps everything. An empty answer about older
-    bars proves nothing, so they are never asked for."""
+def retention_start(timeframe: Timeframe, now: datetime) -> datetime | None:
+    """Where IB's retention of ``timeframe`` begins, at a midnight UTC; None where it is unlimited. An empty answer about older
+    bars is no evidence, so they are never asked for."""
     if timeframe.seconds > 30:
         return None
     oldest = now - SHORT_BAR_HISTORY
     return oldest.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
 
 
-def say_kept(series: Series, kept: datetime) -> str:
-    """That nothing older than ``kept`` can be had, as a sentence."""
-    return f"IB keeps {series.timeframe} bars for six months: nothing before {kept:%Y-%m-%d} can be had, nor was asked"
+def describe_retention(series: Series, start: datetime) -> str:
+    """A sentence: bars before ``start`` are beyond IB's retention."""
+    return (
+        f"{series.timeframe} bars before {start:%Y-%m-%d} are beyond IB's retention (six months) and were not asked for"
+    )
 
 
 NO_CHOICE = Choice()
@@ -56,33 +58,32 @@ NO_CHOICE = Choice()
 
 @dataclass(frozen=True, slots=True)
 class Discovered:
-    """The one contract that a symbol means: ``instrument`` as it goes into the universe, pinned, and IB's details of it."""
+    """The one contract of a symbol: ``instrument`` as it goes into the universe, pinned, and IB's details of it."""
 
     instrument: Instrument
     contract: ContractInfo
 
 
 def symbols_file(history: IBHistory) -> KnownSymbols:
-    """What was told of symbols at this gateway's address: one file for each, beside the pacing ledger. For listing; what counts
-    for an account, `known_to_account` tells."""
+    """The cache of this gateway's address, beside the pacing ledger, for listing. For one account: `known_to_account`."""
     key = "".join(c if c.isalnum() else "_" for c in history.address.login)
     return KnownSymbols(history.address.state_dir / "ib" / f"symbols_{key}.json", history.now)
 
 
 def known_to_account(history: IBHistory) -> KnownSymbols:
-    """What the account behind this gateway was told."""
+    """The cache as valid for the account behind this gateway."""
     return replace(symbols_file(history), account=history.account)
 
 
 def discover(
     symbol: str, *, history: IBHistory, choice: Choice = NO_CHOICE, known: KnownSymbols | None = None
 ) -> Discovered:
-    """What ``symbol`` means to IB: tried as CASH, STK and FUT in that order, or as ``choice`` says.
+    """The contract of ``symbol`` at IB: tried as CASH, STK and FUT in that order, or as ``choice`` has it.
 
     Raises:
-        AmbiguousSymbol: several contracts fit; all are in it, a person has to choose.
-        PermanentError: IB knows none; the message offers symbols that are like it.
-        InputError: no symbol at all, or its conId is another instrument's. KtrdrError: IB could not be asked.
+        AmbiguousSymbol: several contracts fit; all are in it, the user has to choose.
+        PermanentError: IB has none; the message offers similar symbols.
+        InputError: not a symbol, or its conId is another instrument's. KtrdrError: IB could not be asked.
     """
     candidates = list_candidates(symbol, choice)
     known = known or known_to_account(history)
@@ -98,8 +99,8 @@ def discover(
     for candidate in candidates:
         try:
             found = _try_candidate(symbol, candidate, history)
-        except (NoContractTold, BugError) as error:
-            # What is no proper question for one kind (321) may be one for the next; but then nobody said that there is none.
+        except (EmptyContractAnswer, BugError) as error:
+            # A request that is malformed for one type (321) may be valid for the next; but then "none" is not certain.
             doubts.append(error)
             continue
         if found is not None:
@@ -113,12 +114,12 @@ def discover(
 
 
 def find_similar(symbol: str, history: IBHistory) -> tuple[str, ...]:
-    """What IB has that is like ``symbol``, for people who may have misspelt it."""
+    """Symbols of IB that are similar to ``symbol``, which may be misspelt."""
     return tuple(each.describe() for each in history.find_matching(symbol.strip())[:8])
 
 
 def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Discovered | None:
-    """The contract of ``candidate``; None when IB knows none."""
+    """The contract of ``candidate``; None when IB has none."""
     doing = f"looking up {symbol} as {candidate.sec_type}"
     details = history.describe(candidate, doing)
     if not details:
@@ -133,7 +134,7 @@ def _try_candidate(symbol: str, candidate: Instrument, history: IBHistory) -> Di
 
 
 def _settle_calendar(instrument: Instrument) -> Instrument:
-    """``instrument`` with its primary exchange only where that says more about its calendar than exchange and currency do."""
+    """``instrument`` with its primary exchange only where its calendar does not follow from exchange and currency."""
 
     def calendar(of: Instrument) -> str:
         try:
@@ -149,10 +150,10 @@ def _settle_calendar(instrument: Instrument) -> Instrument:
 def unknown_symbol(
     symbol: str, candidates: list[Instrument], similar: tuple[str, ...], remembered: str = ""
 ) -> PermanentError:
-    """What a person is told of a symbol that IB does not know."""
+    """The error for a symbol that IB does not have."""
     tried = dict.fromkeys(" ".join(filter(None, (c.sec_type, c.ib_symbol, c.currency))) for c in candidates)
     return PermanentError(
-        f"IB knows no {symbol} (tried as {', '.join(tried) or 'nothing'})"
+        f"IB has no {symbol} (tried as {', '.join(tried) or 'nothing'})"
         + (f" ({remembered})" if remembered else "")
         + (f"; similar: {'; '.join(similar)}" if similar else ""),
         doing="looking up a symbol",
@@ -167,8 +168,8 @@ def identify_series(
     """The series called ``symbol`` at ``timeframe``. An instrument that no universe names is looked up at IB.
 
     Raises:
-        InputError: not a symbol, several contracts fit, or the universe means another one than ``choice``.
-        PermanentError: IB knows none.
+        InputError: not a symbol, several contracts fit, or the universe has another one than ``choice``.
+        PermanentError: IB has none.
     """
     file_symbol(symbol)
     instrument = universe.find_instrument(symbol)
@@ -184,10 +185,11 @@ def identify_series(
 
 
 def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None, history: IBHistory) -> None:
-    """A symbol is one instrument, for its files carry its name. What the universe leaves open is asked of IB.
+    """Check that ``choice`` fits ``named``: a symbol is one instrument, since its files are named after it. IB is asked about
+    what the universe leaves open.
 
     Raises:
-        InputError: the universe means another instrument by that symbol.
+        InputError: the universe has another instrument by that symbol.
     """
     is_same = (
         choice.sec_type in ("", named.sec_type)
@@ -198,7 +200,7 @@ def _refuse_other(named: Instrument, choice: Choice, found: Instrument | None, h
     )
     if not is_same:
         raise InputError(
-            f"the universe already means another instrument by {named.symbol}: {named.sec_type} on "
+            f"the universe already has another instrument called {named.symbol}: {named.sec_type} on "
             f"{named.primary_exchange or named.exchange} in {named.currency}"
             + (f", conId {named.con_id}" if named.con_id else ""),
             advice="Give the other one a symbol of its own in the universe file (`symbol:` with `ib_symbol:`), or correct the "
@@ -237,9 +239,9 @@ def estimate_history_start(
     limits: HistoryLimits = HistoryLimits.CLASSIC,
 ) -> datetime:
     """Where a full load begins: the head timestamp less a margin, but not before ``earliest`` (the first partition), and for
-    bars of 30 seconds and less not before what IB keeps. Asks IB once or twice; without an answer it is ``earliest``.
+    bars of 30 seconds and less not before IB's retention. Asks IB once or twice; without an answer it is ``earliest``.
 
-    A series that IB tells only up to now begins as far back as its longest request reaches.
+    A series that IB serves only up to now begins as far back as its longest request reaches.
     """
     if series.timeframe.seconds <= 30:
         earliest = max(earliest, now - SHORT_BAR_HISTORY)
@@ -261,7 +263,7 @@ def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
         return before.head
     head = history.find_head(pinned)
     if head is not None and head > history.now():
-        log.warning("IB says that %s begins in the future (%s): not believed", pinned.symbol, head.date())
+        log.warning("IB's head timestamp of %s lies in the future (%s): ignored", pinned.symbol, head.date())
         return None
     if head is not None:
         known.remember_head(pinned, head)
@@ -269,8 +271,8 @@ def _find_head(pinned: Instrument, history: IBHistory) -> datetime | None:
 
 
 def _find_older(pinned: Instrument, head: datetime, history: IBHistory) -> datetime | None:
-    """The first daily bar of the year before ``head``, or of all time when the whole year is full of them: then the head
-    timestamp is far too late. None when there is none, or IB does not answer: the check is only a hint too."""
+    """The first daily bar of the year before ``head``, or 1971 when bars fill the whole year: then the head timestamp is far too
+    late. None when there is none, or IB does not answer: the check is only a hint too."""
     daily = Series(pinned, TIMEFRAMES["1d"])
     end = head.replace(hour=0, minute=0, second=0, microsecond=0)
     duration = daily.timeframe.longest_request(HistoryLimits.CLASSIC)
@@ -280,7 +282,7 @@ def _find_older(pinned: Instrument, head: datetime, history: IBHistory) -> datet
     except (GatewayUnreachable, StoreError):
         raise
     except KtrdrError as error:
-        log.warning("going on without a check of the start of history of %s: %s", pinned.symbol, error)
+        log.warning("going on without the check of the start of history of %s: %s", pinned.symbol, error)
         return None
     opens = answer.opens_s[answer.opens_s < end.timestamp()]
     if not len(opens):

@@ -1,9 +1,8 @@
-"""Ask IB for history as it wants to be asked: paced, held while a farm is down, retried.
+"""History from IB by its rules: requests are paced, wait for the end of an outage, and are retried.
 
-Between the use case (`loading/series_load.py`) and the wire (`client.py`). The connection is `connection.py`'s, the budget
-`ib/pacing/ledger.py`'s, the meaning of codes `codes.py`'s.
-Retries are tenacity's, with the specification's schedule: 3 after the first try, after 15, 30 and 60 s, for transient
-errors only. Nothing is decided here about which bars are missing.
+Between `loading/` and the wire (`client.py`). The connection: `connection.py`; the budget: `ib/pacing/ledger.py`; the
+meaning of codes: `codes.py`. Retries are tenacity's, by the specification's schedule: 3 after the first try, after 15, 30 and
+60 s, for transient errors only. Which bars are missing is not decided here.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ktrdr_pipelines.domain.instruments import Instrument, Series
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError, TransientError
 from ktrdr_pipelines.ib.client import GatewayClient, Sending
-from ktrdr_pipelines.ib.codes import Hold, RequestLost
+from ktrdr_pipelines.ib.codes import Outage, RequestLost
 from ktrdr_pipelines.ib.connection import Connection
 from ktrdr_pipelines.ib.contracts import ContractInfo, choose_contract, pin_contract
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
@@ -39,12 +38,12 @@ T = TypeVar("T")
 
 @dataclass
 class Waiting:
-    """What a person should know while nothing seems to happen: told to ``on_wait``."""
+    """A wait, as reported to ``on_wait``: why, how many seconds at most, and until when."""
 
     reason: str
     seconds: float
     until: datetime | None
-    """At the latest; None: nobody knows."""
+    """At the latest; None: unknown."""
 
 
 @dataclass
@@ -60,12 +59,12 @@ class IBHistory:
 
     def __post_init__(self) -> None:
         self._connection = Connection(
-            self.address, self._tell, self._wait, now=lambda: self.now(), clock=self.clock or SystemClock()
+            self.address, self._report_wait, self._wait, now=lambda: self.now(), clock=self.clock or SystemClock()
         )
         self._ledger_opened: Ledger | None = None
-        self._heads: dict[str, datetime | None] = {}  # asked once per connection: each counts as a history request
+        self._heads: dict[str, datetime | None] = {}  # asked once per object: each counts as a history request
         self._pinned: dict[tuple[Instrument, int], Instrument] = {}
-        self._patience_s = self.address.hold_patience_s
+        self._patience_s = self.address.outage_patience_s
         self.requests_made = 0
         self.retries = 0
         self.pacing_wait_s = 0.0
@@ -79,7 +78,7 @@ class IBHistory:
         self.close()
 
     def close(self) -> None:
-        """Disconnect, give the client id back, close the ledger. Harmless when repeated."""
+        """Disconnect, release the client id, close the ledger. Harmless when repeated."""
         self._connection.close()
         if self._ledger_opened is not None:
             self._ledger_opened.close()
@@ -95,7 +94,7 @@ class IBHistory:
 
     @property
     def account(self) -> str:
-        """The account behind the gateway, which is connected to for it.
+        """The account behind the gateway; connects if needed.
 
         Raises:
             GatewayUnreachable: no gateway.
@@ -105,19 +104,19 @@ class IBHistory:
 
     @property
     def clock_lag_s(self) -> float:
-        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or nobody asked yet."""
+        """How many seconds the gateway's time is behind this machine's; 0 if it is not, or before the first connection."""
         return self._connection.clock_lag_s
 
-    # -- what can be asked ------------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------------------
 
     def pin(self, instrument: Instrument) -> Instrument:
-        """``instrument`` with the conId that IB means by it.
+        """``instrument`` with IB's conId for it.
 
         Raises:
-            PermanentError: IB knows no such contract.
-            InputError: it knows several.
+            PermanentError: IB has no such contract.
+            InputError: it has several.
         """
-        key = (instrument, instrument.con_id)  # a conId is no part of the instrument's equality, but it decides
+        key = (instrument, instrument.con_id)  # a conId is not part of the instrument's equality, but it decides
         if key not in self._pinned:
             doing = f"looking up {instrument.symbol} ({instrument.sec_type} {instrument.currency})"
             details = self.describe(instrument, doing)
@@ -128,7 +127,7 @@ class IBHistory:
         return self._pinned[key]
 
     def find_matching(self, pattern: str) -> list[ContractInfo]:
-        """IB's guesses at a symbol that may be misspelt. Only an offer: asked once, and none when IB does not answer.
+        """IB's guesses at a symbol that may be misspelt. Asked once, without retries; empty when IB does not answer.
 
         Raises:
             GatewayUnreachable: no gateway.
@@ -138,11 +137,11 @@ class IBHistory:
         except GatewayUnreachable:
             raise
         except KtrdrError as error:
-            log.info("no symbols like %s: %s", pattern, error)
+            log.info("no answer about symbols like %s: %s", pattern, error)
             return []
 
     def fetch(self, series: Series, request: Request) -> RawBars:
-        """The bars of one request, uncut. No bars only if IB said so; every failure is raised."""
+        """The bars of one request, uncut. No bars only if IB answered so; every failure is raised."""
         instrument, timeframe = series.instrument, series.timeframe
         doing = f"loading {series} {request.window}"
         ask = describe_bars(series, request)
@@ -163,10 +162,10 @@ class IBHistory:
     def find_head(self, instrument: Instrument) -> datetime | None:
         """IB's head timestamp: a hint of where history starts, or None. Counts as a history request.
 
-        Being a hint, it is asked for once, without retries: a gateway that does not tell it fails no load.
+        It is asked for once, without retries: a gateway without an answer fails no load.
 
         Raises:
-            GatewayUnreachable, StoreError: no gateway, or no ledger; then nothing else would work either.
+            GatewayUnreachable, StoreError: no gateway, or no ledger; no other request would work either.
         """
         ask = describe_head(instrument)
         if ask.identity not in self._heads:
@@ -182,7 +181,7 @@ class IBHistory:
 
     def fetch_schedule(self, instrument: Instrument, *, end: datetime, days: int) -> list[Session]:
         """IB's own sessions of ``instrument``: those of ``days`` days (IB counts sessions) up to ``end``. A history request like
-        any other: paced, counted, retried. Whether all of them were sent cannot be seen from one answer.
+        any other: paced, counted, retried. One answer does not show whether it is complete.
 
         Raises:
             PermanentError: this gateway serves no schedules. KtrdrError: any other failure.
@@ -203,7 +202,7 @@ class IBHistory:
         try:
             return self._retry(doing, lambda: self._paced(ask, send))
         except BugError as error:
-            # An older gateway refuses what to show as malformed; for bars that would be our mistake.
+            # An older gateway refuses SCHEDULE as malformed; for bars that would be our mistake.
             raise PermanentError(
                 error.observed,
                 doing=doing,
@@ -214,7 +213,7 @@ class IBHistory:
     # -- pacing and retries -----------------------------------------------------------------------------------------
 
     def connect(self) -> GatewayClient:
-        """The connection, alive; see `Connection.get`."""
+        """The connection, checked; see `Connection.get`."""
         return self._connection.get()
 
     @property
@@ -226,31 +225,33 @@ class IBHistory:
         return self._ledger_opened
 
     def describe(self, instrument: Instrument, doing: str) -> list[ContractInfo]:
-        """Every contract that IB knows of that description; an empty list when it knows none. Not a history request.
+        """Every contract that fits ``instrument``; an empty list when IB has none. Not a history request.
 
         Raises:
-            KtrdrError: no answer; in the nightly reset "none" is no answer either.
+            KtrdrError: no answer; during the nightly reset "none" is no answer either.
         """
 
         def ask() -> list[ContractInfo]:
             client = self.connect()
-            self.ride_out(client, frozenset((Hold.LINK, Hold.DEFINITIONS)))
+            self.wait_for_outages(client, frozenset((Outage.LINK, Outage.DEFINITIONS)))
             with self._watch():
-                # Not a history request: not counted against the budget.
                 return client.contract_details(instrument)
 
         return self._retry(doing, ask)
 
     def _paced(self, ask: Ask, send: Callable[[GatewayClient, Sending], T]) -> T:
-        """Send one history request once the ledger agrees; connected before, so that nothing lies between grant and send."""
+        """Send one history request once the ledger grants it; connected before, so that nothing comes between grant and send."""
         client = self.connect()
-        self.ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
-        told: dict[str, float] = {}
+        self.wait_for_outages(client, frozenset((Outage.LINK, Outage.HISTORY)))
+        reported_until_s = 0.0
 
         def waiting(seconds: float, rule: Rule, until_s: float) -> None:
-            if seconds >= 1 and until_s - told.get("until", 0.0) >= 1:
-                told["until"] = until_s
-                self._tell(f"pacing: {rule}{self._explain_pause(rule)}", seconds, datetime.fromtimestamp(until_s, UTC))
+            nonlocal reported_until_s
+            if seconds >= 1 and until_s - reported_until_s >= 1:
+                reported_until_s = until_s
+                self._report_wait(
+                    f"pacing: {rule}{self._explain_pause(rule)}", seconds, datetime.fromtimestamp(until_s, UTC)
+                )
 
         with self.ledger.acquire(ask, sleep=self.sleep, on_wait=waiting) as grant, self._watch():
             self.pacing_wait_s += grant.waited_s
@@ -258,7 +259,7 @@ class IBHistory:
                 self._connection.check()
             except GatewayUnreachable as error:
                 raise RequestLost(
-                    f"the connection was lost while the request waited for its turn ({error.observed})",
+                    f"the connection was lost during the pacing wait ({error.observed})",
                     advice="It is made again; nothing was sent.",
                 ) from None
 
@@ -272,7 +273,7 @@ class IBHistory:
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        """After the block: what its failure means for the next request on this connection, and for other processes."""
+        """A block around one request: what its failure means for the next one on this connection, and for other processes."""
         self._connection.note_use()
         try:
             yield
@@ -284,12 +285,12 @@ class IBHistory:
         self._connection.note_use()
 
     def _explain_pause(self, rule: Rule) -> str:
-        """Why everything pauses: pacing, or the same login in use elsewhere, which a person can end."""
-        holds = self.ledger.snapshot().holds if rule is Rule.HOLD else ()
-        return f" ({holds[-1].reason})" if holds else ""
+        """Why all processes pause: pacing, or the same login in use elsewhere, which the user can end."""
+        pauses = self.ledger.snapshot().pauses if rule is Rule.PAUSE else ()
+        return f" ({pauses[-1].reason})" if pauses else ""
 
-    def _tell(self, reason: str, seconds: float, until: datetime | None = None) -> None:
-        """Why nothing will happen for ``seconds``, for whoever watches and for the log."""
+    def _report_wait(self, reason: str, seconds: float, until: datetime | None = None) -> None:
+        """Report a wait of ``seconds`` at most, to ``on_wait`` and to the log."""
         log.info("waiting up to %.0f s: %s", seconds, reason)
         self.on_wait(Waiting(reason, seconds, until or self.now() + timedelta(seconds=seconds)))
 
@@ -297,27 +298,27 @@ class IBHistory:
         self.retry_wait_s += seconds
         self.sleep(seconds)
 
-    def ride_out(self, client: GatewayClient, needed: frozenset[Hold]) -> None:
-        """Wait while the gateway says that something ``needed`` is down, at most as long as patience lasts.
+    def wait_for_outages(self, client: GatewayClient, needed: frozenset[Outage]) -> None:
+        """Wait for the end of outages of what is ``needed``, at most as long as patience lasts.
 
         Raises:
-            TransientError: it is down, and the address has no patience at all.
+            TransientError: there is an outage, and the address has no patience at all.
         """
-        is_told = False
-        while client.down.kinds & needed:
-            if self.address.hold_patience_s <= 0:
+        is_reported = False
+        while client.outages.kinds & needed:
+            if self.address.outage_patience_s <= 0:
                 raise TransientError(
-                    f"the {client.down.describe(needed)} is down, says the gateway",
-                    advice="Ask again later: IB mends it; loads wait for it.",
+                    f"the gateway reports an outage: {client.outages.describe(needed)}",
+                    advice="Ask again later. It is IB's to end; loads wait for it.",
                 )
             if self._patience_s <= 0 or not client.is_connected:
                 return
-            if not is_told:
-                is_told = True
-                self._tell(f"the gateway says it is down: {client.down.describe(needed)}", self._patience_s)
+            if not is_reported:
+                is_reported = True
+                self._report_wait(f"the gateway reports an outage: {client.outages.describe(needed)}", self._patience_s)
             self._wait(1.0)
             self._patience_s -= 1.0
-        self._patience_s = self.address.hold_patience_s
+        self._patience_s = self.address.outage_patience_s
 
     def _retry(self, doing: str, attempt: Callable[[], T]) -> T:
         waits = self.address.retry_waits_s
@@ -327,7 +328,7 @@ class IBHistory:
             error = state.outcome.exception() if state.outcome else None
             if not isinstance(error, KtrdrError) or not error.retry_helps:
                 return False
-            # Nobody home at the very start, or for longer than any restart: say so at once instead of after two minutes.
+            # No gateway at the start, or for longer than any restart: raised at once instead of after two minutes.
             return not (isinstance(error, GatewayUnreachable) and self._connection.has_given_up)
 
         def choose_wait(state: tenacity.RetryCallState) -> float:
@@ -345,9 +346,9 @@ class IBHistory:
             log.warning(
                 "%s: %s; try %d of %d in %g s", doing, tried[-1], state.attempt_number + 1, len(waits) + 1, wait_s
             )
-            # What only a person can end (the same login elsewhere) is worth more words.
+            # Only the user can end some of these (the same login elsewhere): show how.
             advice = f". {error.advice}" if isinstance(error, KtrdrError) and error.pauses_login else ""
-            self._tell(f"retry {state.attempt_number} of {len(waits)} after: {tried[-1]}{advice}", wait_s)
+            self._report_wait(f"retry {state.attempt_number} of {len(waits)} after: {tried[-1]}{advice}", wait_s)
 
         tried: list[str] = []
         retrying = tenacity.Retrying(

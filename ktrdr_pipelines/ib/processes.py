@@ -1,7 +1,7 @@
-"""Which process a ledger entry or a client id belongs to, and whether it still lives.
+"""The process that a ledger entry or a client id belongs to, and whether it still runs.
 
-A pid alone is not enough: pids are used again, and containers have pids of their own. Nothing here sends signals.
-psutil would tell the same, for one more dependency with binaries; only one number of one file is needed.
+A pid alone is not enough: pids are reused, and containers have pids of their own. Nothing here sends signals.
+psutil would do as well, for one more dependency with binaries; only one number of one file is needed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process. ``host`` tells machines, boots and pid namespaces apart; ``started`` tells two users of one pid apart and
-    is empty where the system does not say."""
+    """A process. ``host`` distinguishes machines, boots and pid namespaces; ``started`` distinguishes two processes with one pid,
+    and is empty where the system does not show it."""
 
     host: str
     pid: int
     started: str
 
     def is_alive(self) -> bool | None:
-        """True or False for a process of this host; None for another host's, of which nothing can be known."""
+        """True or False for a process of this host; None for one of another host, where it is unknown."""
         if self.host != _host():
             return None
         if self.pid == os.getpid():
@@ -55,9 +55,9 @@ def _host_of(_pid: int) -> str:
 
 
 def _started(pid: int) -> str:
-    """Clock ticks from boot to the start of ``pid``; empty where unknown, as for a process that has ended unburied."""
+    """Clock ticks from boot to the start of ``pid``; empty where unknown, as for a zombie."""
     try:
-        # The second field is the command in parentheses and may hold anything, so count from its end.
+        # The second field is the command in parentheses and may contain anything, so count from its end.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""

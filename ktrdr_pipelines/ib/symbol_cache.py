@@ -1,12 +1,11 @@
-"""What IB said of symbols and of the start of their history, remembered for a while in one small file.
+"""A cache of IB's answers about symbols and the start of their history, in one small file.
 
-Each answer counts for the account that was told it: behind one address there may be the simulator today and IB tomorrow, and a
-conId of the one is another company's at the other.
+An answer is valid for the account that got it: behind one address there may be the simulator today and IB tomorrow, and a conId
+of one is another company's at the other.
 
-Only a saving: a file that is missing, damaged or cannot be written costs questions, never an answer. Found contracts are
-kept for a day (their trading hours are those of the next days), "there is none" for minutes, and not at all during the
-nightly reset, when valid contracts are unknown (`codes.in_nightly_reset`). What is asked, and when an answer counts as none,
-is in `discovery.py`.
+A file that is missing, damaged or cannot be written costs requests, never an answer. Contracts are kept for a day (their trading
+hours are those of the next days), "no such contract" for minutes, and not at all during the nightly reset, when valid
+contracts are unknown (`codes.in_nightly_reset`). The requests, and when an answer counts as "none": `discovery.py`.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ _LARGEST_FILE = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """One answer. ``instrument`` and ``contract`` are None where IB knew nothing."""
+    """One answer. ``instrument`` and ``contract`` are None where IB has none."""
 
     asked_at: datetime
     until: datetime
     instrument: Instrument | None = None
     contract: ContractInfo | None = None
     similar: tuple[str, ...] = ()
-    """Where IB knew nothing: what it has that is like it, for people."""
+    """Where IB has none: similar symbols that it has, as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownHead:
-    """IB's head timestamp; None where it told none."""
+    """IB's head timestamp; None where it has none."""
 
     until: datetime
     head: datetime | None = None
@@ -61,18 +60,18 @@ _KNOWN, _HEAD = TypeAdapter(Known), TypeAdapter(KnownHead)
 
 @dataclass
 class KnownSymbols:
-    """The file at ``path``, and whose answers in it count. Read anew at each question: other processes write it too."""
+    """The file at ``path``, as valid for ``account``. Read again at each use: other processes write it too."""
 
     path: Path
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     account: str = ""
 
     def find(self, key: str) -> Known | None:
-        """What ``account`` was told of ``key``, None when nothing is known or it has expired."""
+        """The answer about ``key``, None when there is none or it has expired."""
         return self._entries("symbols", _KNOWN).get(self._mine(key))
 
     def list_found(self, sec_type: str = "") -> list[Known]:
-        """Every contract found by any account and not expired, by symbol; only those of a kind when one is given."""
+        """Every contract found by any account and not expired, by symbol; only of ``sec_type`` if given."""
         found: dict[tuple[Instrument, int], Known] = {}
         for known in self._entries("symbols", _KNOWN).values():
             if known.instrument is not None and sec_type in ("", known.instrument.sec_type):
@@ -86,7 +85,7 @@ class KnownSymbols:
         contract: ContractInfo | None,
         similar: tuple[str, ...] = (),
     ) -> None:
-        """Keep what IB just said of ``key``; that there is nothing only when it can be believed."""
+        """Keep IB's answer about ``key``; "none" only when it can be believed."""
         now = self.now()
         if instrument is None and in_nightly_reset(now):
             return
@@ -94,11 +93,11 @@ class KnownSymbols:
         self._put("symbols", self._mine(key), _KNOWN.dump_python(known, mode="json"))
 
     def find_head(self, instrument: Instrument) -> KnownHead | None:
-        """The head timestamp of a pinned ``instrument``, None when it has to be asked."""
+        """The head timestamp of a pinned ``instrument``, None when IB has to be asked."""
         return self._entries("heads", _HEAD).get(self._mine(_head_key(instrument)))
 
     def remember_head(self, instrument: Instrument, head: datetime) -> None:
-        """Keep a head timestamp that IB just told. That it told none is not kept: it may tell one the next time."""
+        """Keep a head timestamp. That there was none is not kept: there may be one the next time."""
         known = KnownHead(self.now() + HEAD_KEPT, head)
         self._put("heads", self._mine(_head_key(instrument)), _HEAD.dump_python(known, mode="json"))
 
@@ -123,7 +122,7 @@ class KnownSymbols:
                 entry = kind.validate_python(value, strict=False)
                 is_fresh = now < entry.until and getattr(entry, "asked_at", now) <= now + timedelta(minutes=5)
             except (ValidationError, TypeError, ValueError):
-                continue  # one bad entry spoils no other
+                continue  # one bad entry does not affect the others
             except Exception as error:  # noqa: BLE001 - an instrument that its own checks refuse
                 log.debug("%s: %s is left out: %s", self.path, key, error)
                 continue
@@ -150,7 +149,7 @@ class KnownSymbols:
                     os.fsync(file.fileno())
                 temporary.replace(self.path)
         except (OSError, Timeout) as error:
-            log.info("%s cannot be written, symbols will be looked up again: %s", self.path, error)
+            log.info("cannot write %s, symbols will be looked up again: %s", self.path, error)
 
 
 def _head_key(instrument: Instrument) -> str:

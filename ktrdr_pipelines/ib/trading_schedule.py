@@ -1,7 +1,7 @@
-"""IB's schedule of an instrument, read: the sessions of a SCHEDULE answer as instants in UTC. Pure.
+"""Reads IB's schedule of an instrument: the sessions of a SCHEDULE answer as instants in UTC. Pure.
 
-Instants come as ``20240102-09:30:00`` in the zone that the answer names, each with the session date it belongs to. Who asked
-is in `client.py`, what is made of it in `calendars/ib_schedule.py`.
+Instants come as ``20240102-09:30:00`` in the zone that the answer names, each with its session date. The request: `client.py`;
+the use: `calendars/ib_schedule.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_schedule(zone: str, rows: Iterable[tuple[str, str, str]]) -> list[Sessi
     try:
         local = ZoneInfo(zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise DataError(f"IB's schedule names a time zone that is not known, {zone!r}", advice=_ADVICE) from None
+        raise DataError(f"IB's schedule names an unknown time zone, {zone!r}", advice=_ADVICE) from None
     parts: dict[int, list[tuple[int, int]]] = {}
     for start, end, day in rows:
         try:

@@ -17,7 +17,7 @@ from pydantic import Field
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, parse_instant
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
-from ktrdr_pipelines.ib.discovery import kept_from, say_kept
+from ktrdr_pipelines.ib.discovery import describe_retention, retention_start
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
@@ -156,12 +156,12 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
     Raises:
         PermanentError: that is all of it.
     """
-    kept = kept_from(series.timeframe, now)
+    kept = retention_start(series.timeframe, now)
     if kept is None or window.is_empty or window.start >= kept:
         return window
     if window.end <= kept:
-        raise PermanentError(say_kept(series, kept), advice="Choose later partitions, or a longer timeframe.")
-    report.notices.append(say_kept(series, kept))
+        raise PermanentError(describe_retention(series, kept), advice="Choose later partitions, or a longer timeframe.")
+    report.notices.append(describe_retention(series, kept))
     return Window(kept, window.end)
 
 

@@ -39,6 +39,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     state_dir: str
     ledger_url: str = ""
     """As people may see it: Dagster shows the configuration of its resources to everybody, and keeps it."""
+    library: str = "ib_insync"
 
     _history: IBHistory | None = PrivateAttr(default=None)
     _client_ids: ClientIds = PrivateAttr(default=ClientIds.PERSON)
@@ -55,6 +56,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             retry_waits_s=list(settings.ib_retry_waits_s),
             state_dir=str(settings.dagster_home),
             ledger_url=_without_secrets(settings.ledger_url),
+            library=settings.ib_library,
         )
 
     def address(self) -> GatewayAddress:
@@ -69,6 +71,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             retry_waits_s=tuple(self.retry_waits_s),
             state_dir=Path(self.state_dir),
             ledger_url=_ledger_urls.get(self.ledger_url, self.ledger_url),
+            library=self.library,
         )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:

@@ -17,10 +17,10 @@ from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.discovery import NO_CHOICE, known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
-from ktrdr_pipelines.ib.pacing.backends import ledger_path
 from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
 from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
+from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.history_source import History
@@ -82,7 +82,7 @@ class DryRun:
                     "duration": str(request.duration),
                     "end_date_time": format_instant(request.end),
                     "send_at": format_instant(datetime.fromtimestamp(sending.at_s, UTC)),
-                    "held_up_by": str(sending.held_up_by) if sending.held_up_by else None,
+                    "held_up_by": str(sending.waited_for) if sending.waited_for else None,
                 }
                 for request, sending in zip(self.requests, self.sendings, strict=True)
             ],
@@ -145,10 +145,10 @@ def plan_series(
         now=datetime.fromtimestamp(now_s, UTC),
         gaps=planned.gaps,
         requests=planned.requests,
-        sendings=forecast(asks, past, now_s, hold_until_s=budget.hold_until_s if budget else None),
+        sendings=forecast(asks, past, now_s, pause_until_s=budget.pause_until_s if budget else None),
         used=budget.used if budget else 0,
         waiting=budget.waiting if budget else 0,
-        holds=budget.holds if budget else (),
+        holds=budget.pauses if budget else (),
         notices=notices,
     )
 

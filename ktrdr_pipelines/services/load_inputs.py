@@ -14,7 +14,13 @@ from ktrdr_pipelines.domain.time import Window, format_instant, parse_range
 from ktrdr_pipelines.domain.timeframes import Timeframe, parse_timeframe
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.ib.contracts import Choice
-from ktrdr_pipelines.ib.discovery import NO_CHOICE, estimate_history_start, identify_series, kept_from, say_kept
+from ktrdr_pipelines.ib.discovery import (
+    NO_CHOICE,
+    describe_retention,
+    estimate_history_start,
+    identify_series,
+    retention_start,
+)
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import valid_history_start_s
@@ -58,11 +64,13 @@ class Wanted:
         if window.is_empty:
             return window, ""
         first = refuse_before_partitions(self.timeframe, window.start, window.end, self.settings)
-        kept = kept_from(self.timeframe, self.now)
+        kept = retention_start(self.timeframe, self.now)
         clipped = Window(max(window.start, first, kept or first), window.end)
         if clipped == window:
             return clipped, ""
-        return clipped, say_kept(series, kept) if clipped.start == kept else _say_clipped(series, clipped, window)
+        return clipped, describe_retention(series, kept) if clipped.start == kept else _say_clipped(
+            series, clipped, window
+        )
 
     def _resolve(self, series: Series, store: Store, history: IBHistory) -> Window:
         limits = self.settings.history_limits
@@ -131,7 +139,7 @@ def refuse_before_partitions(
         InputError: a window that ends at ``end`` lies before that altogether, or before what IB keeps.
     """
     first = first_partition_start(timeframe, settings)
-    kept = kept_from(timeframe, datetime.now(UTC))
+    kept = retention_start(timeframe, datetime.now(UTC))
     if end is not None and kept is not None and first < end <= kept:
         raise InputError(
             f"IB keeps {timeframe} bars for six months, and nothing before {kept:%Y-%m-%d} can be had: the window ends "

@@ -1,4 +1,4 @@
-"""The simulated gateway proven by clients nobody here wrote: ib_insync, ib_async and IBKR's ibapi, over the socket.
+"""The simulated gateway proven by clients of others: ib_insync, ib_async and IBKR's ibapi, over the socket.
 
 Each library runs in a process of its own, ib_async and ibapi also in an environment of their own (``make clients``, from the
 locks beside this file). What they report is compared with the market's own bars.
@@ -72,7 +72,7 @@ REFUSED = [
     (_case({**AAPL, "symbol": "NOPE"}, "", "1 D", "1 hour"), 200, "No security definition has been found"),
     (_case({**AAPL, "symbol": "AMBG"}, "", "1 D", "1 hour"), 200, "ambiguous"),
 ]
-# ib_async takes 321 for a warning and would wait for ever (`dependency_facts.md`).
+# ib_async takes 321 for a warning and would wait to its time-out (docs/dependencies.md, ib_insync as it behaves).
 NOT_ENDED_BY = {"ib_async": (321,)}
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".venvs"
@@ -120,7 +120,7 @@ def drive(library):
 
 
 def expect_rows(case):
-    """The rows that the market holds for a case, stamps as epoch seconds or YYYYMMDD."""
+    """The rows of the market for a case, stamps as epoch seconds or YYYYMMDD."""
     market, names = SyntheticMarket(), case["contract"]
     (listing,) = find_listings(
         market,
@@ -169,7 +169,7 @@ def test_client_connects_with_its_defaults(library):
 
 
 def test_client_reads_contract_details(library):
-    """Every field of the contract details lands where the client expects it; unknown and ambiguous contracts are told."""
+    """Every field of the contract details lands where the client expects it; unknown and ambiguous contracts are reported."""
     report = drive(library)
     assert report["details"] == [[265000, "AAPL", "NASDAQ", "APPLE INC", "America/New_York", 0.01, "COMMON"]]
     assert report["liquid_hours"].startswith("20240305:0930-20240305:1600;20240306:0930-20240306:1600")
@@ -179,7 +179,7 @@ def test_client_reads_contract_details(library):
 
 
 def test_client_reads_head_timestamp_and_schedule(library):
-    """The head timestamp is the first regular open; the schedule holds real sessions."""
+    """The head timestamp is the first regular open; the schedule has real sessions."""
     report = drive(library)
     assert report["head"] == int(datetime(1999, 1, 4, 14, 30, tzinfo=UTC).timestamp())
     if library != "ibapi":  # ibapi 9.81 knows no schedules
@@ -189,13 +189,13 @@ def test_client_reads_head_timestamp_and_schedule(library):
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_client_reads_exactly_the_markets_bars(library, number):
-    """What the client decoded is what the market holds: every stamp, price, volume, average and count."""
+    """What the client decoded is what the market has: every stamp, price, volume, average and count."""
     got, wanted = normalise(drive(library)["history"][number]), expect_rows(CASES[number])
     assert len(wanted) > 0
     assert got == wanted
 
 
-def test_client_is_told_why_a_request_is_refused(library):
+def test_client_receives_why_a_request_is_refused(library):
     """Each kind of bad request ends with IB's code and wording, never with an empty answer."""
     answers = drive(library)["history"][len(CASES) :]
     expected = refused_of(library)

@@ -62,7 +62,7 @@ def read_stamp(text: str) -> int | None:
 
 
 def read_answer(payload: bytes) -> list[Row] | None:
-    """The bars that a bars message holds, None if it cannot be read beyond doubt."""
+    """The bars of a bars message, None if it cannot be read beyond doubt."""
     fields = payload.decode(errors="backslashreplace").split("\0")[:-1]
     head, rest = fields[:5], fields[5:]
     if len(head) < 5 or not re.fullmatch(r"\d{1,9}", head[4], re.ASCII):

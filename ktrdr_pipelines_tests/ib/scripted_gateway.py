@@ -1,4 +1,4 @@
-"""A gateway that says exactly what a test wants, on a real socket, and writes down what it was told.
+"""A gateway that sends exactly what a test wants, on a real socket, and keeps what it received.
 
 For what the simulator, which keeps to the protocol, would never do. One thread per connection; messages are tuples of fields.
 """
@@ -30,7 +30,7 @@ def bars(req_id: object, *rows: Fields) -> Fields:
 
 
 class ScriptedGateway:
-    """``answers`` by message id; ``ready`` follows the start message; ``hello`` None: accepts and says nothing, or
+    """``answers`` by message id; ``ready`` follows the start message; ``hello`` None: accepts and sends nothing, or
     ``raw_hello``, and answers only if it ``serves_raw``."""
 
     def __init__(
@@ -78,12 +78,12 @@ class ScriptedGateway:
             except OSError:
                 self.open_sockets.remove(peer)  # gone already
 
-    def say(self, *fields: object) -> None:
+    def send(self, *fields: object) -> None:
         """Send a message to every client, unasked."""
         for peer in list(self.open_sockets):
             peer.sendall(encode(*fields))
 
-    def told(self, message: str) -> list[list[str]]:
+    def received_of(self, message: str) -> list[list[str]]:
         """The messages of one kind received so far."""
         return [fields for fields in self.received if fields[0] == message]
 
@@ -114,25 +114,36 @@ class ScriptedGateway:
             peer.close()
 
     def _converse(self, peer: socket.socket) -> None:
-        if self._closes:
+        if not self._greet(peer):
             return
-        greeting = peer.recv(4096)
-        if self._raw_hello:
-            peer.sendall(self._raw_hello)
-            if self._closes_after_hello:
-                return
-        if self._hello_after is not None:
-            self._hello_after.wait(10)
-        if self._hello is not None and greeting:
-            peer.sendall(encode(*self._hello))
         frames = FrameDecoder()
         while data := peer.recv(65536):
             if self._hello is None and not self._serves_raw:
                 continue
             for payload in frames.feed(data):
-                fields = split_fields(payload)
-                self.received.append(fields)
-                for answer in self._answers.get(fields[0], lambda _: ())(fields):
-                    if answer == ("close",):
-                        return
-                    peer.sendall(encode(*answer) if isinstance(answer, tuple) else answer)
+                if not self._answer_one(peer, split_fields(payload)):
+                    return
+
+    def _greet(self, peer: socket.socket) -> bool:
+        """Whether the connection goes on."""
+        if self._closes:
+            return False
+        greeting = peer.recv(4096)
+        if self._raw_hello:
+            peer.sendall(self._raw_hello)
+            if self._closes_after_hello:
+                return False
+        if self._hello_after is not None:
+            self._hello_after.wait(10)
+        if self._hello is not None and greeting:
+            peer.sendall(encode(*self._hello))
+        return True
+
+    def _answer_one(self, peer: socket.socket, fields: list[str]) -> bool:
+        """Whether the connection goes on."""
+        self.received.append(fields)
+        for answer in self._answers.get(fields[0], lambda _: ())(fields):
+            if answer == ("close",):
+                return False
+            peer.sendall(encode(*answer) if isinstance(answer, tuple) else answer)
+        return True

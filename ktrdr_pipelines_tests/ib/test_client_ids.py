@@ -58,7 +58,7 @@ def test_each_lease_has_an_id_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_preferred_id_comes_first_if_it_is_free(tmp_path: Path) -> None:
-    """The preferred id is taken even outside the range; where it is held, or IB refused it, the range goes on in order."""
+    """The preferred id is taken even outside the range; where it is in use, or IB refused it, the range goes on in order."""
     with lease_client_id(ClientIds.PERSON, tmp_path, preferred=7) as first:
         assert first.client_id == 7
         with lease_client_id(ClientIds.PERSON, tmp_path, preferred=7) as second:
@@ -70,7 +70,7 @@ def test_a_preferred_id_comes_first_if_it_is_free(tmp_path: Path) -> None:
 
 
 def test_gateways_do_not_share_ids(tmp_path: Path) -> None:
-    """Each directory is a gateway: the same id may be held at two of them."""
+    """Each directory is a gateway: the same id may be in use at two of them."""
     with lease_client_id(ClientIds.PERSON, tmp_path / "a") as a, lease_client_id(ClientIds.PERSON, tmp_path / "b") as b:
         assert (a.client_id, b.client_id) == (1, 1)
 
@@ -101,7 +101,7 @@ def test_a_killed_process_frees_its_ids_at_once(tmp_path: Path) -> None:
             assert pids[3] == current_owner().pid
         child.kill()
         began = time.monotonic()
-        # Before its parent has asked for its end: a process that is dead but not buried holds nothing.
+        # Before its parent has asked for its end: a zombie has no lease.
         while in_use(tmp_path):
             assert time.monotonic() - began < 0.5
         with lease_client_id(ClientIds.PERSON, tmp_path) as freed:
@@ -111,7 +111,7 @@ def test_a_killed_process_frees_its_ids_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_start_together_get_different_ids(tmp_path: Path) -> None:
-    """Four processes leasing ten ids each at the same time hold forty different ones."""
+    """Four processes leasing ten ids each at the same time get forty different ones."""
     children = [hold_ids(tmp_path, 10) for _ in range(4)]
     ids: list[int] = []
     for child in children:
@@ -124,7 +124,7 @@ def test_processes_that_start_together_get_different_ids(tmp_path: Path) -> None
     assert in_use(tmp_path) == []
 
 
-def test_looking_disturbs_nobody_and_survives_odd_files(tmp_path: Path) -> None:
+def test_looking_disturbs_no_lease_and_survives_odd_files(tmp_path: Path) -> None:
     """A missing directory is empty; foreign, half-written and outlived records are neither shown nor an error."""
     assert in_use(tmp_path / "none") == []
     (tmp_path / "notes.owner").write_text("hello")

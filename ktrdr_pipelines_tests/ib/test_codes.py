@@ -12,22 +12,29 @@ from hypothesis import strategies as st
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PacingError, PermanentError, TransientError
 from ktrdr_pipelines.ib.codes import (
     CODES,
-    Hold,
     Kind,
+    Outage,
     Outcome,
     RequestLost,
     classify,
     in_nightly_reset,
     name_farm,
-    to_error,
 )
-from ktrdr_pipelines.ib.wire.outages import Down
+from ktrdr_pipelines.ib.wire.outages import Outages
 
 NOON = datetime(2024, 3, 5, 17, 0, tzinfo=UTC)
+
+
+def is_ignored(outcome: Outcome) -> bool:
+    """The message is logged, and nothing else follows."""
+    row = outcome.row
+    return row.kind is Kind.NOTICE and not (outcome.begins or row.ends or row.needs_resubscribe)
+
+
 SERVICE = "Historical Market Data Service error message:"
 KNOWN_CODES = sorted({code for row in CODES for code in row.codes})
 
-# What IB says, word for word where it was seen, and what follows. Written from the facts, not from the table in the code.
+# IB's texts, verbatim where they were seen, and what follows. Written from the facts, not from the table in the code.
 CASES = [
     (162, SERVICE + "Historical data request pacing violation", Kind.FAILED, PacingError),
     (162, SERVICE + "HMDS query returned no data: AAPL@SMART Trades", Kind.EMPTY, None),
@@ -68,14 +75,14 @@ CASES = [
 def test_message_leads_to_what_the_facts_say(code: int, text: str, kind: Kind, error: type[KtrdrError] | None) -> None:
     """Each known message has the kind and the error family of the facts, under its own code."""
     outcome = classify(code, text, now=NOON)
-    assert (outcome.kind, outcome.error) == (kind, error)
+    assert (outcome.row.kind, outcome.row.error) == (kind, error)
     assert outcome.is_known
-    assert outcome.proven_empty == (kind is Kind.EMPTY)
+    assert outcome.is_empty == (kind is Kind.EMPTY)
 
 
 @pytest.mark.parametrize("row", CODES, ids=lambda row: f"{row.codes[0]}-{row.meaning}")
 def test_every_row_is_complete(row) -> None:
-    """Each row names its source, says what it means, and tells a person what to do wherever it can fail a request."""
+    """Each row has its source and meaning, and what the user can do wherever it can fail a request."""
     assert row.source.strip()
     assert row.meaning.strip()
     assert row.codes
@@ -89,36 +96,36 @@ def test_every_row_is_complete(row) -> None:
 
 # The table of the facts (section 8), line by line: codes, a text that narrows them (None: any), what follows.
 FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
-    ((162,), "pacing violation", lambda o: o.error is PacingError and o.pauses_login),
-    ((162,), "HMDS query returned no data: X", lambda o: o.proven_empty),
-    ((162,), "query cancelled", lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
-    ((366,), None, lambda o: o.kind is Kind.CANCELLED and o.retry_helps),
-    ((162,), "invalid step", lambda o: o.error is BugError),
-    ((321,), None, lambda o: o.error is BugError),
-    ((162,), "No market data permissions for X", lambda o: o.error is PermanentError and "Subscri" in o.advice),
-    ((354, 10090, 10187), None, lambda o: o.error is PermanentError and "Subscri" in o.advice),
+    ((162,), "pacing violation", lambda o: o.row.error is PacingError and o.row.pauses_login),
+    ((162,), "HMDS query returned no data: X", lambda o: o.is_empty),
+    ((162,), "query cancelled", lambda o: o.row.kind is Kind.CANCELLED and o.row.error.retry_helps),
+    ((366,), None, lambda o: o.row.kind is Kind.CANCELLED and o.row.error.retry_helps),
+    ((162,), "invalid step", lambda o: o.row.error is BugError),
+    ((321,), None, lambda o: o.row.error is BugError),
+    ((162,), "No market data permissions for X", lambda o: o.row.error is PermanentError and "Subscri" in o.row.advice),
+    ((354, 10090, 10187), None, lambda o: o.row.error is PermanentError and "Subscri" in o.row.advice),
     (
         (162,),
         "connected from a different IP address",
-        lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice,
+        lambda o: o.row.error.retry_helps and o.row.pauses_login and "log out" in o.row.advice,
     ),
-    ((10197,), None, lambda o: o.retry_helps and o.pauses_login and "log out" in o.advice),
-    ((162,), "anything else", lambda o: o.error is TransientError and "language to English" in o.advice),
-    ((165,), None, lambda o: not o.ends_request and not o.holds),
-    ((166,), None, lambda o: o.error is PermanentError),
-    ((200,), None, lambda o: o.error is PermanentError and "symbol" in o.advice),
-    ((326,), None, lambda o: o.next_client_id),
-    ((420,), None, lambda o: o.error is PacingError and o.pauses_login),
-    ((502, 504, 1300), None, lambda o: o.reconnect and o.error is GatewayUnreachable),
-    ((1100,), None, lambda o: not o.ends_request and o.holds == {Hold.LINK}),
-    ((1101,), None, lambda o: not o.ends_request and o.releases == {Hold.LINK} and o.needs_resubscribe),
-    ((1102,), None, lambda o: not o.ends_request and o.releases == {Hold.LINK} and not o.needs_resubscribe),
-    ((2103, 2104, 2108), None, lambda o: o.ignore),
-    ((2105,), None, lambda o: not o.ends_request and o.holds == {Hold.HISTORY}),
-    ((2106, 2107), None, lambda o: not o.ends_request and o.releases == {Hold.HISTORY}),
-    ((2157,), None, lambda o: not o.ends_request and o.holds == {Hold.DEFINITIONS}),
-    ((2158,), None, lambda o: not o.ends_request and o.releases == {Hold.DEFINITIONS}),
-    ((2174, 10339), None, lambda o: o.error is BugError and o.ends_request),
+    ((10197,), None, lambda o: o.row.error.retry_helps and o.row.pauses_login and "log out" in o.row.advice),
+    ((162,), "anything else", lambda o: o.row.error is TransientError and "language to English" in o.row.advice),
+    ((165,), None, lambda o: not o.ends_request and not o.begins),
+    ((166,), None, lambda o: o.row.error is PermanentError),
+    ((200,), None, lambda o: o.row.error is PermanentError and "symbol" in o.row.advice),
+    ((326,), None, lambda o: o.row.next_client_id),
+    ((420,), None, lambda o: o.row.error is PacingError and o.row.pauses_login),
+    ((502, 504, 1300), None, lambda o: o.row.reconnect and o.row.error is GatewayUnreachable),
+    ((1100,), None, lambda o: not o.ends_request and o.begins == {Outage.LINK}),
+    ((1101,), None, lambda o: not o.ends_request and o.row.ends == {Outage.LINK} and o.row.needs_resubscribe),
+    ((1102,), None, lambda o: not o.ends_request and o.row.ends == {Outage.LINK} and not o.row.needs_resubscribe),
+    ((2103, 2104, 2108), None, is_ignored),
+    ((2105,), None, lambda o: not o.ends_request and o.begins == {Outage.HISTORY}),
+    ((2106, 2107), None, lambda o: not o.ends_request and o.row.ends == {Outage.HISTORY}),
+    ((2157,), None, lambda o: not o.ends_request and o.begins == {Outage.DEFINITIONS}),
+    ((2158,), None, lambda o: not o.ends_request and o.row.ends == {Outage.DEFINITIONS}),
+    ((2174, 10339), None, lambda o: o.row.error is BugError and o.ends_request),
 ]
 TONGUES = [
     "",
@@ -131,7 +138,7 @@ TONGUES = [
 @pytest.mark.parametrize(
     ("codes", "text", "follows"), FACTS, ids=lambda part: str(part) if isinstance(part, tuple) else ""
 )
-def test_the_table_of_the_facts_holds_in_every_language(
+def test_the_table_of_the_facts_applies_in_every_language(
     codes: tuple[int, ...], text: str | None, follows: Callable[[Outcome], bool]
 ) -> None:
     """Each line of it, with its source; a code that needs no text means the same in German, in Chinese and without words."""
@@ -144,11 +151,11 @@ def test_the_table_of_the_facts_holds_in_every_language(
 
 
 @pytest.mark.parametrize("words", TONGUES)
-def test_words_we_do_not_know_never_prove_a_window_empty(words: str) -> None:
-    """Whatever the code: "no data" in another language is a failure, and the advice says what a person can do about it."""
+def test_unknown_texts_are_no_evidence_of_an_empty_window(words: str) -> None:
+    """Whatever the code: "no data" in another language is a failure, and the advice is what the user can do about it."""
     for code in {*KNOWN_CODES, 161, 2101, 99999}:
-        assert not classify(code, words, now=NOON).proven_empty
-    assert "Set the gateway's language to English" in str(to_error(162, words, now=NOON))
+        assert not classify(code, words, now=NOON).is_empty
+    assert "Set the gateway's language to English" in str(classify(162, words, now=NOON).to_error())
 
 
 def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
@@ -158,7 +165,7 @@ def test_rows_of_one_code_end_with_the_one_for_any_text() -> None:
         assert [row.pattern is None for row in rows] == [False] * (len(rows) - 1) + [True]
 
 
-def test_every_error_family_is_told() -> None:
+def test_every_error_family_occurs() -> None:
     """The table uses each family of the exception tree that a message of IB's can belong to, and each makes its own exit code."""
     families = {row.error for row in CODES if row.error} - {RequestLost}
     assert issubclass(RequestLost, TransientError)
@@ -169,15 +176,15 @@ def test_every_error_family_is_told() -> None:
 @settings(max_examples=60, deadline=None)
 @given(code=st.integers(-1000, 100_000), text=st.text(max_size=80), during_history=st.booleans())
 def test_only_one_phrase_of_one_code_proves_emptiness(code: int, text: str, during_history: bool) -> None:
-    """Whatever IB says, only 162 with "query returned no data" is read as "there is nothing"; all else fails or is ignored."""
+    """Whatever IB sends, only 162 with "query returned no data" is read as "there is nothing"; all else fails or is ignored."""
     outcome = classify(code, text, now=NOON, during_history=during_history)
-    assert not outcome.proven_empty
+    assert not outcome.is_empty
     error = outcome.to_error("loading AAPL 1h")
     assert isinstance(error, KtrdrError)
     assert error.code == code
     assert type(error) is not KtrdrError
-    if outcome.kind is Kind.FAILED:
-        assert outcome.error is not None
+    if outcome.row.kind is Kind.FAILED:
+        assert outcome.row.error is not None
 
 
 @given(
@@ -186,35 +193,35 @@ def test_only_one_phrase_of_one_code_proves_emptiness(code: int, text: str, duri
     phrase=st.sampled_from(["pacing violation", "different IP"]),
 )
 def test_a_complaint_beside_no_data_is_a_complaint(before: str, after: str, phrase: str) -> None:
-    """A text that says both "no data" and something alarming is the alarm."""
+    """A text with both "no data" and something alarming is the alarm."""
     for text in (
         f"{before} {phrase} query returned no data {after}",
         f"{before} query returned no data, {phrase} {after}",
     ):
-        assert classify(162, text, now=NOON).kind is Kind.FAILED
+        assert classify(162, text, now=NOON).row.kind is Kind.FAILED
 
 
 def test_only_a_request_for_bars_can_prove_a_window_empty() -> None:
     """The same words in answer to a request for the start of history are a refusal, not a proof."""
     outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, during_history=False)
-    assert not outcome.proven_empty
-    assert outcome.error is PermanentError
+    assert not outcome.is_empty
+    assert outcome.row.error is PermanentError
 
 
-@pytest.mark.parametrize("held", [{Hold.HISTORY}, {Hold.LINK}, {Hold.LINK, Hold.DEFINITIONS}])
-def test_no_data_of_a_broken_farm_proves_nothing(held: set[Hold]) -> None:
+@pytest.mark.parametrize("outages", [{Outage.HISTORY}, {Outage.LINK}, {Outage.LINK, Outage.DEFINITIONS}])
+def test_no_data_of_a_broken_farm_is_no_evidence(outages: set[Outage]) -> None:
     """While the history farm or the link is known to be down, "no data" is a failure that may be tried again."""
-    outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, held=held)
-    assert not outcome.proven_empty
-    assert outcome.retry_helps
+    outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=outages)
+    assert not outcome.is_empty
+    assert outcome.row.error.retry_helps
 
 
-@pytest.mark.parametrize("held", [{Hold.DEFINITIONS}, {Hold.LINK}])
-def test_unknown_contract_of_a_broken_farm_is_not_believed(held: set[Hold]) -> None:
+@pytest.mark.parametrize("outages", [{Outage.DEFINITIONS}, {Outage.LINK}])
+def test_unknown_contract_of_a_broken_farm_is_not_believed(outages: set[Outage]) -> None:
     """While contracts cannot be looked up, "no such contract" may be tried again; history alone down changes nothing."""
     text = "No security definition has been found for the request"
-    assert classify(200, text, now=NOON, held=held).retry_helps
-    assert not classify(200, text, now=NOON, held={Hold.HISTORY}).retry_helps
+    assert classify(200, text, now=NOON, outages=outages).row.error.retry_helps
+    assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).row.error.retry_helps
 
 
 @pytest.mark.parametrize(
@@ -234,9 +241,9 @@ def test_unknown_contract_is_final_except_in_the_nightly_reset(when: str, is_res
     """A 200 between 23:45 and 00:45 New York, in winter and in summer, is tried again later; at any other time it is final."""
     now = datetime.fromisoformat(when).replace(tzinfo=UTC)
     assert in_nightly_reset(now) is is_reset
-    error = to_error(200, "No security definition has been found for the request", now=now)
+    error = classify(200, "No security definition has been found for the request", now=now).to_error()
     assert type(error) is (TransientError if is_reset else PermanentError)
-    assert type(to_error(200, "... is ambiguous", now=now)) is PermanentError
+    assert type(classify(200, "... is ambiguous", now=now).to_error()) is PermanentError
 
 
 def test_a_naive_time_is_refused() -> None:
@@ -245,12 +252,12 @@ def test_a_naive_time_is_refused() -> None:
         classify(162, "pacing", now=datetime(2024, 1, 1))  # noqa: DTZ001
 
 
-def test_a_notice_that_says_delayed_or_a_warning_ends_nothing_and_the_zone_warning_does() -> None:
+def test_a_notice_or_a_warning_ends_nothing_and_the_zone_warning_does() -> None:
     """The table alone decides: 10167 and the warnings leave a request running; 2174 ends it, and it has to be cancelled."""
     for code in (10167, 2104, 2150, 2199):
         outcome = classify(code, "", now=NOON)
         assert not outcome.ends_request
-        assert not outcome.must_cancel
+        assert not outcome.row.goes_on
     zone = classify(2174, "", now=NOON)
     assert zone.ends_request
     assert zone.must_cancel
@@ -260,42 +267,42 @@ def test_unknown_codes_fail_but_unknown_warnings_do_not_end_a_request() -> None:
     """A code without a row fails its request with a retry; one of the gateway's warnings (2100 to 2199) leaves it running."""
     for code in (1, 161, 163, 2099, 2200, 9999, 10400):
         outcome = classify(code, "?", now=NOON)
-        assert (outcome.kind, outcome.is_known, outcome.retry_helps) == (Kind.FAILED, False, True)
+        assert (outcome.row.kind, outcome.is_known, outcome.row.error.retry_helps) == (Kind.FAILED, False, True)
     for code in (2100, 2137, 2199):
         outcome = classify(code, "?", now=NOON)
-        assert (outcome.ignore, outcome.is_known, outcome.ends_request) == (True, False, False)
+        assert (is_ignored(outcome), outcome.is_known, outcome.ends_request) == (True, False, False)
 
 
-def test_what_is_lost_is_held_until_it_is_back() -> None:
-    """Following the messages of a link loss and a farm loss, requests are held exactly while something is down."""
+def test_an_outage_lasts_until_its_end_is_reported() -> None:
+    """Following the messages of a link loss and a farm loss, there is an outage exactly from its first to its last message."""
     story = [
-        (2105, "HMDS data farm connection is broken:ushmds", {Hold.HISTORY}),
-        (1100, "Connectivity between IB and TWS has been lost.", {Hold.HISTORY, Hold.LINK}),
-        (2106, "HMDS data farm connection is OK:ushmds", {Hold.LINK}),
+        (2105, "HMDS data farm connection is broken:ushmds", {Outage.HISTORY}),
+        (1100, "Connectivity between IB and TWS has been lost.", {Outage.HISTORY, Outage.LINK}),
+        (2106, "HMDS data farm connection is OK:ushmds", {Outage.LINK}),
         (1102, "Connectivity between IB and TWS has been restored - data maintained.", set()),
-        (2157, "Sec-def data farm connection is broken:secdefil", {Hold.DEFINITIONS}),
-        (2103, "Market data farm connection is broken:usfarm", {Hold.DEFINITIONS}),
+        (2157, "Sec-def data farm connection is broken:secdefil", {Outage.DEFINITIONS}),
+        (2103, "Market data farm connection is broken:usfarm", {Outage.DEFINITIONS}),
         (2158, "Sec-def data farm connection is OK:secdefil", set()),
-        (2105, "HMDS data farm connection is broken:ushmds", {Hold.HISTORY}),
+        (2105, "HMDS data farm connection is broken:ushmds", {Outage.HISTORY}),
         (2107, "HMDS data farm connection is inactive but should be available upon demand.ushmds", set()),
-        (2110, "Connectivity between TWS and server is broken. It will be restored automatically.", {Hold.LINK}),
-        (2105, "HMDS data farm connection is broken:ushmds", {Hold.LINK, Hold.HISTORY}),
+        (2110, "Connectivity between TWS and server is broken. It will be restored automatically.", {Outage.LINK}),
+        (2105, "HMDS data farm connection is broken:ushmds", {Outage.LINK, Outage.HISTORY}),
         (1102, "... restored - data maintained. All data farms are connected: usfarm; ushmds.", set()),
-        (1100, "Connectivity between IB and TWS has been lost.", {Hold.LINK}),
+        (1100, "Connectivity between IB and TWS has been lost.", {Outage.LINK}),
         (1101, "Connectivity between IB and TWS has been restored - data lost.", set()),
     ]
-    down = Down()
+    down = Outages()
     for code, text, expected in story:
         outcome = classify(code, text, now=NOON)
-        assert outcome.kind is Kind.NOTICE
+        assert outcome.row.kind is Kind.NOTICE
         down = down.after(outcome)
         assert down.kinds == expected, code
-        assert outcome.needs_resubscribe == (code == 1101)
+        assert outcome.row.needs_resubscribe == (code == 1101)
 
 
 def follow(*story: tuple[int, str]) -> str:
     """What is down after these messages, in words."""
-    down = Down()
+    down = Outages()
     for code, text in story:
         down = down.after(classify(code, text, now=NOON))
     return down.describe()
@@ -307,7 +314,7 @@ BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm conn
 @pytest.mark.parametrize(
     ("story", "down"),
     [
-        # one farm says nothing of another
+        # one farm has nothing to do with another
         ([(2105, f"{BROKEN}:ushmds"), (2106, f"{FINE}:euhmds")], "history farm ushmds"),
         ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:euhmds"), (2106, f"{FINE}:ushmds")], "history farm euhmds"),
         ([(2105, f"{BROKEN}:ushmds"), (2105, f"{BROKEN}:ushmds"), (2107, f"{IDLE}.ushmds")], ""),
@@ -323,7 +330,7 @@ BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm conn
         ([(2105, f"{BROKEN}:ushmds"), (2105, BROKEN), (2106, f"{FINE}:euhmds")], "history farm, history farm ushmds"),
         # farms of another kind, quotes and chatter
         ([(2105, f"{BROKEN}:ushmds"), (2158, "OK:ushmds"), (2104, "OK:ushmds"), (165, ":ushmds")], "history farm ushmds"),
-        # the link takes back farms only if it says so
+        # the link ends outages of farms only if its text has it
         ([(2105, f"{BROKEN}:ushmds"), (1100, "lost"), (1102, "data maintained")], "history farm ushmds"),
         ([(2105, f"{BROKEN}:ushmds"), (1100, "lost"), (1101, "data lost")], "history farm ushmds"),
         ([(2105, f"{BROKEN}:ushmds"), (2157, "x:s"), (1100, ""), (1102, "All data farms are connected: usfarm; ushmds.")], ""),
@@ -331,7 +338,7 @@ BROKEN, FINE, IDLE = "HMDS data farm connection is broken", "HMDS data farm conn
         ([(2110, "TWS: broken"), (1102, "")], ""),
     ],
 )  # fmt: skip
-def test_each_farm_is_held_and_released_by_its_name(story: list[tuple[int, str]], down: str) -> None:
+def test_each_farm_has_an_outage_of_its_own(story: list[tuple[int, str]], down: str) -> None:
     """2105 for one farm is not taken back by 2106 for another; where names are missing, only what can be meant is released."""
     assert follow(*story) == down
 
@@ -356,23 +363,25 @@ def test_the_farm_is_named_behind_the_last_colon_in_any_language(text: str, farm
 
 
 def test_what_concerns_the_whole_login_or_the_connection_is_flagged() -> None:
-    """Pacing and a competing session pause everybody, a busy id means the next one, a dead socket a new connection."""
-    flagged = {code for code, text, *_ in CASES if classify(code, text, now=NOON).pauses_login}
+    """Pacing and a competing session pause all processes, a busy id means the next one, a dead socket a new connection."""
+    flagged = {code for code, text, *_ in CASES if classify(code, text, now=NOON).row.pauses_login}
     assert flagged == {162, 322, 420, 100, 10197}
-    assert [code for code, text, *_ in CASES if classify(code, text, now=NOON).next_client_id] == [326]
-    assert {code for code, text, *_ in CASES if classify(code, text, now=NOON).reconnect} == {326, 502, 504, 1300}
+    assert [code for code, text, *_ in CASES if classify(code, text, now=NOON).row.next_client_id] == [326]
+    assert {code for code, text, *_ in CASES if classify(code, text, now=NOON).row.reconnect} == {326, 502, 504, 1300}
 
 
-def test_the_error_tells_code_words_and_advice() -> None:
-    """A person reads what was being done, IB's code and words, and what to do; the code is an attribute too."""
-    error = to_error(162, SERVICE + "No market data permissions for NYSE STK", now=NOON, doing="loading QS 1m")
+def test_the_error_has_code_text_and_advice() -> None:
+    """The error has what was being done, IB's code and text, and what to do; the code is an attribute too."""
+    error = classify(162, SERVICE + "No market data permissions for NYSE STK", now=NOON).to_error("loading QS 1m")
     assert error.code == 162
-    assert str(error).startswith("loading QS 1m: the gateway said 162 (no permission): Historical Market Data Service")
+    assert str(error).startswith(
+        "loading QS 1m: the gateway answered 162 (no permission): Historical Market Data Service"
+    )
     assert "Market Data Subscriptions" in error.advice
     assert str(error).endswith(error.advice)
 
 
 def test_what_is_no_failure_cannot_be_raised_as_one() -> None:
-    """Turning "proven empty" or a notice into an error is a bug of ours and says so."""
+    """Raising "no data" or a notice as an error is a bug of ours, and is reported as one."""
     for code, text in ((162, "query returned no data"), (2106, "fine"), (165, "")):
-        assert type(to_error(code, text, now=NOON + timedelta(days=1))) is BugError
+        assert type(classify(code, text, now=NOON + timedelta(days=1)).to_error()) is BugError

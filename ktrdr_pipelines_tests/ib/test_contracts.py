@@ -65,7 +65,7 @@ def test_a_future_is_found_by_its_month_or_its_last_day(expiry: str, fits: bool)
 
 
 @pytest.mark.parametrize(("offered", "words"), [([], "it offered: nothing"), ([EURO], "AAPL STK IBIS EUR")])
-def test_no_fit_says_what_was_offered(offered: list[ContractInfo], words: str) -> None:
+def test_without_a_fit_the_offers_are_listed(offered: list[ContractInfo], words: str) -> None:
     """What IB knows instead helps to correct the request."""
     with pytest.raises(PermanentError, match=words):
         choose_contract(stock("AAPL"), offered)
@@ -132,11 +132,11 @@ def test_a_con_id_of_another_instrument_is_refused(wanted: Instrument, words: st
 def test_a_con_id_decides_where_the_rest_leaves_it_open(wanted: Instrument) -> None:
     info = ContractInfo(2, "AAPL", "STK", "MEXI", "MXN")
     assert choose_contract(wanted, [info]) is info
-    nameless = replace(info, symbol="", sec_type="", currency="")  # a gateway that hardly says anything
+    nameless = replace(info, symbol="", sec_type="", currency="")  # a gateway that sends hardly any fields
     assert choose_contract(wanted, [nameless]) is nameless
 
 
-def test_without_a_contract_month_the_last_day_tells_it() -> None:
+def test_without_a_contract_month_the_last_day_decides() -> None:
     """A gateway that leaves the contract month out is understood by the last trade date."""
     wanted = Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", expiry="202412")
     info = ContractInfo(1, "ES", "FUT", "CME", "USD", expiry="20241220")

@@ -15,7 +15,7 @@ import pytest
 from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import BugError, InputError, KtrdrError, PermanentError
-from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, NoContractTold
+from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, EmptyContractAnswer
 from ktrdr_pipelines.ib.discovery import discover, estimate_history_start, identify_series, symbols_file
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.symbol_cache import FOUND_KEPT, NONE_KEPT, KnownSymbols
@@ -25,6 +25,7 @@ from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.universe.file import DEFAULT_UNIVERSE, add_series, parse_universe, read_universe
 from ktrdr_pipelines_tests.fakes import MovingClock
+from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 
 NOON = datetime(2025, 6, 11, 16, 0, tzinfo=UTC)
 Connect = Callable[..., IBHistory]
@@ -51,7 +52,8 @@ def connect(tmp_path: Path, now: Now) -> Iterator[Connect]:
     with ExitStack() as running:
 
         def make(port: int) -> IBHistory:
-            address = GatewayAddress("127.0.0.1", port, state_dir=tmp_path, retry_waits_s=(), request_timeout_s=10)
+            quick: dict[str, Any] = {"retry_waits_s": (), "request_timeout_s": 10}
+            address = GatewayAddress("127.0.0.1", port, state_dir=tmp_path, library=LIBRARY, **quick)
             return running.enter_context(IBHistory(address, sleep=clock.sleep, now=now, clock=clock))
 
         yield make
@@ -101,7 +103,7 @@ def test_a_symbol_becomes_one_described_and_pinned_instrument(
 
 
 def test_ambiguity_shows_every_candidate_and_chooses_none(history: IBHistory) -> None:
-    """Two companies, all expiries of a future: each with what tells it apart, and how to choose."""
+    """Two companies, all expiries of a future: each with what distinguishes it, and how to choose."""
     with pytest.raises(AmbiguousSymbol) as caught:
         discover("AMBG", history=history)
     assert {each.con_id for each in caught.value.candidates} == {900001, 900002}
@@ -144,8 +146,8 @@ def test_a_choice_that_cannot_be_meant_is_refused(choice: dict[str, Any]) -> Non
         Choice(**choice)
 
 
-@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
-def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, doubt: KtrdrError) -> None:
+@pytest.mark.parametrize("doubt", [EmptyContractAnswer("an end and no word"), BugError("321 is no such pair")])
+def test_a_type_that_was_only_guessed_is_no_obstacle(history: IBHistory, doubt: KtrdrError) -> None:
     """GOOGLE has the form of a pair. What IB does with that question decides nothing about the stock."""
     google = ContractInfo(1, "GOOGLE", "STK", "NASDAQ", "USD", valid_exchanges="SMART,NASDAQ")
 
@@ -158,9 +160,9 @@ def test_a_kind_that_was_only_guessed_stands_in_nobodys_way(history: IBHistory, 
     assert discover("GOOGLE", history=history).contract == google
 
 
-@pytest.mark.parametrize("doubt", [NoContractTold("an end and no word"), BugError("321 is no such pair")])
-def test_an_answer_that_says_nothing_is_no_proof_that_there_is_none(history: IBHistory, doubt: KtrdrError) -> None:
-    """Where IB knew none of the other kinds, the doubt is what is told, and it is not remembered."""
+@pytest.mark.parametrize("doubt", [EmptyContractAnswer("an end and no word"), BugError("321 is no such pair")])
+def test_an_answer_without_content_is_no_evidence_of_absence(history: IBHistory, doubt: KtrdrError) -> None:
+    """Where IB has none of the other types, the doubt is raised, and it is not remembered."""
 
     def describe(instrument: Instrument, _: str) -> list[ContractInfo]:
         if instrument.sec_type == "STK":
@@ -197,7 +199,7 @@ def test_what_was_found_is_remembered_and_expires(start_gateway: Any, connect: C
     assert discover("TSLA", history=third, known=known).instrument == found.instrument
 
 
-def test_what_one_account_was_told_does_not_count_for_another(start_gateway: Any, connect: Connect, now: Now) -> None:
+def test_an_answer_to_one_account_does_not_count_for_another(start_gateway: Any, connect: Connect, now: Now) -> None:
     """The simulator today and IB tomorrow, at one address: TSLA's conId of the one is Coca-Cola's at the other."""
     ids = {listing.symbol: listing.con_id for listing in list_instruments() if listing.currency == "USD"}
     swapped = {ids["TSLA"]: ids["KO"], ids["KO"]: ids["TSLA"]}
@@ -210,7 +212,7 @@ def test_what_one_account_was_told_does_not_count_for_another(start_gateway: Any
 
 
 def test_continuous_futures_are_remembered_side_by_side(history: IBHistory) -> None:
-    """They have no conId that could tell them apart."""
+    """They have no conId that could distinguish them."""
     known = replace(symbols_file(history), account="DU1")
     es, nq = (Instrument(symbol, "CONTFUT", "CME", "USD") for symbol in ("ES", "NQ"))
     for future in (es, nq):
@@ -223,7 +225,7 @@ def test_continuous_futures_are_remembered_side_by_side(history: IBHistory) -> N
 
 
 def test_that_there_is_none_is_remembered_for_minutes_only(history: IBHistory, now: Now) -> None:
-    """Asked once within ten minutes, told when it will be asked again; then anew."""
+    """Asked once within ten minutes, with the time when it will be asked again; then again."""
     with pytest.raises(PermanentError):
         discover("NOSUCH", history=history)
     history.describe = lambda *_: pytest.fail("asked again")  # type: ignore[method-assign]
@@ -268,7 +270,7 @@ def test_a_damaged_memory_costs_a_question_and_no_more(history: IBHistory, text:
 
 
 def test_a_memory_that_cannot_be_written_changes_nothing(history: IBHistory, tmp_path: Path) -> None:
-    """The folder is a file: discovery works all the same."""
+    """The folder is a file: discovery works nevertheless."""
     (tmp_path / "blocked").write_text("")
     known = KnownSymbols(tmp_path / "blocked" / "symbols.json", history.now)
     assert discover("TSLA", history=history, known=known).instrument.symbol == "TSLA"
@@ -277,19 +279,19 @@ def test_a_memory_that_cannot_be_written_changes_nothing(history: IBHistory, tmp
 # -- the universe comes first -------------------------------------------------------------------------------------------------
 
 
-def test_a_symbol_of_the_universe_means_what_the_universe_says(history: IBHistory) -> None:
-    """A choice that says otherwise is refused, one that agrees is taken; IB decides what the entry leaves open."""
+def test_a_symbol_of_the_universe_is_the_instrument_of_the_universe(history: IBHistory) -> None:
+    """A choice that differs is refused, one that agrees is taken; IB decides what the entry leaves open."""
     universe, hourly = DEFAULT_UNIVERSE, TIMEFRAMES["1h"]
     assert identify_series("EUR.USD", hourly, universe, history).instrument.symbol == "EURUSD"
     for choice in (Choice("STK"), Choice(con_id=265000), Choice(exchange="NASDAQ"), Choice(currency="USD")):
         assert identify_series("AAPL", hourly, universe, history, choice).instrument == stock("AAPL")
     for choice in (Choice("FUT"), Choice(con_id=900003), Choice(exchange="MEXI"), Choice(currency="MXN")):
-        with pytest.raises(InputError, match="already means another instrument"):
+        with pytest.raises(InputError, match="already has another instrument"):
             identify_series("AAPL", hourly, universe, history, choice)
 
 
 def test_names_of_every_kind_work_in_the_universe() -> None:
-    """`BRK B`, `EUR.USD` and `ESZ4` need no more than their name, and lead to files that can be told apart."""
+    """`BRK B`, `EUR.USD` and `ESZ4` need no more than their name, and lead to files with different names."""
     universe = parse_universe(
         "series:\n- {symbol: BRK B, timeframes: [1d]}\n- {symbol: EUR.USD, sec_type: CASH, timeframes: [1d]}\n"
         "- {symbol: ESZ4, sec_type: FUT, exchange: CME, timeframes: [1d]}\n"
@@ -367,7 +369,7 @@ def test_bars_before_the_head_timestamp_move_the_start(start_gateway: Any, conne
 def test_a_head_timestamp_in_the_future_is_not_believed_and_not_remembered(
     start_gateway: Any, connect: Connect, now: Now
 ) -> None:
-    """A hint that cannot be true is as good as none; nobody but IB did anything wrong."""
+    """A hint that cannot be true is as good as none; the fault is IB's."""
     market = SyntheticMarket()
     true_head = market.head
     market.head = lambda *_, **__: int(NOON.timestamp()) + 90 * 86400  # type: ignore[method-assign]
@@ -390,7 +392,7 @@ def test_without_an_answer_to_the_check_the_hint_stays_a_hint(start_gateway: Any
 def test_short_bars_begin_six_months_back_and_continuous_futures_where_one_request_reaches(
     start_gateway: Any, connect: Connect
 ) -> None:
-    """The widest range by timeframe; of what is told up to now nothing is asked to know it."""
+    """The widest range by timeframe; for what is served only up to now nothing is asked."""
     gateway = start_gateway()
     history = connect(gateway.port)
     short = estimate_history_start(Series(stock("RBLX"), TIMEFRAMES["30s"]), history, earliest=EARLIEST, now=NOON)

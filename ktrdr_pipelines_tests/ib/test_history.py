@@ -26,13 +26,14 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client_ids import ClientIds, in_use, lease_client_id
-from ktrdr_pipelines.ib.endpoint import HOLD_PATIENCE_S
+from ktrdr_pipelines.ib.endpoint import OUTAGE_PATIENCE_S
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.ib.pacing.ledger import open_ledger
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, READY, TIME, ScriptedGateway, bars, error
 from ktrdr_pipelines_tests.ib.scripted_gateway import START as START_API
@@ -69,7 +70,7 @@ class Bench:
 
     def connect_to(self, port: int, **options: Any) -> IBHistory:
         quick = {"connect_timeout_s": 5.0, "request_timeout_s": 5.0, "probe_timeout_s": 3.0}
-        address = GatewayAddress("127.0.0.1", port, state_dir=self.where, **{**quick, **options})
+        address = GatewayAddress("127.0.0.1", port, state_dir=self.where, **{"library": LIBRARY, **quick, **options})
         history = IBHistory(address, self.waits.append, self.time.sleep, clock=self.time)
         return self.running.enter_context(history)
 
@@ -119,7 +120,7 @@ def test_transient_errors_are_retried_after_15_30_and_60_seconds(bench: Bench, s
     assert [wait.seconds for wait in bench.waits if wait.reason.startswith("retry")] == [15.0, 30.0, 60.0]
 
 
-def test_a_retry_that_works_is_told_in_the_counts_only(bench: Bench, start_gateway: Any) -> None:
+def test_a_retry_that_works_shows_in_the_counts_only(bench: Bench, start_gateway: Any) -> None:
     """Two failures and then bars: the bars, two retries, three requests."""
     gateway = start_gateway([FaultRule("error", nth=(1, 2))])
     history = bench.connect_to(gateway.port)
@@ -157,18 +158,18 @@ def test_bars_that_cannot_be_read_are_not_asked_again(bench: Bench) -> None:
         history = bench.connect_to(gateway.port)
         with pytest.raises(DataError):
             history.fetch(SERIES, REQUEST)
-        assert len(gateway.told(HISTORY)) == 1
+        assert len(gateway.received_of(HISTORY)) == 1
         history.close()
 
 
-def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -> None:
-    """One process is told that it asks too fast; the ledger, as every other process opens it, holds all of them."""
+def test_a_pacing_violation_pauses_other_processes(bench: Bench, start_gateway: Any) -> None:
+    """One process gets a pacing violation; the ledger, as every other process opens it, pauses all of them."""
     gateway = start_gateway([FaultRule("pacing", nth=(1,))])
     history = bench.connect_to(gateway.port, retry_waits_s=())
     with pytest.raises(PacingError):
         history.fetch(SERIES, REQUEST)
     other = open_ledger(bench.where / "ib", history.address.login, bench.time)
-    assert "pacing" in other.snapshot().holds[0].reason
+    assert "pacing" in other.snapshot().pauses[0].reason
     other.close()
     before_s = bench.time.wall_s
     assert len(bench.connect_to(gateway.port).fetch(SERIES, REQUEST)) == 7
@@ -179,8 +180,8 @@ def test_a_pacing_answer_holds_every_process(bench: Bench, start_gateway: Any) -
     ("code", "text"),
     [(10197, "No market data during competing live session"), (162, "connected from a different IP address")],
 )
-def test_the_same_login_elsewhere_pauses_everybody_and_tells_the_person(bench: Bench, code: int, text: str) -> None:
-    """Transient: every process of the login waits, and the person hears what happened and what to do about it."""
+def test_the_same_login_elsewhere_pauses_every_process_and_informs_the_user(bench: Bench, code: int, text: str) -> None:
+    """Transient: every process of the login waits, and the user learns what happened and what to do about it."""
     replies = iter([lambda i: error(i, code, text)] * 2 + [lambda i: bars(i, BAR)])
     with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=(1.5,))
@@ -191,7 +192,7 @@ def test_the_same_login_elsewhere_pauses_everybody_and_tells_the_person(bench: B
         begun_s = bench.time.wall_s
         other.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
         assert bench.time.wall_s - begun_s >= 30
-        assert bench.waits[-1].reason.startswith("pacing: pause of all processes (the gateway said ")
+        assert bench.waits[-1].reason.startswith("pacing: pause of all processes (the gateway answered ")
         assert text in bench.waits[-1].reason
         history.close()
         other.close()
@@ -210,8 +211,8 @@ def test_every_wait_is_in_the_log(bench: Bench, start_gateway: Any, caplog: pyte
     assert history.pacing_wait_s == pytest.approx(12.5, abs=0.2)
 
 
-def test_nobody_home_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
-    """A gateway that is not running is told now, not after 105 seconds, and no lease stays behind."""
+def test_no_gateway_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
+    """A gateway that is not running is reported now, not after 105 seconds, and no lease stays behind."""
     history = bench.connect_to(unused_port)
     for call in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(stock("AAPL")), history.connect):
         with pytest.raises(GatewayUnreachable, match="connection refused"):
@@ -232,7 +233,7 @@ def test_a_dropped_connection_is_made_again_for_the_retry(bench: Bench, start_ga
 
 
 def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None:
-    """Once there was a connection, a gateway that is gone is looked for every 15 seconds; the person is told once, and when it
+    """Once there was a connection, a gateway that is gone is looked for every 15 seconds; the wait is reported once, and when it
     is back the load goes on, without a retry spent. The next restart is waited for as long again."""
     gateway = run_in_thread(SyntheticMarket(), judge=False)
     with ExitStack() as running:
@@ -253,9 +254,9 @@ def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None
         assert bench.time.long_sleeps == [15.0] * 20
         assert history.retries == 0
         assert history.retry_wait_s == 300.0
-        (told,) = bench.waits
-        assert told.reason.startswith("the gateway is gone and may be restarting: no gateway at")
-        assert told.seconds == pytest.approx(525, abs=20)
+        (reported,) = bench.waits
+        assert reported.reason.startswith("the gateway is gone and may be restarting: no gateway at")
+        assert reported.seconds == pytest.approx(525, abs=20)
         history.close()
 
 
@@ -291,22 +292,22 @@ def test_a_gateway_that_left_is_not_waited_for_where_nothing_is_retried(bench: B
 
 def test_a_machine_that_slept_asks_before_it_trusts(bench: Bench) -> None:
     """After a sleep, which only the clock that goes on meanwhile shows, a connection that looks alive is asked for the time; one
-    that is dead is made anew, and no request is lost on it. A clock that was set back proves nothing."""
+    that is dead is made again, and no request is lost on it. A clock that was set back counts as idle."""
     answers = {
         HISTORY: lambda fields: [bars(fields[1], BAR)],
-        TIME: lambda _: [(49, 1, int(time.time()))] if len(gateway.told(TIME)) != 3 else [],
+        TIME: lambda _: [(49, 1, int(time.time()))] if len(gateway.received_of(TIME)) != 3 else [],
     }
     with ScriptedGateway(answers) as gateway:
         history = bench.connect_to(gateway.port, probe_timeout_s=0.3)
         client = history.connect()
         assert history.connect() is client
-        assert len(gateway.told(TIME)) == 1
+        assert len(gateway.received_of(TIME)) == 1
         bench.time.pass_by(3600)
         assert history.connect() is client
-        assert len(gateway.told(TIME)) == 2
+        assert len(gateway.received_of(TIME)) == 2
         bench.time.pass_by(-3600)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (gateway.connections, history.retries, len(gateway.told(HISTORY))) == (2, 0, 1)
+        assert (gateway.connections, history.retries, len(gateway.received_of(HISTORY))) == (2, 0, 1)
         history.close()
 
 
@@ -341,7 +342,7 @@ def test_a_connection_lost_while_waiting_for_its_turn_costs_no_request(bench: Be
 
         bench.time.on_sleep = drop
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (len(gateway.told(HISTORY)), history.requests_made, history.retries) == (2, 2, 1)
+        assert (len(gateway.received_of(HISTORY)), history.requests_made, history.retries) == (2, 2, 1)
         assert bench.time.long_sleeps == []
         history.close()
 
@@ -352,7 +353,7 @@ def test_a_gateway_that_hangs_and_restarts_is_ridden_out(bench: Bench) -> None:
     silent = {"for": 3}
 
     def on_time(_: list[str]) -> list[Any]:
-        if gateway.told(HISTORY) and silent["for"]:
+        if gateway.received_of(HISTORY) and silent["for"]:
             silent["for"] -= 1
             return []
         return [(49, 1, int(time.time()))]
@@ -384,7 +385,7 @@ def test_after_a_time_out_a_dead_connection_is_found_out_before_the_retry(bench:
     with ScriptedGateway({HISTORY: on_history, TIME: on_time}) as gateway:
         history = bench.connect_to(gateway.port, request_timeout_s=0.3, probe_timeout_s=0.3)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (gateway.connections, len(gateway.told(HISTORY)), history.retries) == (2, 2, 1)
+        assert (gateway.connections, len(gateway.received_of(HISTORY)), history.retries) == (2, 2, 1)
         history.close()
 
 
@@ -398,27 +399,27 @@ def test_requests_that_time_out_are_given_up_as_failures(bench: Bench, start_gat
     assert [record.kind for record in gateway.requests] == ["history", "cancel"] * 4
 
 
-def test_requests_are_held_while_the_history_farm_is_down(bench: Bench) -> None:
-    """After 2105 nothing is sent until 2106; the person is told once why nothing happens."""
+def test_requests_wait_for_the_end_of_an_outage_of_the_history_farm(bench: Bench) -> None:
+    """After 2105 nothing is sent until 2106; the wait is reported once."""
     slept: list[float] = []
 
     def recover(seconds: float) -> None:
         slept.append(seconds)
         if len(slept) == 5:
-            gateway.say(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
+            gateway.send(*error(-1, 2106, "HMDS data farm connection is OK:ushmds"))
         if len(slept) >= 5:
-            client.probe()  # whatever was said before is heard now
+            client.probe()  # whatever was sent before has arrived now
 
     answers = {HISTORY: lambda fields: [bars(fields[1], BAR)]}
     with ScriptedGateway(answers) as gateway:
         history = bench.connect_to(gateway.port)
         client = history.connect()
-        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        gateway.send(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
         client.probe()
         bench.time.on_sleep = recover
         assert len(history.fetch(SERIES, REQUEST)) == 1
         assert slept == [1.0] * 5
-        assert [wait.reason for wait in bench.waits] == ["the gateway says it is down: history farm ushmds"]
+        assert [wait.reason for wait in bench.waits] == ["the gateway reports an outage: history farm ushmds"]
         history.close()
 
 
@@ -429,35 +430,35 @@ def test_patience_with_a_broken_farm_has_an_end(bench: Bench) -> None:
     with ScriptedGateway({HISTORY: lambda fields: [next(replies)(fields[1])]}) as gateway:
         history = bench.connect_to(gateway.port, retry_waits_s=())
         client = history.connect()
-        gateway.say(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
+        gateway.send(*error(-1, 2105, "HMDS data farm connection is broken:ushmds"))
         client.probe()
         begun_s = bench.time.wall_s
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert HOLD_PATIENCE_S <= bench.time.wall_s - begun_s < HOLD_PATIENCE_S + 20
+        assert OUTAGE_PATIENCE_S <= bench.time.wall_s - begun_s < OUTAGE_PATIENCE_S + 20
         middle_s = bench.time.wall_s
-        with pytest.raises(TransientError, match="while a farm is down"):
+        with pytest.raises(TransientError, match="answered during an outage"):
             history.fetch(SERIES, Request(REQUEST.window, END, Duration(2, "D")))
         assert bench.time.wall_s - middle_s < 5
         history.close()
 
 
-def test_without_patience_a_broken_link_is_said_at_once(bench: Bench) -> None:
-    """What somebody waits for is neither sent nor waited for while the gateway says that it has no link to IB."""
+def test_without_patience_a_broken_link_is_reported_at_once(bench: Bench) -> None:
+    """An interactive request is neither sent nor waits while the gateway reports an outage of its link to IB."""
     with ScriptedGateway({}) as gateway:
-        history = bench.connect_to(gateway.port, retry_waits_s=(), hold_patience_s=0.0)
+        history = bench.connect_to(gateway.port, retry_waits_s=(), outage_patience_s=0.0)
         client = history.connect()
-        gateway.say(*error(-1, 1100, "Connectivity between IB and Trader Workstation has been lost."))
+        gateway.send(*error(-1, 1100, "Connectivity between IB and Trader Workstation has been lost."))
         client.probe()
         begun_s = bench.time.wall_s
         for ask in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(SERIES.instrument)):
-            with pytest.raises(TransientError, match="the link between the gateway and IB is down"):
+            with pytest.raises(TransientError, match="reports an outage: link between the gateway and IB"):
                 ask()
         assert (bench.time.wall_s, history.requests_made) == (begun_s, 0)
         history.close()
 
 
 def test_an_idle_connection_is_asked_before_it_is_trusted(bench: Bench, start_gateway: Any) -> None:
-    """A connection that went away while nobody used it costs no retry: it is made anew before the request."""
+    """A connection that ended while it was idle costs no retry: it is made anew before the request."""
     gateway = start_gateway()
     history = bench.connect_to(gateway.port)
     first = history.connect()
@@ -512,7 +513,7 @@ def test_the_next_id_is_taken_however_the_gateway_refuses(bench: Bench, refuse_b
     """326 that comes after the greeting, and a gateway that only closes the connection: the next id at once, no time-out."""
 
     def answer(fields: list[str]) -> list[Any]:
-        if gateway.told(START_API)[-1][2] != "1":
+        if gateway.received_of(START_API)[-1][2] != "1":
             return READY if fields[0] == START_API else [(49, 1, int(time.time()))]
         if refuse_by == "hanging up":
             return [("close",)]
@@ -527,8 +528,8 @@ def test_the_next_id_is_taken_however_the_gateway_refuses(bench: Bench, refuse_b
         history.close()
 
 
-def test_a_gateway_that_hangs_up_on_everybody_is_not_tried_fifty_times(bench: Bench) -> None:
-    """A trusted-IP rule looks like a refused id: one other id is tried, then the person is told."""
+def test_a_gateway_that_hangs_up_on_every_id_is_not_tried_fifty_times(bench: Bench) -> None:
+    """A trusted-IP rule looks like a refused id: one other id is tried, then the error is raised."""
     with ScriptedGateway(ready=(("close",),)) as gateway:
         history = bench.connect_to(gateway.port)
         with pytest.raises(GatewayUnreachable, match="trusted IP"):
@@ -554,13 +555,13 @@ def test_a_zombie_of_our_own_is_passed_over(bench: Bench) -> None:
     with ScriptedGateway({START_API: start, HISTORY: history_request}) as gateway:
         history = bench.connect_to(gateway.port, request_timeout_s=60.0)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert [fields[2] for fields in gateway.told(START_API)] == ["1", "1", "2"]
+        assert [fields[2] for fields in gateway.received_of(START_API)] == ["1", "1", "2"]
         assert bench.time.long_sleeps == []  # no retry wait: only the ledger's
         history.close()
 
 
 @pytest.mark.slow
-def test_when_every_id_is_taken_it_says_so(bench: Bench) -> None:
+def test_when_every_id_is_taken_that_is_reported(bench: Bench) -> None:
     """A gateway that refuses every id: each is tried once and quickly, then the range is named."""
     refused = ScriptedGateway(
         ready=(error(-1, 326, "Unable to connect as the client id is already in use"), ("close",))
@@ -587,7 +588,7 @@ def test_when_every_id_is_taken_it_says_so(bench: Bench) -> None:
     ],
 )
 def test_the_source_follows_the_account(bench: Bench, account: str, source: str) -> None:
-    """Simulator, paper and live are told apart by the account id, which no setting can get wrong."""
+    """Simulator, paper and live differ by the account id, which no setting can get wrong."""
     with ScriptedGateway(ready=((15, 1, f"{account},"), (9, 1, 1))) as gateway:
         history = bench.connect_to(gateway.port)
         history.connect()
@@ -607,7 +608,7 @@ def test_the_start_of_history_is_asked_once(bench: Bench, start_gateway: Any) ->
 
 
 def test_a_start_of_history_that_cannot_be_had_fails_no_load(bench: Bench, start_gateway: Any) -> None:
-    """It is a hint: whatever the gateway says instead, it is asked for once, without retries, and the load goes on without."""
+    """It is a hint: whatever the gateway answers instead, it is asked for once, without retries, and the load goes on without."""
     gateway = start_gateway([FaultRule("error", on="head", code=162, text="No head time stamp")])
     history = bench.connect_to(gateway.port)
     assert history.find_head(stock("AAPL")) is None

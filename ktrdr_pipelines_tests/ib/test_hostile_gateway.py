@@ -74,14 +74,12 @@ class HostileGateway(ScriptedGateway):
 
 def tables(client: GatewayClient) -> list[Any]:
     """Whatever could grow with the requests made."""
-    wrapper = client._ib.wrapper
-    kept = [client._open, wrapper._futures, wrapper._results, wrapper._reqId2Contract]
-    return [*kept, wrapper.trades, wrapper.positions, wrapper.accountValues, wrapper.newsTicks, wrapper.tickers]
+    return [client.open_requests]
 
 
 def unthrottled(client: GatewayClient) -> GatewayClient:
     """Without the library's limit of 45 messages a second."""
-    client._ib.client.MaxRequests = 0
+    client.library_parts.client.MaxRequests = 0
     return client
 
 
@@ -113,7 +111,7 @@ def outcome_of(ask: Callable[[], Any]) -> Any:
 
 
 def check(script: Script, outcome: RawBars | KtrdrError, name: str) -> None:
-    """The outcome is what the bytes say; and what of it is taken for bars keeps every rule."""
+    """The outcome is what the bytes mean; and what of it is taken for bars keeps every rule."""
     if script.rows is None:
         assert isinstance(outcome, KtrdrError), f"{name}: accepted {outcome}"
         str(outcome).encode()  # fit to be printed and stored
@@ -130,7 +128,7 @@ def check(script: Script, outcome: RawBars | KtrdrError, name: str) -> None:
 
 
 def check_stored(rows: list[Row], raw: dict[str, Any], name: str) -> None:
-    """What would be stored is exactly what the answer holds for the window, or nothing, and then for a reason."""
+    """What would be stored is exactly what the answer has for the window, or nothing, and then for a reason."""
     expected = storable(rows, WINDOW.start_s, WINDOW.end_s)
     try:
         bars = normalise_answer(raw, SERIES, WINDOW, now_s=LATER_S).bars
@@ -185,15 +183,14 @@ def test_a_broken_connection_fails_its_request_and_is_replaced() -> None:
                 assert isinstance(outcome, TransientError), name
                 assert not client.is_connected, name
                 assert not any(tables(client)), name
-                assert client._frames is not None
-                assert client._frames.pending_bytes < 1000
+                assert client.pending_bytes < 1000
                 with pytest.raises(TransientError):
                     ask_bars(client)
         assert gateway.connections == 150
 
 
 @pytest.mark.slow
-def test_late_answers_and_answers_to_others_reach_nobody() -> None:
+def test_late_answers_and_answers_to_others_reach_no_request() -> None:
     """A request that is answered with everything but an answer times out; its bars, arriving later, harm no other request."""
     late: list[bytes] = []
 
@@ -248,66 +245,37 @@ def test_requests_side_by_side_get_each_its_own_bars() -> None:
     assert len(received) == 200
 
 
+SANE_CONTRACT = [
+    "AAPL", "STK", "", "0", "", "SMART", "USD", "AAPL", "NMS", "NMS", "265598", "0.01", "", "LMT",
+    "SMART", "1", "0", "APPLE INC", "NASDAQ", "", "Technology", "", "", "US/Eastern", "", "", "",
+    "0", "0", "1", "", "", "26", "", "COMMON", "1", "1", "100",
+]  # fmt: skip
+"""Fields of a contract behind the request id."""
+
+
+def damaged_contract(random: Random) -> list[str]:
+    fields = list(SANE_CONTRACT)
+    fields[10] = random.choice(("0", "-1", "", "9" * 30, *["265598"] * 30))
+    for _ in range(random.randrange(3)):
+        at = random.randrange(len(fields))
+        match random.randrange(3):
+            case 0:
+                fields[at] = random.choice(NUMBERS + DATES)
+            case 1:
+                del fields[at]
+            case _:
+                fields.insert(at, random.choice(NUMBERS))
+    return fields
+
+
 @pytest.mark.slow
 def test_contracts_and_heads_made_of_anything_are_read_or_fail() -> None:
     """2000 look-ups: contracts with an id, none, a time with a zone, None, or a `KtrdrError`; nothing stays behind."""
     random = Random(14)
-    sane = [
-        "AAPL",
-        "STK",
-        "",
-        "0",
-        "",
-        "SMART",
-        "USD",
-        "AAPL",
-        "NMS",
-        "NMS",
-        "265598",
-        "0.01",
-        "",
-        "LMT",
-        "SMART",
-        "1",
-        "0",
-    ]
-    sane += [
-        "APPLE INC",
-        "NASDAQ",
-        "",
-        "Technology",
-        "",
-        "",
-        "US/Eastern",
-        "",
-        "",
-        "",
-        "0",
-        "0",
-        "1",
-        "",
-        "",
-        "26",
-        "",
-    ]
-    sane += ["COMMON", "1", "1", "100"]
-
-    def damage(fields: list[str]) -> list[str]:
-        fields[10] = random.choice(("0", "-1", "", "9" * 30, *["265598"] * 30))
-        for _ in range(random.randrange(3)):
-            at = random.randrange(len(fields))
-            match random.randrange(3):
-                case 0:
-                    fields[at] = random.choice(NUMBERS + DATES)
-                case 1:
-                    del fields[at]
-                case _:
-                    fields.insert(at, random.choice(NUMBERS))
-        return fields
 
     def describe(fields: list[str]) -> list[bytes]:
         req_id = int(fields[2])
-        found = [encode(10, req_id, *damage(list(sane))) for _ in range(random.randrange(3))]
+        found = [encode(10, req_id, *damaged_contract(random)) for _ in range(random.randrange(3))]
         return [*found, noise(random, req_id + 9), encode(88, req_id, "1"), encode(52, 1, req_id)]
 
     def head(fields: list[str]) -> list[bytes]:
@@ -330,7 +298,7 @@ def test_contracts_and_heads_made_of_anything_are_read_or_fail() -> None:
             assert start is None or isinstance(start, KtrdrError) or start.utcoffset() is not None
             assert not any(tables(client))
         assert gateway.connections == 1
-    assert min(outcomes[name] for name in ("list", "NoContractTold", "DataError", "datetime", "NoneType")) > 50, (
+    assert min(outcomes[name] for name in ("list", "EmptyContractAnswer", "DataError", "datetime", "NoneType")) > 50, (
         outcomes
     )
 
@@ -372,7 +340,7 @@ def test_thousands_of_hostile_answers_leave_no_memory_behind(caplog: pytest.LogC
 @pytest.mark.parametrize("length", [1 << 24, 1 << 31, 0xFFFFFFFF])
 @pytest.mark.parametrize("is_greeting", [False, True])
 def test_an_announced_flood_is_not_taken_in(length: int, is_greeting: bool) -> None:
-    """After a length that no message has, the connection ends before its bytes arrive: hardly any of 64 MB is held."""
+    """After a length that no message has, the connection ends before its bytes arrive: hardly any of 64 MB is kept."""
     flood = length.to_bytes(4, "big") + bytes(1 << 26)
     options: dict[str, Any] = {"hello": None, "raw_hello": flood} if is_greeting else {}
     with ScriptedGateway({HISTORY: lambda _: [flood]}, **options) as gateway:
@@ -388,8 +356,7 @@ def test_an_announced_flood_is_not_taken_in(length: int, is_greeting: bool) -> N
             most = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert client._frames is not None
-        assert client._frames.pending_bytes == 0
+        assert client.pending_bytes == 0
     assert most < 1 << 23
 
 
@@ -449,7 +416,7 @@ def greet(gateway: ScriptedGateway, **options: Any) -> GatewayClient | KtrdrErro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", [False, True])
-def test_strangers_are_told_apart_at_once_wherever_their_bytes_are_cut(ends: bool) -> None:
+def test_other_protocols_are_recognised_at_once_wherever_their_bytes_are_cut(ends: bool) -> None:
     """Other protocols and unreadable greetings, in pieces, closed or left open: no gateway, long before the time-out."""
     random = Random(16)
     for number, stranger in enumerate(STRANGERS):
@@ -495,7 +462,7 @@ def test_greetings_made_of_anything_connect_or_fail() -> None:
 
 @pytest.mark.slow
 def test_endless_bytes_without_a_message_end_with_the_time_out() -> None:
-    """A greeting of empty frames, or one that never ends, is given up at once or in time; little of it is held."""
+    """A greeting of empty frames, or one that never ends, is given up at once or in time; little of it is kept."""
     for endless in (bytes(1000), (60_000).to_bytes(4, "big") + b"x" * 1000):
         stop = threading.Event()
 
@@ -543,7 +510,7 @@ def test_a_time_that_is_none_is_no_proof_of_life() -> None:
         client.probe_timeout_s = SHORT_S
         for text in ("nan", "-1e9", "9" * 30, "soon", "1709303400.5"):
             replies[:] = [encode(49, 1, text), encode(49), encode(88, "currentTime", "1")]
-            with pytest.raises(GatewayUnreachable, match="does not tell the time"):
+            with pytest.raises(GatewayUnreachable, match="does not answer the time request"):
                 client.probe()
             assert not any(tables(client))
         replies[:] = [CLOSE]

@@ -1,4 +1,4 @@
-"""Another program on the same login: our ledger is within the budget, IB says "pacing" all the same, and no bar is lost.
+"""Another program on the same login: our ledger is within the budget, IB answers "pacing" nevertheless, and no bar is lost.
 
 The gateway's judge counts both programs, on the clock that only our waits move; the other one asks without any manners.
 """
@@ -23,6 +23,7 @@ from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.server import GatewayThread
+from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 
 SYMBOLS = ("AAPL", "MSFT", "SPY", "GOOG", "AMZN", "NVDA", "IBM", "KO")
@@ -39,9 +40,9 @@ class SharedLogin(HandClock):
         self.waits: list[Waiting] = []
         self.others_due_s: list[float] = []
         """When the other program asks next, latest first."""
-        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=where)
+        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=where, library=LIBRARY)
         self.history = running.enter_context(IBHistory(address, self.waits.append, self.sleep, clock=self))
-        self.other = running.enter_context(GatewayClient("127.0.0.1", gateway.port, OTHER_CLIENT_ID))
+        self.other = running.enter_context(GatewayClient("127.0.0.1", gateway.port, OTHER_CLIENT_ID, library=LIBRARY))
         self.others_number = 0
 
     def sleep(self, seconds: float) -> None:
@@ -63,7 +64,7 @@ class SharedLogin(HandClock):
             )
 
     def fetch(self, number: int) -> int:
-        """How many bars the day ``number`` of our load has; days are told apart by symbol and week."""
+        """How many bars the day ``number`` of our load has; days differ by symbol and week."""
         end = datetime(2024, 3, 5, 22, tzinfo=UTC) + timedelta(weeks=number // len(SYMBOLS))
         series = Series(stock(SYMBOLS[number % len(SYMBOLS)]), TIMEFRAMES["1h"])
         return len(self.history.fetch(series, Request(Window(end - timedelta(days=1), end), end, Duration(1, "D"))))
@@ -104,7 +105,7 @@ def load(login: SharedLogin, numbers: Iterable[int]) -> list[int]:
 
 @pytest.mark.slow
 def test_a_busy_program_beside_ours_slows_the_load_down_and_no_bar_is_lost(login: SharedLogin) -> None:
-    """The other one takes a third of the budget for half an hour: bars, or a failure that says so, and the rest comes later."""
+    """The other one takes a third of the budget for half an hour: bars, or a failure that is raised, and the rest comes later."""
     login.others_due_s = [login.wall_s + 30.0 * n for n in range(60, 0, -1)]
     failed = load(login, range(130))
     refused = login.refused()
@@ -120,13 +121,13 @@ def test_a_busy_program_beside_ours_slows_the_load_down_and_no_bar_is_lost(login
 
 @pytest.mark.slow
 def test_when_another_program_takes_everything_the_pauses_grow_until_it_has_passed(login: SharedLogin) -> None:
-    """A budget used up by others for ten minutes: what was tried in vain says so, what comes later is there, the rest when it is
+    """A budget used up by others for ten minutes: requests that fail raise it, later ones succeed, the rest when it is
     asked for again. The pauses grow, so that we do not add to the trouble; once alone, nothing is refused any more."""
     for _ in range(60):
         login.let_other_ask()
         login.sleep(0.5)
     failed = load(login, range(70))
-    assert 0 < len(failed) <= 2, "nobody was in the way, or the pauses did not let it pass"
+    assert 0 < len(failed) <= 2, "no other program was in the way, or the pauses did not let it pass"
     refused = login.refused()
     assert [after - before for before, after in pairwise(refused)][:5] == pytest.approx([15, 30, 60, 120, 300], abs=1.5)
     assert load(login, failed) == []

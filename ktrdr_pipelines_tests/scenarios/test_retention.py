@@ -13,7 +13,7 @@ from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.ib.discovery import kept_from
+from ktrdr_pipelines.ib.discovery import retention_start
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.store import Store
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def kept() -> datetime:
-    found = kept_from(AAPL_30S.timeframe, datetime.now(UTC))
+    found = retention_start(AAPL_30S.timeframe, datetime.now(UTC))
     assert found is not None
     return found
 
@@ -45,11 +45,11 @@ def test_a_load_begins_where_ib_keeps_bars_and_says_so(ktrdr: Ktrdr) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["start"] == format_instant(kept())
-    assert [text for text in told["notices"] if "IB keeps 30s bars for six months: nothing before" in text]
+    assert [text for text in told["notices"] if text.startswith("30s bars before ") and "IB's retention" in text]
     refused = ktrdr(*arguments, "--end", f"{kept() - timedelta(days=1):%Y-%m-%d}")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "six months" in refused.stderr
-    assert kept_from(TIMEFRAMES["1m"], datetime.now(UTC)) is None
+    assert retention_start(TIMEFRAMES["1m"], datetime.now(UTC)) is None
 
 
 def test_older_partitions_fail_and_nothing_of_them_is_proven_empty(

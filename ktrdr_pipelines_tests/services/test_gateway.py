@@ -192,7 +192,7 @@ def test_while_the_link_is_down_questions_fail_at_once(
     """Loads ride it out for minutes; whoever asks what a symbol means is told why there is no answer."""
     settings = make_settings(start_gateway([FaultRule(kind="link_down", on="connect", seconds=600)]).port)
     for ask in (lambda: discover_symbol(settings, "KO"), lambda: look_up(settings, "KO")):
-        with pytest.raises(TransientError, match="the link between the gateway and IB is down"):
+        with pytest.raises(TransientError, match="reports an outage: link between the gateway and IB"):
             ask()
     (found,) = data_ranges(settings, ["KO"], ["1d"]).ranges
     assert found.problem is not None

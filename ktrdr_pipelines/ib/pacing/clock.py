@@ -1,6 +1,6 @@
-"""What time it is, for the pacing ledger: the wall clock, and a clock that nobody can set.
+"""The time for the pacing ledger: the wall clock, and the boot clock, which cannot be set.
 
-Nothing here sleeps. How an entry's age is told from two readings, across clock steps and reboots, is in `Reading.age_of`.
+`Reading.age_of` computes an entry's age from two readings, across clock steps and reboots. Nothing here sleeps.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Reading(Stamp):
-    """Both clocks at one instant. ``wall_s`` is seconds since 1970 UTC, ``boot_s`` seconds since the machine started, asleep
-    or not, ``boot_id`` names that start."""
+    """Both clocks at one instant. ``wall_s`` is seconds since 1970 UTC, ``boot_s`` seconds since the machine started, sleep
+    included, ``boot_id`` names that start."""
 
     def age_of(self, stamp: Stamp) -> float:
-        """How long ago ``stamp`` was, at least; negative if it lies in the future of every clock that can be believed.
+        """Seconds since ``stamp``, at least; negative if it lies in the future of every clock that can be trusted.
 
-        In the same boot the boot clock alone counts: it cannot be set, so it is right when the wall clock was put back an
+        In the same boot the boot clock alone counts: it cannot be set, so it is right when the wall clock was set back an
         hour (which would otherwise stop everything for that hour) or forward two (which would forget everything).
-        From another boot only two things are known, the wall clock, which may have been set meanwhile, and that the machine
-        has been up for ``boot_s`` since: the more cautious, smaller one counts.
+        Of a stamp from another boot only two things are known: the wall clock, which may have been set meanwhile, and that the
+        machine has been up for ``boot_s`` since. The smaller, more cautious one counts.
         """
         if self.boot_id and stamp.boot_id == self.boot_id:
             return self.boot_s - stamp.boot_s
@@ -68,6 +68,6 @@ class SystemClock:
 
     def read(self) -> Reading:
         boot_id = _boot_id()
-        # CLOCK_BOOTTIME, unlike the monotonic clock, goes on while a laptop sleeps.
+        # CLOCK_BOOTTIME, unlike the monotonic clock, runs on while a laptop sleeps.
         boot_s = time.clock_gettime(time.CLOCK_BOOTTIME) if boot_id else 0.0
         return Reading(time.time(), boot_s, boot_id)

@@ -1,8 +1,8 @@
-"""When planned requests could go out under the pacing budget as it stands: `pacing.decide`, replayed with a moving clock.
+"""The earliest times of planned requests under the present pacing budget: `rules.decide`, replayed with a moving clock.
 
-Pure: the caller brings the requests, the ledger's entries and now. What is asked for is decided in `planning/requests.py`,
-who really waits in `ib/pacing/ledger.py`. The answer is the earliest time, not a promise: answers are taken to need no time,
-nobody else to ask, and nothing to be asked twice.
+Pure: the caller brings the requests, the ledger's entries and now. `planning/requests.py` decides what to ask for,
+`ib/pacing/ledger.py` waits in earnest. The forecast is a lower bound: it assumes that answers take no time, that no other program
+asks, and that no request is repeated.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _MOST_WAITS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """One request of a forecast: its earliest time, seconds since 1970, and the rule it waited for last (None: none)."""
+    """One request of a forecast: its earliest time, seconds since 1970, and the rule of its last wait (None: no wait)."""
 
     at_s: float
-    held_up_by: Rule | None
+    waited_for: Rule | None
 
 
 def forecast(
-    asks: Sequence[Ask], past: Sequence[Entry], now_s: float, *, hold_until_s: float | None = None
+    asks: Sequence[Ask], past: Sequence[Entry], now_s: float, *, pause_until_s: float | None = None
 ) -> list[Sending]:
     """The earliest time of each of ``asks``, sent one after the other from ``now_s`` (seconds since 1970) on.
 
     ``past``: what the ledger remembers (`Budget.past`), in any order. Requests that are still unanswered count as answered
-    now: nobody knows when their answer comes. ``hold_until_s``: a pause of all processes. The last time is when the load
-    would be done, if answers took no time; no asks, no times.
+    now, since the time of their answer is unknown. ``pause_until_s``: end of a pause of all processes. The last time is when the
+    load would end, if answers took no time; empty without asks.
     """
     entries = [replace(entry, is_open=False) for entry in past]
     sendings: list[Sending] = []
@@ -40,14 +40,12 @@ def forecast(
     for ask in asks:
         rule: Rule | None = None
         for _ in range(_MOST_WAITS):
-            answer = decide(entries, ask, at_s, hold_until_s)
+            answer = decide(entries, ask, at_s, pause_until_s)
             if isinstance(answer, Go):
                 break
             at_s, rule = at_s + answer.seconds, answer.rule
         else:
-            raise BugError(
-                "the forecast of a request's turn does not end", advice="Report this: a fault of forecast.py."
-            )
+            raise BugError("the forecast of a request does not end", advice="Report this: a fault of forecast.py.")
         # What is older than the longest rule decides nothing any more; thousands of requests would take minutes.
         entries = [entry for entry in entries if entry.at_s >= at_s - WINDOW_S - 2 * MARGIN_S]
         entries.append(Entry(at_s, ask))

@@ -1,11 +1,11 @@
-"""The pacing ledger: who may send the next history request, decided once for every process of one gateway login.
+"""The pacing ledger: which process may send the next history request, decided for all processes of one gateway login.
 
-`pacing.decide` holds the rules, `ledger_rows.py` the past, `backends.py` the file; here are the transactions in which the
-three meet. A request is granted, written to the socket, stamped, and finished when answered; from the grant to the stamp it
-counts as sent at this very moment, so that whatever delays its process in between breaks no rule.
+`rules.decide` has the rules, `ledger_rows.py` the past, `backends.py` the storage; this module has the transactions that combine
+them. A request is granted, written to the socket, stamped, and finished when answered; from the grant to the stamp it counts as
+sent at this very moment, so that no delay of its process in between breaks a rule.
 
-Waiters are served first come, first served. One may overtake only while those before it are held up by rules that do not
-concern it, and then leaves them their room in the budget: without this, whoever asks most often gets nearly everything.
+Waiters are served first come, first served. One may overtake only while those before it wait for rules that do not concern
+it, and then leaves them their room in the budget: without this, the process that asks most often gets nearly everything.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 from types import TracebackType
 
 from ktrdr_pipelines.errors import StoreError, TransientError
-from ktrdr_pipelines.ib.pacing.backends import LedgerStore, PostgresStore, SqliteStore, Transaction, ledger_path
+from ktrdr_pipelines.ib.pacing.backends import LedgerStore, Transaction
 from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
 from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, LedgerRows
+from ktrdr_pipelines.ib.pacing.postgres_backend import PostgresStore
 from ktrdr_pipelines.ib.pacing.rules import (
     MARGIN_S,
     PENALTY_MEMORY_S,
@@ -36,13 +37,14 @@ from ktrdr_pipelines.ib.pacing.rules import (
     penalty_s,
     used_units,
 )
+from ktrdr_pipelines.ib.pacing.sqlite_backend import SqliteStore, ledger_path
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
-"""Longest sleep of a waiter: what it waits for may change, and it may be told to stop."""
-TURN_POLL_S = 0.2
-"""When it is another's turn, look again after this long: that one is waking up just now."""
+"""Longest sleep of a waiter: what it waits for may change, and it may be cancelled."""
+QUEUE_POLL_S = 0.2
+"""When an earlier waiter may go first, look again after this long: it is waking up just now."""
 
 
 class GrantExpired(TransientError):
@@ -50,7 +52,7 @@ class GrantExpired(TransientError):
 
 
 class WaitCancelled(TransientError):
-    """Whoever waited for its turn was told to stop. Nothing was sent."""
+    """The caller cancelled the wait for a grant. Nothing was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,9 @@ class PauseOfAll:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The ledger for people. ``used`` of ``limit`` units are taken; ``next_free_at_s`` (seconds since 1970) is when the next
-    plain request could go, not counting the ``waiting`` ones; ``open`` requests are unanswered; ``past`` and ``hold_until_s``
-    serve `pacing.decide`."""
+    """A snapshot of the ledger. ``used`` of ``limit`` units are taken; ``next_free_at_s`` (seconds since 1970) is when the next
+    plain request could go, not counting the ``waiting`` ones; ``open`` requests are unanswered; ``past`` and ``pause_until_s``
+    are arguments of `rules.decide`."""
 
     now_s: float
     used: int
@@ -73,23 +75,23 @@ class Budget:
     next_free_at_s: float
     waiting: int
     open: int
-    holds: tuple[PauseOfAll, ...]
+    pauses: tuple[PauseOfAll, ...]
     past: tuple[Entry, ...]
 
     @property
-    def hold_until_s(self) -> float | None:
+    def pause_until_s(self) -> float | None:
         """When the last pause ends; None without one."""
-        return max((hold.until_s for hold in self.holds), default=None)
+        return max((pause.until_s for pause in self.pauses), default=None)
 
 
 OnWait = Callable[[float, Rule, float], None]
-"""Told when a wait begins, changes its rule, or moves by more than a second: seconds, rule, until (seconds since 1970)."""
+"""Called when a wait begins, changes its rule, or moves by more than a second: seconds, rule, until (seconds since 1970)."""
 
 
 class Grant:
-    """Leave to send one request. Write to the socket inside `sending`, call `finished` when it is answered or given up.
+    """Permission to send one request. Write to the socket inside `sending`, call `finished` when it is answered or given up.
 
-    As a context manager it is finished at the end of the block, or handed back if nothing was sent.
+    As a context manager it is finished at the end of the block, or given back if nothing was sent.
     """
 
     def __init__(self, ledger: Ledger, ask: Ask, token: str, granted_at_s: float) -> None:
@@ -105,22 +107,27 @@ class Grant:
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """Put nothing but the write into this block: it begins with a last look at the ledger, and ends with the stamp.
+        """A block for the write and nothing else: it begins with a last look at the ledger, and ends with the stamp.
 
         Raises:
             GrantExpired: more than `GRANT_VALID_S` passed since the grant, or the ledger was replaced meanwhile. Do not send.
             StoreError: the ledger cannot be read. Do not send.
         """
-        self._ledger._look_again(self)
+        if not self._ledger.may_send(self.token):
+            self._is_over = True
+            raise GrantExpired(
+                f"a grant was not used within {GRANT_VALID_S:.0f} s, or the pacing ledger was replaced",
+                advice="Nothing was sent; ask again.",
+            )
         self._is_used = True
         try:
             yield
         finally:  # a write that failed may have reached the gateway
             try:
-                self.sent_at_s = self._ledger._stamp_sent(self)
+                self.sent_at_s = self._ledger.mark_sent(self.token, self.ask)
             except StoreError as failure:
                 # Unstamped, it counts as sent as late as the grant was valid: the cautious side.
-                log.warning("the pacing ledger did not take note of a request: %s", failure)
+                log.warning("the pacing ledger could not record that a request was sent: %s", failure.message)
 
     def sent(self) -> float | None:
         """Stamp the request as sent now, without a write to guard; returns that time (seconds since 1970)."""
@@ -132,13 +139,13 @@ class Grant:
         """The request is not open any more: answered, failed, or cancelled. Harmless when repeated."""
         if not self._is_over:
             self._is_over = True
-            self._ledger._finish(self)
+            self._ledger.mark_finished(self.token)
 
     def give_back(self) -> None:
-        """Nothing was and will be sent: return the unit. Does nothing once `sending` was entered."""
+        """Return the unit: nothing was sent, nor will be. Does nothing once `sending` was entered."""
         if not self._is_used and not self._is_over:
             self._is_over = True
-            self._ledger._give_back(self)
+            self._ledger.delete_unsent(self.token)
 
     def __enter__(self) -> Grant:
         return self
@@ -150,25 +157,32 @@ class Grant:
         try:
             self.finished()
         except StoreError as failure:
-            # The answer is there (or its error is on its way): it must not be lost for the ledger's sake. Left open, the
-            # request counts longer than needed, which is the cautious side.
-            log.warning("the pacing ledger did not take note of an answer: %s", failure)
+            # The answer (or its error) must not be lost because the ledger fails. Left open, the request counts longer than
+            # needed, which is the cautious side.
+            log.warning("the pacing ledger could not record that a request ended: %s", failure.message)
 
 
 class Ledger:
-    """The budget of one gateway login. Open it with `open_ledger`. Safe for threads and after a fork.
+    """The budget of one gateway login. Open it with `open_ledger`, as a context manager or with `close` on every path. Safe for
+    threads and after a fork.
 
     Every method is one transaction, and raises StoreError when the ledger cannot be read or written: then nothing is granted.
     """
 
     def __init__(self, store: LedgerStore, login: str, clock: Clock) -> None:
-        """``clock`` tells how long this process was delayed; what counts is told by the store's."""
+        """``clock`` measures delays of this process; the times of requests come from the store's clock."""
         self._store = store
         self._login = login
         self._clock = clock
 
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def try_acquire(self, ask: Ask) -> Grant | Wait:
-        """A grant if ``ask`` may be sent now, else how long to wait and why. Leaves no place in the queue."""
+        """A grant if ``ask`` may be sent now, else how long to wait and why. Takes no place in the queue."""
         return self._store.run(lambda tx: self._decide(tx, ask, ticket=None))
 
     def acquire(
@@ -179,7 +193,7 @@ class Ledger:
         on_wait: OnWait | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> Grant:
-        """Wait for the turn of ``ask`` and return its grant. Blocks: call it from a thread of its own.
+        """Wait until ``ask`` may be sent and return its grant. Blocks the thread.
 
         ``sleep`` gets at most `POLL_S` at a time; ``cancel`` is asked before each.
 
@@ -188,26 +202,25 @@ class Ledger:
         """
         ticket = uuid.uuid4().hex
         waited_s = 0.0
-        told: Wait | None = None
-        told_until_s = 0.0
+        reported: Wait | None = None
+        reported_until_s = 0.0
         is_granted = False
         try:
             while True:
                 if cancel is not None and cancel():
-                    raise WaitCancelled("waiting for the request's turn was cancelled", advice="Nothing was sent.")
+                    raise WaitCancelled("the wait for a grant was cancelled", advice="Nothing was sent.")
                 answer, now_s = self._store.run(lambda tx: (self._decide(tx, ask, ticket), tx.read_clock().wall_s))
                 if isinstance(answer, Grant):
                     is_granted = True
                     answer.waited_s = waited_s
                     return answer
                 until_s = now_s + answer.seconds
-                is_worth_telling = answer.rule is not Rule.TURN or told is None
-                if (
-                    on_wait
-                    and is_worth_telling
-                    and (told is None or told.rule is not answer.rule or abs(until_s - told_until_s) > 1.0)
-                ):
-                    told, told_until_s = answer, until_s
+                is_news = reported is None or (
+                    answer.rule is not Rule.QUEUE
+                    and (reported.rule is not answer.rule or abs(until_s - reported_until_s) > 1.0)
+                )
+                if on_wait and is_news:
+                    reported, reported_until_s = answer, until_s
                     on_wait(answer.seconds, answer.rule, until_s)
                 pause_s = min(answer.seconds, POLL_S)
                 sleep(pause_s)
@@ -216,14 +229,14 @@ class Ledger:
             if not is_granted:
                 with suppress(
                     StoreError
-                ):  # a ticket left behind goes with its process; the first error is the one to tell
+                ):  # a ticket left behind ends with its process; the first error is the one to raise
                     self._store.run(lambda tx: LedgerRows(tx, self._login).remove_ticket(ticket))
 
     def penalise(self, reason: str, seconds: float | None = None) -> float:
-        """IB said that requests come too fast (or that all must pause): nobody sends for ``seconds``; returns how long.
+        """Pause all processes for ``seconds``, because IB reported a pacing violation or the like; returns how long.
 
         Without ``seconds`` it is 15 s, and longer for each that follows within twenty minutes, up to ten minutes
-        (`pacing.PENALTIES_S`). Further complaints during such a pause are about requests sent before it and change nothing.
+        (`rules.PENALTIES_S`). Further violations during such a pause are about requests sent before it and change nothing.
         """
 
         def body(tx: Transaction) -> float:
@@ -241,14 +254,14 @@ class Ledger:
         return self._store.run(body)
 
     def snapshot(self) -> Budget:
-        """The state of the budget now, for people and for forecasts."""
+        """The state of the budget now, for display and for forecasts."""
 
         def body(tx: Transaction) -> Budget:
             rows = LedgerRows(tx, self._login)
             past, now_s = rows.past(), rows.now.wall_s
             active = sorted((pause.left_s, pause.reason) for pause in rows.pauses() if pause.left_s > 0)
-            holds = tuple(PauseOfAll(now_s + left_s, why) for left_s, why in active)
-            answer = decide(past, Ask("", ""), now_s, holds[-1].until_s if holds else None)
+            pauses = tuple(PauseOfAll(now_s + left_s, why) for left_s, why in active)
+            answer = decide(past, Ask("", ""), now_s, pauses[-1].until_s if pauses else None)
             return Budget(
                 now_s=now_s,
                 used=used_units(past, now_s),
@@ -256,7 +269,7 @@ class Ledger:
                 next_free_at_s=now_s + (answer.seconds if isinstance(answer, Wait) else 0.0),
                 waiting=len(rows.waiting(None)),
                 open=sum(entry.is_open for entry in past),
-                holds=holds,
+                pauses=pauses,
                 past=tuple(past),
             )
 
@@ -272,14 +285,14 @@ class Ledger:
         rows = LedgerRows(tx, self._login)
         past, ahead, now_s = rows.past(), rows.waiting(ticket), rows.now.wall_s
         left_s, why = max(((pause.left_s, pause.reason) for pause in rows.pauses()), default=(0.0, ""))
-        hold_until_s = now_s + left_s if left_s > 0 else None
-        # As if everyone before were sent first: whoever comes later must not take the room that they will need.
+        pause_until_s = now_s + left_s if left_s > 0 else None
+        # As if all earlier waiters were sent first: a later one must not take the room that they will need.
         promised = [Entry(now_s, other, is_open=True) for other in ahead]
-        answer = decide(past + promised, ask, now_s, hold_until_s)
+        answer = decide(past + promised, ask, now_s, pause_until_s)
         if isinstance(answer, Go):
             for place, other in enumerate(ahead):
-                if isinstance(decide(past + promised[:place], other, now_s, hold_until_s), Go):
-                    answer = Wait(TURN_POLL_S, Rule.TURN)
+                if isinstance(decide(past + promised[:place], other, now_s, pause_until_s), Go):
+                    answer = Wait(QUEUE_POLL_S, Rule.QUEUE)
                     break
         if isinstance(answer, Go):
             token = uuid.uuid4().hex
@@ -289,43 +302,42 @@ class Ledger:
             return Grant(self, ask, token, now_s)
         if ticket is not None:
             rows.show(ask, ticket)
-        reason = why if answer.rule is Rule.HOLD else f"{len(ahead)} waiting before this one" if ahead else ""
+        reason = why if answer.rule is Rule.PAUSE else f"{len(ahead)} waiting before this one" if ahead else ""
         return replace(answer, reason=reason)
 
-    # -- what becomes of a grant
+    # -- a grant after it was given: called by `Grant`
 
-    def _look_again(self, grant: Grant) -> None:
+    def may_send(self, token: str) -> bool:
+        """Whether a grant is still valid, as of no more than `MARGIN_S` ago."""
         while True:
             began = self._clock.read()
-            if not self._store.run(lambda tx: LedgerRows(tx, self._login).may_send(grant.token)):
-                grant._is_over = True
-                raise GrantExpired(
-                    f"leave to send was not used within {GRANT_VALID_S:.0f} s, or the pacing ledger was replaced",
-                    advice="Nothing was sent; ask again.",
-                )
-            # A look that took long (a stopped process, a slow disk) says nothing about now.
+            if not self._store.run(lambda tx: LedgerRows(tx, self._login).may_send(token)):
+                return False
+            # A look that took long (a stopped process, a slow disk) is too old to decide by.
             if self._clock.read().age_of(began) <= MARGIN_S:
-                return
+                return True
 
-    def _stamp_sent(self, grant: Grant) -> float:
+    def mark_sent(self, token: str, ask: Ask) -> float:
+        """Stamp a request as sent now; returns that time (seconds since 1970)."""
+
         def body(tx: Transaction) -> float:
             rows = LedgerRows(tx, self._login)
-            rows.mark_sent(grant.token, grant.ask)
+            rows.mark_sent(token, ask)
             return rows.now.wall_s
 
         return self._store.run(body)
 
-    def _finish(self, grant: Grant) -> None:
-        sql = "UPDATE ib_pacing_requests SET is_finished = 1 WHERE token = :token"
-        self._store.run(lambda tx: tx.run(sql, token=grant.token))
+    def mark_finished(self, token: str) -> None:
+        """The request is not open any more."""
+        self._store.run(lambda tx: LedgerRows(tx, self._login).mark_finished(token))
 
-    def _give_back(self, grant: Grant) -> None:
-        sql = "DELETE FROM ib_pacing_requests WHERE token = :token AND is_sent = 0"
-        self._store.run(lambda tx: tx.run(sql, token=grant.token))
+    def delete_unsent(self, token: str) -> None:
+        """Delete a grant, unless its request was sent."""
+        self._store.run(lambda tx: LedgerRows(tx, self._login).delete_unsent(token))
 
 
 def open_ledger(where: Path | str, login: str, clock: Clock | None = None) -> Ledger:
-    """The ledger of ``login`` (the account, or ``host:port``; whatever all programs of one login agree on).
+    """The ledger of ``login`` (the account, or ``host:port``: one name in all programs of one login).
 
     ``where`` is a directory for one SQLite file per login, or a PostgreSQL URL of SQLAlchemy (``postgresql+psycopg://...``).
     Nothing is opened before the first use. ``clock``: the machine's; for PostgreSQL the server's.

@@ -1,14 +1,14 @@
-"""What the pacing ledger's rows mean at one instant: who sent what and when, who waits, what pauses all.
+"""The pacing ledger's rows at one instant: requests sent, waiters, pauses of all processes.
 
-Works inside a transaction that somebody else runs (`ledger.py`, which also decides); the tables are in `backends.py`.
-Ages come from two clocks, see `clock.Reading.age_of`. Rows that no longer matter are deleted in passing.
+Works inside a transaction that `ledger.py` runs, which also decides; the tables are in `backends.py`. Ages come from two
+clocks, see `clock.Reading.age_of`. Rows that no longer matter are deleted in passing.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from ktrdr_pipelines.ib.pacing.backends import INSERT_HOLD, Transaction, hold_parameters
+from ktrdr_pipelines.ib.pacing.backends import INSERT_PAUSE, Transaction, pause_parameters
 from ktrdr_pipelines.ib.pacing.clock import Reading, Stamp
 from ktrdr_pipelines.ib.pacing.rules import MARGIN_S, PENALTY_MEMORY_S, WINDOW_S, Ask, Entry
 from ktrdr_pipelines.ib.processes import Owner, current_owner
@@ -17,12 +17,12 @@ GRANT_VALID_S = 10.0
 """A grant that is not used by then is void. Until it is stamped it counts as sent at this very moment, but no later than
 that: nothing is sent afterwards, and a caller that was killed or forgot must not break the limit."""
 OPEN_MAX_S = WINDOW_S
-"""An unanswered request stops counting as open after this long, should nobody have said that it is finished. Requests are
-given up after 120 s; those of a process that has died end with its socket, at once."""
+"""An unanswered request stops counting as open after this long, if it was not marked as finished. Requests are given up after
+120 s; those of a process that has died end with its socket, at once."""
 TICKET_FRESH_S = 20.0
-"""A waiter that did not show itself for so long is passed over (stopped, or its machine asleep). It keeps its place."""
+"""A waiter without a heartbeat for so long is passed over (stopped, or its machine asleep). It keeps its place."""
 HEARTBEAT_S = 5.0
-"""How often a waiter shows itself. Rarer than it looks, because showing writes to the disk and looking does not."""
+"""How often a waiter writes its heartbeat. Less often than it looks, because looking does not write to the disk."""
 
 _STAMP = "wall_s = :wall_s, boot_s = :boot_s, boot_id = :boot_id"
 _OWNED = "token, login, wall_s, boot_s, boot_id, host, pid, started"
@@ -76,8 +76,8 @@ class LedgerRows:
         ):
             age_s = self.now.age_of(Stamp(wall_s, boot_s, boot_id))
             if age_s < 0:
-                # From a future: the clock was set back. Counted as sent now, and written down as such, or it would stay for
-                # as long as the clock was set back.
+                # In the future: the clock was set back. Counted as sent now, and restamped, or it would stay for as long as
+                # the clock was set back.
                 self._restamp("requests", token)
                 age_s = 0.0
             if not is_sent:
@@ -95,7 +95,7 @@ class LedgerRows:
         return entries
 
     def add_request(self, token: str, ask: Ask, *, is_sent: bool = False) -> None:
-        """A grant, which nobody has used yet unless ``is_sent``."""
+        """Add a grant, not used yet unless ``is_sent``."""
         self._tx.run(
             f"INSERT INTO ib_pacing_requests ({_OWNED}, identity, contract, weight, is_sent, is_finished)"
             f" VALUES ({_OWNED_VALUES}, :identity, :contract, :weight, :is_sent, 0)",
@@ -116,7 +116,7 @@ class LedgerRows:
         return False
 
     def mark_sent(self, token: str, ask: Ask) -> None:
-        """The request went out just now, whatever else is known of it, or not."""
+        """Stamp the request as sent just now; added if the ledger has no row of it any more."""
         self._restamp("requests", token)
         found = self._tx.rows("SELECT 1 FROM ib_pacing_requests WHERE token = :token", token=token)
         if found:
@@ -124,10 +124,16 @@ class LedgerRows:
         else:  # the ledger was replaced, or the process stopped for very long, in the middle of the write
             self.add_request(token, ask, is_sent=True)
 
+    def mark_finished(self, token: str) -> None:
+        self._tx.run("UPDATE ib_pacing_requests SET is_finished = 1 WHERE token = :token", token=token)
+
+    def delete_unsent(self, token: str) -> None:
+        self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token AND is_sent = 0", token=token)
+
     # -- waiters
 
     def waiting(self, ticket: str | None) -> list[Ask]:
-        """Those who wait before ``ticket`` (None: all), in order. Tickets of dead processes are deleted."""
+        """The waiters before ``ticket`` (None: all), in order. Tickets of dead processes are deleted."""
         ahead: list[Ask] = []
         for token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight in self._tx.rows(
             "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight"
@@ -144,7 +150,7 @@ class LedgerRows:
         return ahead
 
     def show(self, ask: Ask, ticket: str) -> None:
-        """Take a place at the end of the queue, or show that its owner is still there."""
+        """Take a place at the end of the queue, or write the heartbeat of the one taken."""
         found = self._tx.rows(
             "SELECT wall_s, boot_s, boot_id FROM ib_pacing_tickets WHERE token = :token", token=ticket
         )
@@ -163,7 +169,7 @@ class LedgerRows:
     # -- pauses
 
     def pauses(self) -> list[Pause]:
-        """Every pause that goes on, or that still lengthens the next one."""
+        """Every pause that has not ended, or that still lengthens the next one."""
         pauses: list[Pause] = []
         for token, wall_s, boot_s, boot_id, seconds, is_penalty, reason in self._tx.rows(
             "SELECT token, wall_s, boot_s, boot_id, seconds, is_penalty, reason FROM ib_pacing_holds WHERE login = :login",
@@ -180,7 +186,7 @@ class LedgerRows:
         return pauses
 
     def add_pause(self, seconds: float, reason: str, *, is_penalty: bool) -> None:
-        self._tx.run(INSERT_HOLD, **hold_parameters(self._login, self.now, seconds, reason, is_penalty=is_penalty))
+        self._tx.run(INSERT_PAUSE, **pause_parameters(self._login, self.now, seconds, reason, is_penalty=is_penalty))
 
     # -- columns
 

@@ -1,10 +1,11 @@
-"""When the next history request may go: a pure decision from past requests and now.
+"""The pacing rules: when the next history request may go, a pure decision from past requests and now.
 
-The rules are the specification's "Pacing Limits (Per IB)" and IBKR's "Historical Data Limitations" page. They hold per login, for
-every bar size, and are no settings. No clock, no storage and no sleeping here: `ledger.py` remembers, across processes.
+The rules are the specification's "Pacing Limits (Per IB)" and IBKR's "Historical Data Limitations" page (docs/ib_facts.md, 6).
+They apply per login, to every bar size, and are not settings. No clock, storage or sleeping here: `ledger.py` remembers, across
+processes.
 
 Libraries tried (pyrate-limiter, limits, throttled, aiolimiter) broke the limit with several processes: none decides weights and
-several rules in one step.
+several rules in one step (docs/dependencies.md, pacing).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ IDENTICAL_S = 15.0
 BURST_S = 2.0
 BURST_UNITS = 6
 """*Fewer* than six requests for the same contract, exchange and tick type within two seconds. BID_ASK counts twice here too:
-the specification says so of requests, not of one rule."""
+the specification has it for requests, not for one rule."""
 OPEN_REQUESTS = 50
 """At most 50 history requests may be unanswered at a time."""
 
@@ -31,12 +32,12 @@ requests the first may travel slower than the second, which brings them closer t
 more than that differs on a working link, and costs a tenth of a percent of the budget."""
 
 OPEN_POLL_S = 1.0
-"""Nobody knows when an open request ends; look again after this long."""
+"""The end of an open request cannot be computed; look again after this long."""
 
 PENALTIES_S = (15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Pause of all processes after a pacing answer of IB: the specification's backoff. The n-th in a row gets the n-th."""
+"""Pause of all processes after a pacing violation: the specification's backoff. The n-th in a row gets the n-th."""
 PENALTY_MEMORY_S = 1200.0
-"""Two pacing answers are "in a row" when they are no further apart than this: two windows of ten minutes."""
+"""Two violations are "in a row" when they are no further apart than this: two windows of ten minutes."""
 
 
 class Rule(StrEnum):
@@ -46,8 +47,8 @@ class Rule(StrEnum):
     IDENTICAL = "no identical request within 15 seconds"
     BURST = "fewer than six requests for one contract within 2 seconds"
     OPEN = "at most 50 open requests"
-    HOLD = "pause of all processes"
-    TURN = "turn of one who waited longer"
+    PAUSE = "pause of all processes"
+    QUEUE = "another request has waited longer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Ask:
 
 
 def _ask(kind: str, contract: str, exchange: str, what_to_show: str, *rest: object) -> Ask:
-    # A separator that no field holds: "A" + "BC" and "AB" + "C" must stay different requests.
+    # A separator that no field contains: "A" + "BC" and "AB" + "C" must stay different requests.
     key = "\x1f".join((contract, exchange.upper(), what_to_show.upper()))
     identity = "\x1f".join((kind, key, *(str(part) for part in rest)))
     return Ask(identity, key, 2 if what_to_show.upper() == "BID_ASK" else 1)
@@ -96,7 +97,7 @@ def schedule_ask(*, contract: str, exchange: str, duration: str, end: str, use_r
 
 
 def contract_text(*, sec_type: str, ib_symbol: str, currency: str, expiry: str = "") -> str:
-    """How a contract is called in an `Ask`: by what is known before IB was asked, never by conId, so that a request made
+    """The name of a contract in an `Ask`: made of what is known before IB was asked, never of the conId, so that a request made
     before and one made after the contract was pinned are the same contract. Leaving out the primary exchange can only
     merge contracts, which is the cautious side."""
     return ":".join((sec_type, ib_symbol, currency, expiry)).upper()
@@ -118,23 +119,23 @@ class Go:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not yet: ask again in ``seconds`` (more than 0), because of ``rule``. ``reason`` tells more, for people."""
+    """Not yet: ask again in ``seconds`` (more than 0), because of ``rule``. ``reason`` explains it to the user."""
 
     seconds: float
     rule: Rule
     reason: str = ""
 
 
-def decide(past: Sequence[Entry], wanted: Ask, now_s: float, hold_until_s: float | None = None) -> Go | Wait:
+def decide(past: Sequence[Entry], wanted: Ask, now_s: float, pause_until_s: float | None = None) -> Go | Wait:
     """May ``wanted`` be sent at ``now_s``?
 
     ``past`` in any order; entries after ``now_s`` (a clock was set back) count as sent now. Windows are closed, and longer by
     `MARGIN_S`: an entry exactly 600 s old still counts. ``Wait.seconds`` leads to the earliest time at which all rules agree
-    if nothing else is sent; ``rule`` is the one that takes longest. ``hold_until_s``: nothing goes before.
+    if nothing else is sent; ``rule`` is the one that takes longest. ``pause_until_s``: end of a pause of all processes.
     """
     waits: list[Wait] = []
-    if hold_until_s is not None and hold_until_s > now_s:
-        waits.append(Wait(hold_until_s - now_s, Rule.HOLD))
+    if pause_until_s is not None and pause_until_s > now_s:
+        waits.append(Wait(pause_until_s - now_s, Rule.PAUSE))
     everything = [(min(e.at_s, now_s), e.ask.weight) for e in past]
     same_contract = [(min(e.at_s, now_s), e.ask.weight) for e in past if e.ask.contract == wanted.contract]
     identical = [(min(e.at_s, now_s), 1) for e in past if e.ask.identity == wanted.identity]
@@ -144,7 +145,7 @@ def decide(past: Sequence[Entry], wanted: Ask, now_s: float, hold_until_s: float
         (Rule.IDENTICAL, identical, IDENTICAL_S, 0),
     ):
         free_at = _room_at(entries, span_s + MARGIN_S, room)
-        # Not the difference: a rounded-down difference would let the caller come back just too early, for ever.
+        # Not the difference: a rounded-down difference would make the caller come back too early, again and again.
         if free_at is not None and free_at >= now_s:
             waits.append(Wait(max(free_at - now_s, 0.0) + _TICK_S, rule))
     if sum(e.is_open for e in past) >= OPEN_REQUESTS:
@@ -157,7 +158,7 @@ _TICK_S = 1e-3
 
 
 def _room_at(entries: list[tuple[float, int]], span_s: float, room: int) -> float | None:
-    """The last instant whose closed window of ``span_s`` before it holds more than ``room`` units; None if there is none."""
+    """The last instant whose closed window of ``span_s`` before it has more than ``room`` units; None if there is none."""
     units = 0
     for at_s, weight in sorted(entries, reverse=True):
         units += weight
@@ -172,5 +173,5 @@ def used_units(past: Sequence[Entry], now_s: float) -> int:
 
 
 def penalty_s(recent: int) -> float:
-    """How long all processes pause after a pacing answer, when ``recent`` others came within `PENALTY_MEMORY_S`."""
+    """How long all processes pause after a pacing violation, when ``recent`` others came within `PENALTY_MEMORY_S`."""
     return PENALTIES_S[min(recent, len(PENALTIES_S) - 1)]

@@ -1,14 +1,13 @@
-"""What the gateway answers, read carefully: bars as columns, error messages, and whether a message can be read at all.
+"""Reads the gateway's answers: bars as columns, contracts, error messages; and checks that a message is as long as it claims.
 
-Pure: fields and the library's objects in, columns and errors out. Who asked is in `client.py`, what a code means in `codes.py`.
-The library skips a message that it cannot read, and the request behind it waits for its time-out; and it trusts the count of
-bars in front of them. Here both are errors at once.
+Pure: fields and the library's objects in, columns and errors out. The library skips a message that it cannot read, and the
+request behind it waits for its time-out; and it trusts the count in front of bars. Here both are errors at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any
@@ -34,7 +33,7 @@ SESSIONS_AT, SESSION_FIELDS = 6, 3
 _NOTHING_WRITTEN = "Nothing was written."
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 _LONGEST_TEXT = 2000
-# float() and int() also take "1_000", blanks and the digits of every script; strptime takes a date that lacks a digit.
+# float() and int() also take "1_000", blanks and the digits of every script; strptime takes a date that is a digit short.
 _NO_NUMBER = re.compile(r"[^0-9A-Za-z+\-.]")
 _DATE = re.compile(r"\d{1,12}|\d{8}(?:-| {1,2})\d\d:\d\d:\d\d(?: \S+)?", re.ASCII)
 
@@ -54,11 +53,11 @@ class RawBars:
     close: npt.NDArray[np.float64]
     volume: npt.NDArray[np.float64]
     no_data_text: str = ""
-    """IB's words when it said that there is no data in the window (then there are no bars)."""
+    """IB's text when it answered that there is no data in the window (then there are no bars)."""
 
     @classmethod
     def nothing(cls, text: str) -> RawBars:
-        """No bars, and IB's words for it."""
+        """No bars, and IB's text about it."""
         empty = np.empty(0)
         return cls(np.empty(0, dtype=np.int64), empty, empty, empty, empty, empty, text)
 
@@ -66,27 +65,22 @@ class RawBars:
         return len(self.opens_s)
 
 
-def columns_from_bars(bars: Sequence[Any], *, intraday: bool) -> RawBars:
-    """Columns from the library's bar objects (``date``, ``open`` … ``volume``).
+def columns_from_bars(bars: Sequence[Any], parse_time: Callable[[str], date], *, intraday: bool) -> RawBars:
+    """Columns from the library's bar objects (``date`` as text, ``open`` … ``volume``).
 
     Raises:
-        DataError: a stamp without a zone, an intraday bar with a date only, a daily bar with a time of day, a fraction of a
-            second: guessing would shift the file.
+        DataError: a stamp that is no time or has no zone, an intraday bar with a date only, a daily bar with a time of day, a
+            fraction of a second: guessing would shift the file.
     """
     opens = np.empty(len(bars), dtype=np.int64)
     for i, bar in enumerate(bars):
-        stamp = bar.date
-        if isinstance(stamp, datetime):
-            if stamp.tzinfo is None:
-                raise DataError(f"IB sent a bar stamped {stamp} without a time zone", advice=_NOTHING_WRITTEN)
-            seconds = stamp.timestamp()
-            if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
-                raise DataError(f"IB sent a bar stamped {stamp}, which is no bar open", advice=_NOTHING_WRITTEN)
-            opens[i] = int(seconds)
-        elif isinstance(stamp, date) and not intraday:
-            opens[i] = int(datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC).timestamp())
-        else:
-            raise DataError(f"IB sent an intraday bar stamped {stamp!r}", advice=_NOTHING_WRITTEN)
+        try:
+            stamp = parse_time(bar.date)
+            opens[i] = _open_of(stamp, intraday)
+        except (ValueError, LookupError, OverflowError, OSError) as error:
+            raise DataError(
+                clean_text(f"IB sent a bar stamped {bar.date!r:.60}: {error!s:.200}"), advice=_NOTHING_WRITTEN
+            ) from None
 
     def column(name: str) -> npt.NDArray[np.float64]:
         return np.fromiter((getattr(bar, name) for bar in bars), dtype=np.float64, count=len(bars))
@@ -94,8 +88,22 @@ def columns_from_bars(bars: Sequence[Any], *, intraday: bool) -> RawBars:
     return RawBars(opens, column("open"), column("high"), column("low"), column("close"), column("volume"))
 
 
+def _open_of(stamp: date, intraday: bool) -> int:
+    """The bar open of a stamp in epoch seconds. Raises ValueError where it would have to be guessed."""
+    if not isinstance(stamp, datetime):
+        if intraday:
+            raise ValueError("a date without a time of day")
+        return int(datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC).timestamp())
+    if stamp.tzinfo is None:
+        raise ValueError("a time without a zone")
+    seconds = stamp.timestamp()
+    if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
+        raise ValueError("no open of a bar")
+    return int(seconds)
+
+
 def check_bars_message(fields: Sequence[str]) -> None:
-    """See that a bars message holds as many bars as it says, and nothing behind them.
+    """Check that a bars message has as many bars as it announces, and nothing behind them.
 
     Raises:
         ValueError: bars are missing or too many. Newer protocols (from 196) leave out start and end: their second field of the
@@ -117,7 +125,7 @@ def check_bars_message(fields: Sequence[str]) -> None:
 
 
 def check_schedule_message(fields: Sequence[str]) -> None:
-    """See that a schedule holds as many sessions as it says, and nothing behind them.
+    """Check that a schedule has as many sessions as it announces, and nothing behind them.
 
     Raises:
         ValueError: sessions are missing or too many.
@@ -131,7 +139,7 @@ def check_schedule_message(fields: Sequence[str]) -> None:
 
 
 def check_samples_message(fields: Sequence[str], version: int) -> None:
-    """See that an answer with matching symbols holds as many as it says, and nothing behind them.
+    """Check that an answer with matching symbols has as many as it announces, and nothing behind them.
 
     Raises:
         ValueError: symbols are missing or too many, or one has no number for a conId.
@@ -156,7 +164,7 @@ def _is_count(text: str) -> bool:
 
 
 def check_contract_message(fields: Sequence[str], before: int) -> None:
-    """See that a contract is of a sane size and not one too many, when ``before`` came in the same answer.
+    """Check that a contract has a sane size and is not one too many, when ``before`` came in the same answer.
 
     Raises:
         ValueError: it is not.
@@ -171,7 +179,7 @@ def read_contract(details: Any, doing: str) -> ContractInfo:
     """One contract from the library's object.
 
     Raises:
-        DataError: it has no conId: nothing could be asked for by it.
+        DataError: it has no conId, which every further request needs.
     """
     contract = details.contract
     con_id = int(contract.conId)
@@ -198,7 +206,7 @@ def read_contract(details: Any, doing: str) -> ContractInfo:
 
 
 def read_sample(found: Any) -> ContractInfo:
-    """One matching symbol from the library's object; it says less than contract details do."""
+    """One matching symbol from the library's object; it has fewer fields than contract details."""
     contract = found.contract
     return ContractInfo(
         con_id=int(contract.conId),
@@ -212,20 +220,21 @@ def read_sample(found: Any) -> ContractInfo:
     )
 
 
-def read_head(stamp: datetime | date) -> datetime:
-    """A head timestamp as the library read it, as an instant.
+def read_head(text: str, parse_time: Callable[[str], date]) -> datetime:
+    """A head timestamp as an instant.
 
     Raises:
-        OverflowError: outside the years 1 to 9999.
+        ValueError, LookupError, OverflowError, OSError: no time, no known zone, outside the years 1 to 9999.
     """
+    stamp = parse_time(text)
     if not isinstance(stamp, datetime):
         return datetime(stamp.year, stamp.month, stamp.day, tzinfo=UTC)
-    # formatDate 2 is epoch seconds; a gateway that answers in text means UTC for this request.
+    # formatDate 2 asks for epoch seconds; a text without a zone is UTC for this request.
     return stamp.replace(tzinfo=UTC) if stamp.tzinfo is None else stamp.astimezone(UTC)
 
 
 def read_error(fields: Sequence[str]) -> tuple[int, int, str]:
-    """Request id (-1: nobody's), code and text of an error message; whatever follows is not looked at.
+    """Request id (-1: of no request), code and text of an error message; further fields are ignored.
 
     The library insists on the field for rejected orders from server version 166 on, and drops a message without it.
     Texts that are not ASCII arrive as ``\\uXXXX`` (since 153) and are turned back into letters.
@@ -240,8 +249,8 @@ def read_error(fields: Sequence[str]) -> tuple[int, int, str]:
 
 
 def clean_text(text: str) -> str:
-    """A gateway's text fit to be shown, logged and stored: of bearable length, without control characters, and without the
-    halves of characters (emoji arrive as two escapes), which no file takes."""
+    """A gateway's text fit to be shown, logged and stored: of limited length, without control characters, and without lone
+    surrogates (emoji arrive as two escapes), which no file takes."""
     whole = text[:_LONGEST_TEXT].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return whole if whole.isprintable() else "".join(c if c.isprintable() else " " for c in whole)
 

@@ -1,6 +1,6 @@
-"""Why no connection came about, in words that say what to change: which port answers, which setting to look at.
+"""Explains a failed connection: which port answers, which setting to check.
 
-No protocol here: plain connections that are closed at once. Ports: IBKR's API documentation (project facts, section 9).
+No protocol here: plain connections that are closed at once. Ports: IBKR's API documentation (docs/ib_facts.md, 9).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ WELL_KNOWN_PORTS: Mapping[int, str] = {
 }
 
 _SETTINGS = (
-    "Look for a dialog asking to accept the connection, see that the API is enabled and that this machine is a trusted IP "
+    "Look for a dialog asking to accept the connection, check that the API is enabled and that this machine is a trusted IP "
     "in its settings, or check IB_PORT."
 )
 
 
 class NotAGatewayError(Exception):
-    """Something accepted the connection and did not behave as a gateway; the text says what was seen."""
+    """Something accepted the connection and did not behave as a gateway; the text is what was seen."""
 
 
 def explain_unreachable(error: BaseException, host: str, port: int, ports: Mapping[int, str]) -> GatewayUnreachable:
-    """The error to raise for ``error``, met while connecting to ``host``:``port``. Tries ``ports`` (number to meaning)."""
+    """The error to raise for ``error``, raised while connecting to ``host``:``port``. Tries ``ports`` (number to meaning)."""
     where = f"{host}:{port}"
     doing = "connecting to IB"
     if isinstance(error, socket.gaierror | ValueError):
-        return GatewayUnreachable(f"host {host!r} is not known ({error})", advice="Check IB_HOST.", doing=doing)
+        return GatewayUnreachable(f"unknown host {host!r} ({error})", advice="Check IB_HOST.", doing=doing)
     others = describe_open_ports(host, skip=port, ports=ports)
     if isinstance(error, NotAGatewayError):
         return GatewayUnreachable(f"{where} {error}", advice=f"{_SETTINGS} {others}", doing=doing)
@@ -47,7 +47,7 @@ def explain_unreachable(error: BaseException, host: str, port: int, ports: Mappi
 def describe_open_ports(
     host: str, *, skip: int, ports: Mapping[int, str] = WELL_KNOWN_PORTS, timeout_s: float = 0.5
 ) -> str:
-    """A sentence saying which of ``ports`` but ``skip`` answer at ``host``. Takes at most ``timeout_s`` for each."""
+    """A sentence with those of ``ports`` but ``skip`` that answer at ``host``. Takes at most ``timeout_s`` for each."""
     found = [
         f"{port} ({meaning})" for port, meaning in ports.items() if port != skip and _answers(host, port, timeout_s)
     ]

@@ -1,75 +1,92 @@
-"""Come to terms with a gateway, or know within moments why not. Nothing is asked beyond the API's own greeting.
+"""The handshake with a gateway: versions, client id, accounts, the first request id; or why it failed, within moments.
 
-The library's ``connectAsync`` waits for its whole time-out when the client id is in use, when the gateway hangs up (a trusted-IP
-rule, a container whose gateway is not up), and when something else than a gateway listens. Here all of them are watched for.
+The library's ``Client.connectAsync`` was tried: it waits for its whole time-out when the client id is in use, when the gateway
+hangs up (a trusted-IP rule, a container whose gateway is not up), and when something else than a gateway listens.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import re
 
 from ktrdr_pipelines.ib.wire.diagnostics import NotAGatewayError
+from ktrdr_pipelines.ib.wire.framing import frame
 
-_WATCH_S = 0.02
+VALID_ID, ACCOUNTS = 9, 15
+"""Messages that end the handshake, in either order, by IBKR's number."""
+_VERSION = re.compile(rb"([0-9]{1,6})\0[^\0]*\0")
+"""Server version, time of the connection."""
 
 
 class HungUpError(NotAGatewayError):
-    """A gateway greeted, was told the client id, and closed the connection without a word."""
+    """A gateway greeted, got the client id, and closed the connection without a message."""
 
 
-async def shake_hands(
-    client: Any,
-    host: str,
-    port: int,
-    client_id: int,
-    timeout_s: float,
-    refusal: Callable[[], str],
-    damage: Callable[[], str],
-) -> None:
-    """Connect the library's ``client``. ``refusal`` gives the words with which the gateway refuses, empty if it did not;
-    ``damage`` says how it broke the protocol, empty as long as it did not.
+class Handshake:
+    """State of one handshake. ``done`` ends when accounts and a request id are there, or with the reason of the failure."""
 
-    Raises:
-        NotAGatewayError: connected, but no greeting came about; says what was seen. HungUpError: see there.
-        OSError, TimeoutError, ValueError: not connected at all (ValueError: what no host name can be).
-    """
-    ended: list[str] = []
+    def __init__(self, versions: tuple[int, int]) -> None:
+        self.server_version = 0
+        """0 before the gateway's greeting."""
+        self.accounts: list[str] = []
+        self.first_id: int | None = None
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._versions = versions
 
-    def on_end(why: str = "") -> None:
-        ended.append(why)
+    @property
+    def greeting(self) -> bytes:
+        """The first bytes to send: the range of versions."""
+        return b"API\0" + frame(b"v%d..%d" % self._versions)
 
-    client.conn.disconnected += on_end
-    client.apiError += on_end
-    attempt = asyncio.ensure_future(client.connectAsync(host, port, client_id, timeout_s))
-    is_reached = False
-    try:
-        while not (attempt.done() or refusal() or ended or damage()):
-            await asyncio.wait({attempt}, timeout=_WATCH_S)
-            is_reached = is_reached or client.conn.isConnected()
-    finally:
-        client.conn.disconnected -= on_end
-        client.apiError -= on_end
-        has_given_up = not attempt.done()
-        attempt.cancel()
-        await asyncio.wait({attempt})
-    try:
-        if not has_given_up:
-            await attempt
+    def read_version(self, payload: bytes) -> int:
+        """The server version of the gateway's greeting, the first message.
+
+        Raises:
+            ValueError: no version, or one that is too old.
+        """
+        found = _VERSION.fullmatch(payload)
+        if not found:
+            raise ValueError(f"greeted with {payload[:40]!r} instead of a version")
+        if (version := int(found[1])) < self._versions[0]:
+            raise ValueError(f"greeted with server version {version}; the oldest supported one is {self._versions[0]}")
+        self.server_version = version
+        return version
+
+    def read(self, message: int, fields: list[str]) -> None:
+        """Take note of a message that came after the version.
+
+        Raises:
+            ValueError: accounts or a request id that cannot be read.
+        """
+        if message not in (VALID_ID, ACCOUNTS):
             return
-    except TimeoutError:
-        if not is_reached:
-            raise
-    version = client.decoder.serverVersion  # the client forgets its own with the connection
-    if refusal():
-        raise NotAGatewayError(f"refused: {refusal()}")
-    if damage():
-        raise NotAGatewayError(f"answers, but not as a gateway does: it {damage()}")
-    if has_given_up:
-        why = f" ({ended[0]})" if ended and ended[0] else ""
-        seen = HungUpError if version else NotAGatewayError
-        raise seen(f"closed the connection before the greeting was over{why}")
-    if version:
-        raise NotAGatewayError(f"greets (server version {version}) but does not finish it within {timeout_s:g} s")
-    raise NotAGatewayError(f"accepts connections but does not greet as a gateway within {timeout_s:g} s")
+        if len(fields) != 3:
+            raise ValueError(f"greeted with a message {message} of {len(fields)} fields")
+        if message == ACCOUNTS:
+            self.accounts = [account.strip() for account in fields[2].split(",") if account.strip()]
+        elif re.fullmatch(r"-?[0-9]{1,10}", fields[2]):
+            self.first_id = int(fields[2])
+        else:
+            raise ValueError(f"greeted with {fields[2][:40]!r} as the next request id")
+        if self.accounts and self.first_id is not None and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: NotAGatewayError) -> None:
+        """End the handshake with ``error``; nothing if it has ended."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def explain_end(self, damage: str, reason: str) -> NotAGatewayError:
+        """The error when the connection ended first: ``damage`` breaks the protocol, ``reason`` is the socket's."""
+        if damage:
+            return NotAGatewayError(f"answers, but not as a gateway does: it {damage}")
+        seen = HungUpError if self.server_version else NotAGatewayError
+        return seen(f"closed the connection before the greeting was over{f' ({reason})' if reason else ''}")
+
+    def explain_time_out(self, timeout_s: float) -> NotAGatewayError:
+        """The error when the gateway accepted the connection and the handshake did not end within ``timeout_s``."""
+        if self.server_version:
+            return NotAGatewayError(
+                f"greets (server version {self.server_version}) but does not finish the handshake within {timeout_s:g} s"
+            )
+        return NotAGatewayError(f"accepts connections but does not greet as a gateway within {timeout_s:g} s")

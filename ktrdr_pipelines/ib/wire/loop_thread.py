@@ -1,7 +1,7 @@
-"""A thread with an asyncio event loop of its own, for a library that wants one loop for its whole life.
+"""A thread with an asyncio event loop of its own, for a library that needs one loop for its whole life.
 
-Blocking callers hand it coroutines. Why not the caller's loop: Dagster and notebooks have loops of their own, and plain
-threads have none (dagster_facts.md, 7).
+Blocking callers pass it coroutines. Why not the caller's loop: Dagster and notebooks have loops of their own, and plain
+threads have none (docs/dagster_facts.md, 7).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class LoopThread:
     """Runs ``set_up`` and then an event loop in a thread called ``name``. Call `stop` on every path.
 
-    Raises whatever ``set_up`` raises, in the thread that starts it; then nothing is left running.
+    Raises whatever ``set_up`` raises, in the calling thread; then nothing is left running.
     """
 
     def __init__(self, name: str, set_up: Callable[[], None]) -> None:
@@ -66,7 +66,7 @@ class LoopThread:
             raise
 
     def stop(self, farewell: Callable[[], Coroutine[Any, Any, None]], timeout_s: float = 5.0) -> None:
-        """Run ``farewell``, cancel what is left, end the thread. Raises nothing: what goes wrong is logged."""
+        """Run ``farewell``, cancel what is left, end the thread. Raises nothing: failures are logged."""
 
         async def shut() -> None:
             try:
@@ -81,7 +81,7 @@ class LoopThread:
         try:
             self.call(shut(), timeout_s)
         except (OSError, RuntimeError) as error:
-            logging.getLogger(__name__).warning("closing the gateway connection: %r", error)
+            logging.getLogger(__name__).warning("closing the connection to the gateway: %r", error)
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)

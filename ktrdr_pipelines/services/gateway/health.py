@@ -90,9 +90,10 @@ def _look_up_something(client: GatewayClient) -> str:
 
 
 def _say_farms(client: GatewayClient) -> str:
-    if client.down.kinds:
+    if client.outages.kinds:
         raise TransientError(
-            f"the gateway says it is down: {client.down.describe()}", advice="Wait: IB mends it, and loads wait for it."
+            f"the gateway says it is down: {client.outages.describe()}",
+            advice="Wait: IB mends it, and loads wait for it.",
         )
     return (
         ", ".join(f"{farm.kind} {farm.name} {farm.state}" for farm in read_farms(client.notices)) or "nothing is down"

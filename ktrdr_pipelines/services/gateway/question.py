@@ -36,5 +36,5 @@ def quick_address(settings: Settings) -> GatewayAddress:
         request_timeout_s=min(address.request_timeout_s, QUICK_S),
         probe_timeout_s=min(address.probe_timeout_s, QUICK_S),
         retry_waits_s=(),
-        hold_patience_s=0.0,
+        outage_patience_s=0.0,
     )

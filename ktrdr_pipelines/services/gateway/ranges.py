@@ -12,7 +12,7 @@ from ktrdr_pipelines.domain.instruments import Instrument, Series, file_symbol
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe, parse_timeframe
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError
-from ktrdr_pipelines.ib.codes import Hold
+from ktrdr_pipelines.ib.codes import Outage
 from ktrdr_pipelines.ib.discovery import SHORT_BAR_HISTORY, discover, known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_head
 from ktrdr_pipelines.ib.pacing import rules as pacing
@@ -166,7 +166,7 @@ def _find_head(
         if (before := known.find_head(pinned)) is not None:
             return pinned, before.head, None
         client = history.connect()
-        history.ride_out(client, frozenset((Hold.LINK, Hold.HISTORY)))
+        history.wait_for_outages(client, frozenset((Outage.LINK, Outage.HISTORY)))
         with _take_turn(history, describe_head(pinned), min(deadline, time.monotonic() + TURN_PATIENCE_S)) as grant:
             try:
                 head = client.head_timestamp(pinned, timeout_s=QUICK_S, sending=grant.sending)

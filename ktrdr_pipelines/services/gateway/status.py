@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.ib.client_ids import LeasedId, in_use
-from ktrdr_pipelines.ib.codes import Hold, name_farm
+from ktrdr_pipelines.ib.codes import Outage, name_farm
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.services.gateway.question import Problem, quick_address
@@ -113,7 +113,7 @@ def _look_at(history: IBHistory, address: GatewayAddress) -> Link:
         client_id=client.client_id,
         gateway_time=told,
         clock_lag_s=client.clock_lag_s,
-        link_to_ib=Hold.LINK not in client.down.kinds,
+        link_to_ib=Outage.LINK not in client.outages.kinds,
         farms=tuple(read_farms(client.notices)),
     )
 
@@ -138,7 +138,7 @@ def pacing_state(history: IBHistory) -> PacingState:
         next_free_at=datetime.fromtimestamp(budget.next_free_at_s, UTC),
         waiting=budget.waiting,
         unanswered=budget.open,
-        pauses=tuple((datetime.fromtimestamp(hold.until_s, UTC), hold.reason) for hold in budget.holds),
+        pauses=tuple((datetime.fromtimestamp(pause.until_s, UTC), pause.reason) for pause in budget.pauses),
     )
 
 

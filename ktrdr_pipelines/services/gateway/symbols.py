@@ -61,7 +61,7 @@ def look_up(settings: Settings, symbol: str) -> Found:
     file_symbol(symbol)
     contracts: dict[int, ContractInfo] = {}
     candidates = list_candidates(symbol)
-    with IBHistory(replace(GatewayResource.of(settings).address(), hold_patience_s=0.0)) as history:
+    with IBHistory(replace(GatewayResource.of(settings).address(), outage_patience_s=0.0)) as history:
         for candidate in candidates:
             for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
                 contracts.setdefault(info.con_id, info)

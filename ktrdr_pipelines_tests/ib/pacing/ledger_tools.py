@@ -19,6 +19,8 @@ from ktrdr_pipelines.ib.pacing.ledger import (
 from ktrdr_pipelines.ib.pacing.rules import Ask, Wait, bars_ask
 from ktrdr_pipelines_tests.ib.pacing.ledger_worker import LOGIN as LOGIN
 
+OpenHere = Callable[..., Ledger]
+"""The fixture that opens ledgers and closes them with the test."""
 ROOT = Path(__file__).parents[3]
 FULL_S = 600.5
 
@@ -56,7 +58,7 @@ _numbers = itertools.count()
 
 
 def wish(contract: str = "", end: str = "", *, show: str = "TRADES") -> Ask:
-    """A request like no other, unless told."""
+    """A request like no other, unless contract and end are given."""
     number = next(_numbers)
     return bars_ask(
         contract=contract or f"C{os.getpid()}-{number}", exchange="SMART", what_to_show=show, bar_size="1 hour", duration="1 M",
@@ -86,7 +88,7 @@ def wait_of(ledger: Ledger, ask: Ask | None = None) -> Wait:
 def poll(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not come true"
         threading.Event().wait(0.005)
 
 

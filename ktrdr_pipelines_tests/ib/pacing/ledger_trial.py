@@ -1,6 +1,6 @@
 """Many processes on one ledger, some killed and some stopped at random instants, judged by the simulator's judge.
 
-All of them, the ledger and the judge go by one clock (`SkippingClock`) that leaves out the time in which everybody sleeps,
+All of them, the ledger and the judge go by one clock (`SkippingClock`) that leaves out the time in which all of them sleep,
 so that hours of waiting take seconds while what happens at once still happens at once. The workers' pipes lead here, as
 sockets would to a gateway: a request counts from the moment of its write. Used by a test, and at full size by
 `benchmarks/bench_ledger_trial.py`.
@@ -30,7 +30,7 @@ STALL_S = 0.2
 
 @dataclass(eq=False)
 class Worker:
-    """One process and what it last said."""
+    """One process and its last message."""
 
     process: subprocess.Popen[bytes]
     is_ready: bool = False
@@ -43,25 +43,25 @@ class Worker:
     is_ordinary: bool = False
     """Whether the present wish has to be served in order: the first rush is over, and its process was not stopped."""
     overtaken: int = 0
-    heard: bytes = b""
+    received: bytes = b""
 
     @property
     def is_busy(self) -> bool:
         return self.is_ready and self.wakes_at_s is None and self.stopped_until_s is None
 
-    def tell(self, word: bytes) -> None:
+    def send(self, word: bytes) -> None:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(word + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # killed: its end is heard of
+            pass  # killed: its end shows by itself
 
 
 @dataclass
 class Result:
     """``sent``: instant and units of each request, in order. ``overtaken``: of each request that was wanted after the first ten
-    minutes, and that nothing but the budget held up, how many were sent before it though wanted later."""
+    minutes, and that waited for the budget alone, how many were sent before it though wanted later."""
 
     sent: list[tuple[float, int]] = field(default_factory=list)
     violations: list[tuple[float, str]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Result:
     killed: int = 0
     stopped: int = 0
     stalls: int = 0
-    """Of those stopped: how many held the ledger's lock, so that all others stood still with them."""
+    """Of those stopped: how many had the ledger's lock, so that all others stood still with them."""
     expired: int = 0
 
     @property
@@ -89,7 +89,7 @@ class Result:
 
     @property
     def is_fair(self) -> bool:
-        """Nobody is overtaken more than once by each other process: before the ledger has heard of a wish there is no order."""
+        """No process is overtaken more than once by each other one: before a wish reaches the ledger there is no order."""
         return max(self.overtaken) < PROCESSES
 
 
@@ -116,7 +116,7 @@ class Trial:
             while not all(worker.is_ready for worker in self.workers):
                 self.listen(10.0)
             for worker in self.workers:
-                worker.tell(b"go")
+                worker.send(b"go")
             while len(self.result.sent) < self.grants:
                 self.step()
         finally:
@@ -137,7 +137,7 @@ class Trial:
         self.workers.append(worker)
         self.selector.register(process.stdout, selectors.EVENT_READ, worker)
 
-    # -- one step: hear what was said, do harm, let time pass
+    # -- one step: read messages, do harm, let time pass
 
     def step(self) -> None:
         now_s = self.clock.now_s()
@@ -156,13 +156,17 @@ class Trial:
                     worker.stopped_until_s = now_s
         elif is_idle:
             self.clock.skip(max(next_s - self.clock.now_s(), 0.0))
+        self.wake_due()
+
+    def wake_due(self) -> None:
+        """Resume stopped workers and wake sleeping ones whose time has come."""
         now_s = self.clock.now_s()
         for worker in list(self.workers):
             if worker.stopped_until_s is not None and worker.stopped_until_s <= now_s:
                 self.resume(worker)
             if worker.wakes_at_s is not None and worker.wakes_at_s <= now_s:
                 worker.wakes_at_s = None
-                worker.tell(b"wake")
+                worker.send(b"wake")
 
     def listen(self, timeout_s: float) -> bool:
         ready = self.selector.select(timeout_s)
@@ -172,16 +176,16 @@ class Trial:
             if not data:
                 self.bury(worker)
                 continue
-            *lines, worker.heard = (worker.heard + data).split(b"\n")
+            *lines, worker.received = (worker.received + data).split(b"\n")
             for line in lines:
-                self.hear(worker, *json.loads(line))
+                self.read(worker, *json.loads(line))
         return bool(ready)
 
-    def hear(self, worker: Worker, word: str, *more: object) -> None:
+    def read(self, worker: Worker, word: str, *more: object) -> None:
         if word == "ready":
             worker.is_ready = True
             if self.result.sent:  # one that takes a dead one's place
-                worker.tell(b"go")
+                worker.send(b"go")
         elif word == "sleeps":
             worker.wakes_at_s = float(str(more[0]))
         elif word == "wants":

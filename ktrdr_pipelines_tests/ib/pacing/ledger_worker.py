@@ -1,8 +1,8 @@
-"""One process of `ib/pacing/ledger_trial.py`: sends history requests as fast as the shared ledger lets it, until it is told
+"""One process of `ib/pacing/ledger_trial.py`: sends history requests as fast as the shared ledger lets it, until it is
 to end.
 
-Talks to the trial in lines. It says `ready`, `wants` before it asks the ledger, `sends` at the very write (this line is the
-request on its way to the gateway), `sleeps` with the time to be woken at; it hears `go` and, at that time, `wake`.
+Talks to the trial in lines. It sends `ready`, `wants` before it asks the ledger, `sends` at the very write (this line is the
+request on its way to the gateway), `sleeps` with the time to be woken at; it receives `go` and, at that time, `wake`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LONGEST_NAP_S = 18.0
 
 
 class SkippingClock:
-    """The machine's clock with the time left out in which nobody has anything to do. One file holds what was left out so far,
+    """The machine's clock without the time in which no process has anything to do. One file has what was left out so far,
     for all processes alike; the trial alone adds to it. Milliseconds of work are milliseconds, ten minutes of waiting none."""
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class Sender:
         self.rules: set[Rule] = set()
         self.number = 0
 
-    def say(self, *words: object) -> None:
+    def send_line(self, *words: object) -> None:
         os.write(1, json.dumps(words).encode() + b"\n")
 
     def note(self, _seconds: float, rule: Rule, until_s: float) -> None:
@@ -68,7 +68,7 @@ class Sender:
 
     def sleep(self, seconds: float) -> None:
         nap_s = min(self.until_s - self.clock.now_s(), LONGEST_NAP_S)
-        self.say("sleeps", self.clock.now_s() + max(seconds, nap_s))
+        self.send_line("sleeps", self.clock.now_s() + max(seconds, nap_s))
         sys.stdin.readline()
 
     def next_ask(self) -> Ask:
@@ -86,21 +86,21 @@ class Sender:
     def send_one(self) -> None:
         ask = self.next_ask()
         self.rules.clear()
-        self.say("wants", self.clock.now_s())
+        self.send_line("wants", self.clock.now_s())
         try:
             with self.ledger.acquire(ask, sleep=self.sleep, on_wait=self.note) as grant:
                 rules = sorted(rule.name for rule in self.rules)
                 with grant.sending():
-                    self.say("sends", self.clock.now_s(), ask.contract, ask.identity, ask.weight, rules)
+                    self.send_line("sends", self.clock.now_s(), ask.contract, ask.identity, ask.weight, rules)
         except GrantExpired:
-            self.say("expired")
+            self.send_line("expired")
 
 
 if __name__ == "__main__":
     _directory, _seed = Path(sys.argv[1]), int(sys.argv[2])
     _clock = SkippingClock(_directory / "clock")
     _sender = Sender(_clock, open_ledger(_directory, LOGIN, _clock), _seed)
-    _sender.say("ready")
+    _sender.send_line("ready")
     sys.stdin.readline()
     while True:
         _sender.send_one()

@@ -26,10 +26,10 @@ def test_nothing_to_ask_needs_no_time() -> None:
 
 
 def test_five_requests_of_one_contract_go_at_once_and_the_sixth_waits_two_seconds() -> None:
-    """The burst rule is seen, and named at the request that it held up."""
+    """The burst rule applies, and is named at the request that waits for it."""
     sendings = forecast(asks(6), [], NOW_S)
     assert after(sendings) == [0, 0, 0, 0, 0, 2.5]
-    assert [s.held_up_by for s in sendings] == [None] * 5 + [Rule.BURST]
+    assert [s.waited_for for s in sendings] == [None] * 5 + [Rule.BURST]
 
 
 def test_bid_ask_counts_twice() -> None:
@@ -45,7 +45,7 @@ def test_sixty_in_ten_minutes_then_the_next_sixty() -> None:
     sendings = forecast(asks(61), [], NOW_S)
     assert sendings[59].at_s - NOW_S < 60
     assert sendings[60].at_s - NOW_S == pytest.approx(WINDOW_S + MARGIN_S, abs=0.1)
-    assert sendings[60].held_up_by is Rule.WINDOW
+    assert sendings[60].waited_for is Rule.WINDOW
 
 
 def test_what_others_have_used_of_the_budget_counts() -> None:
@@ -55,25 +55,25 @@ def test_what_others_have_used_of_the_budget_counts() -> None:
 
 
 def test_the_same_request_again_waits_fifteen_seconds() -> None:
-    """An identical request sent five seconds ago holds up the first."""
+    """The first waits for an identical request sent five seconds ago."""
     (again,) = asks(1)
     assert after(forecast([again], [Entry(NOW_S - 5, again)], NOW_S)) == [10.5]
 
 
 def test_a_pause_of_all_processes_comes_first() -> None:
     """Nothing goes before its end."""
-    (only,) = forecast(asks(1), [], NOW_S, hold_until_s=NOW_S + 120)
-    assert (round(only.at_s - NOW_S), only.held_up_by) == (120, Rule.HOLD)
+    (only,) = forecast(asks(1), [], NOW_S, pause_until_s=NOW_S + 120)
+    assert (round(only.at_s - NOW_S), only.waited_for) == (120, Rule.PAUSE)
 
 
 def test_unanswered_requests_do_not_hold_up_a_forecast_for_ever() -> None:
-    """Fifty open requests count as answered now: nobody knows when they will be."""
+    """Fifty open requests count as answered now: the time of their answers is unknown."""
     past = [Entry(NOW_S - 60, Ask(f"open {i}", f"open {i}"), is_open=True) for i in range(50)]
     assert after(forecast(asks(1), past, NOW_S)) == [0]
 
 
 @pytest.mark.slow
-def test_years_of_minutes_are_foretold_in_a_moment() -> None:
+def test_years_of_minutes_are_forecast_in_a_moment() -> None:
     """5,000 requests at sixty in ten minutes take nearly fourteen hours, and a forecast does not."""
     sendings = forecast(asks(5000), [], NOW_S)
     assert 13.8 < (sendings[-1].at_s - NOW_S) / 3600 < 13.9
@@ -87,16 +87,17 @@ def test_years_of_minutes_are_foretold_in_a_moment() -> None:
     hold_s=st.none() | st.floats(-10, 900),
 )  # fmt: skip
 def test_every_time_is_allowed_and_none_before_it(wanted: list[Ask], ages: list[float], hold_s: float | None) -> None:
-    """At each time told the rules say go, and a hundredth of a second earlier they did not, or another request came just then."""
+    """At each forecast time the rules allow the request; a hundredth of a second earlier they did not, or another one had just
+    gone."""
     entries = [Entry(NOW_S - age, Ask(f"p{i}", "X")) for i, age in enumerate(ages)]
-    hold_until_s = None if hold_s is None else NOW_S + hold_s
-    sendings = forecast(wanted, entries, NOW_S, hold_until_s=hold_until_s)
+    pause_until_s = None if hold_s is None else NOW_S + hold_s
+    sendings = forecast(wanted, entries, NOW_S, pause_until_s=pause_until_s)
     assert len(sendings) == len(wanted)
     earliest_s = NOW_S
     for ask, sending in zip(wanted, sendings, strict=True):
         assert sending.at_s >= earliest_s
-        assert isinstance(decide(entries, ask, sending.at_s, hold_until_s), Go)
+        assert isinstance(decide(entries, ask, sending.at_s, pause_until_s), Go)
         if sending.at_s > earliest_s + 0.02:
-            assert not isinstance(decide(entries, ask, sending.at_s - 0.01, hold_until_s), Go)
+            assert not isinstance(decide(entries, ask, sending.at_s - 0.01, pause_until_s), Go)
         entries.append(Entry(sending.at_s, ask))
         earliest_s = sending.at_s

@@ -16,13 +16,13 @@ from ktrdr_pipelines.ib.pacing.ledger import (
     GrantExpired,
     Ledger,
     WaitCancelled,
-    open_ledger,
 )
 from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, TICKET_FRESH_S
 from ktrdr_pipelines.ib.pacing.rules import PENALTIES_S, Ask, Rule
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     FULL_S,
     HandClock,
+    OpenHere,
     fill,
     poll,
     send,
@@ -35,24 +35,26 @@ from ktrdr_pipelines_tests.ib.pacing.ledger_worker import LOGIN
 # -- grants
 
 
-def test_the_budget_is_shared_by_everyone_who_opens_it(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
+def test_the_budget_is_shared_by_everyone_who_opens_it(
+    open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
+) -> None:
     """Sixty requests through one opening of the file leave nothing for another; another login has its own sixty."""
     fill(ledger, 59)
-    other = open_ledger(tmp_path, LOGIN, clock)
+    other = open_here(tmp_path, LOGIN, clock)
     send(other)
     assert wait_of(other).rule is Rule.WINDOW
     assert wait_of(ledger).seconds == pytest.approx(FULL_S, abs=0.1)
-    send(open_ledger(tmp_path, "127.0.0.1:7496", clock))
+    send(open_here(tmp_path, "127.0.0.1:7496", clock))
     clock.sleep(FULL_S + 0.1)
     send(other)
 
 
-def test_the_budget_survives_restarts(tmp_path: Path, clock: HandClock) -> None:
+def test_the_budget_survives_restarts(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
     """A program that ends and starts again does not forget what was sent."""
-    first = open_ledger(tmp_path, LOGIN, clock)
+    first = open_here(tmp_path, LOGIN, clock)
     fill(first)
     first.close()
-    assert wait_of(open_ledger(tmp_path, LOGIN, clock)).rule is Rule.WINDOW
+    assert wait_of(open_here(tmp_path, LOGIN, clock)).rule is Rule.WINDOW
 
 
 def test_the_time_of_sending_counts_not_that_of_the_grant(ledger: Ledger, clock: HandClock) -> None:
@@ -76,20 +78,22 @@ def test_a_write_that_took_long_counts_from_its_end(ledger: Ledger, clock: HandC
         clock.sleep(8)
         assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.5, abs=0.01)
         clock.sleep(FULL_S)
-        assert isinstance(ledger.try_acquire(wish("A", "other")), Grant), "nobody waits for ever for one who is stopped"
+        assert isinstance(ledger.try_acquire(wish("A", "other")), Grant), "a stopped process blocks no other for long"
     clock.sleep(1)
     assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.5, abs=0.01)
 
 
 def test_a_write_that_failed_may_have_arrived(ledger: Ledger) -> None:
-    """An error of the socket says nothing about what the gateway has read: the request counts."""
+    """An error of the socket does not show what the gateway has read: the request counts."""
     with pytest.raises(ConnectionError), ledger.acquire(wish()) as grant, grant.sending():
         raise ConnectionError
     assert (ledger.snapshot().used, ledger.snapshot().open) == (1, 0)
 
 
-def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(tmp_path: Path) -> None:
-    """A look at the ledger that took long says nothing about now: it is repeated, and then the grant is too old."""
+def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(
+    open_here: OpenHere, tmp_path: Path
+) -> None:
+    """A look at the ledger that took long is out of date: it is repeated, and then the grant is too old."""
 
     class StoppingClock(HandClock):
         reads = -100
@@ -101,13 +105,12 @@ def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(tmp
             return super().read()
 
     clock = StoppingClock()
-    ledger = open_ledger(tmp_path, LOGIN, clock)
+    ledger = open_here(tmp_path, LOGIN, clock)
     grant = ledger.acquire(wish())
     clock.reads = 0
     with pytest.raises(GrantExpired), grant.sending():
         pytest.fail("sent")
     assert ledger.snapshot().used == 0
-    ledger.close()
 
 
 def test_a_grant_not_used_in_time_is_void_and_costs_nothing(ledger: Ledger, clock: HandClock) -> None:
@@ -158,7 +161,7 @@ def test_at_most_fifty_are_open(ledger: Ledger, clock: HandClock) -> None:
 
 
 @pytest.mark.slow
-def test_open_requests_of_a_killed_process_are_closed(tmp_path: Path) -> None:
+def test_open_requests_of_a_killed_process_are_closed(open_here: OpenHere, tmp_path: Path) -> None:
     """IB drops what a dead process had asked: fifty open requests of one do not block the living."""
     code = (
         "import sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
@@ -166,7 +169,7 @@ def test_open_requests_of_a_killed_process_are_closed(tmp_path: Path) -> None:
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN);"
         "[ledger.acquire(wish()).sent() for _ in range(50)]; print('open', flush=True); sys.stdin.read()"
     )
-    ledger = open_ledger(tmp_path, LOGIN)
+    ledger = open_here(tmp_path, LOGIN)
     with start_python("-c", code, tmp_path) as child:
         assert child.stdout.readline() == b"open\n"
         assert wait_of(ledger).rule is Rule.OPEN
@@ -180,15 +183,15 @@ def test_open_requests_of_a_killed_process_are_closed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_waiting_sleeps_exactly_as_long_as_needed(ledger: Ledger, clock: HandClock) -> None:
-    """A waiter wakes when the budget is free, tells its wait once per change, and knows how long it was."""
+    """A waiter wakes when the budget is free, reports its wait once per change, and knows how long it was."""
     fill(ledger)
     began = clock.now_s()
-    told: list[tuple[float, Rule, float]] = []
-    grant = ledger.acquire(wish(), sleep=clock.sleep, on_wait=lambda *wait: told.append(wait))
+    reported: list[tuple[float, Rule, float]] = []
+    grant = ledger.acquire(wish(), sleep=clock.sleep, on_wait=lambda *wait: reported.append(wait))
     assert clock.now_s() - began == pytest.approx(FULL_S, abs=0.05)
     assert grant.waited_s == pytest.approx(FULL_S, abs=0.05)
-    assert [rule for _, rule, _ in told] == [Rule.WINDOW]
-    assert told[0][2] == pytest.approx(began + FULL_S, abs=0.05)
+    assert [rule for _, rule, _ in reported] == [Rule.WINDOW]
+    assert reported[0][2] == pytest.approx(began + FULL_S, abs=0.05)
 
 
 def test_waiting_can_be_cancelled_and_leaves_no_place_behind(ledger: Ledger, clock: HandClock) -> None:
@@ -218,35 +221,41 @@ def while_waiting(ledger: Ledger, clock: HandClock, ask: Ask, visit: Callable[[]
 
 
 @pytest.mark.slow
-def test_nobody_overtakes_one_who_waits_for_the_budget(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
+def test_no_request_overtakes_one_that_waits_for_the_budget(
+    open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
+) -> None:
     """A newcomer gets nothing that an earlier waiter could use, at any moment of its wait, even the one at which it is free."""
     fill(ledger)
-    newcomer = open_ledger(tmp_path, LOGIN, clock)
+    newcomer = open_here(tmp_path, LOGIN, clock)
     visits: list[Rule] = []
     grant = while_waiting(ledger, clock, wish(), lambda: visits.append(wait_of(newcomer).rule))
-    assert set(visits) == {Rule.WINDOW, Rule.TURN}
+    assert set(visits) == {Rule.WINDOW, Rule.QUEUE}
     grant.sent()
     send(newcomer)
 
 
 @pytest.mark.slow
-def test_a_heavy_request_is_not_starved_by_light_ones(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
+def test_a_heavy_request_is_not_starved_by_light_ones(
+    open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
+) -> None:
     """Two units for a BID_ASK request come together although single ones are wanted all the time."""
     for _ in range(60):
         send(ledger)
         clock.sleep(5)
     began = clock.now_s()
-    newcomer = open_ledger(tmp_path, LOGIN, clock)
+    newcomer = open_here(tmp_path, LOGIN, clock)
     while_waiting(ledger, clock, wish(show="BID_ASK"), lambda: wait_of(newcomer) and None)
     # The first sixty went out five seconds apart from 300 s ago on: the second of them leaves the window after 305.5 s.
     assert clock.now_s() - began == pytest.approx(305.5, abs=0.1)
 
 
-def test_one_may_overtake_who_delays_nobody(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
-    """Whoever waits for its own twin does not hold up others, and they do not take the unit that it will need."""
+def test_a_request_may_overtake_if_it_delays_no_other(
+    open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
+) -> None:
+    """A waiter for its own twin does not delay others, and they do not take the unit that it will need."""
     fill(ledger, 55)
     send(ledger, wish("A", "x"))
-    newcomer = open_ledger(tmp_path, LOGIN, clock)
+    newcomer = open_here(tmp_path, LOGIN, clock)
     granted: list[float] = []
 
     def visit() -> None:
@@ -264,10 +273,12 @@ def test_one_may_overtake_who_delays_nobody(ledger: Ledger, tmp_path: Path, cloc
     assert ledger.snapshot().used == 60
 
 
-def test_a_stopped_waiter_is_passed_over_but_keeps_its_place(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
+def test_a_stopped_waiter_is_passed_over_but_keeps_its_place(
+    open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
+) -> None:
     """Others go on while a waiter does not show itself; when it does, it is first again."""
     fill(ledger)
-    newcomer = open_ledger(tmp_path, LOGIN, clock)
+    newcomer = open_here(tmp_path, LOGIN, clock)
     stopped = iter([True])
 
     def sleep(seconds: float) -> None:
@@ -283,9 +294,11 @@ def test_a_stopped_waiter_is_passed_over_but_keeps_its_place(ledger: Ledger, tmp
     ledger.acquire(wish(), sleep=sleep)
 
 
-def test_waiters_are_served_in_the_order_of_their_arrival(tmp_path: Path, clock: HandClock) -> None:
+def test_waiters_are_served_in_the_order_of_their_arrival(
+    open_here: OpenHere, tmp_path: Path, clock: HandClock
+) -> None:
     """Of three who wait for a full budget, the one who came first gets the first unit that is free, and so on."""
-    ledger = open_ledger(tmp_path, LOGIN, clock)
+    ledger = open_here(tmp_path, LOGIN, clock)
     for _ in range(3):
         send(ledger)
         clock.sleep(15)
@@ -294,7 +307,7 @@ def test_waiters_are_served_in_the_order_of_their_arrival(tmp_path: Path, clock:
     over = threading.Event()
 
     def wait_for_turn(name: str) -> None:
-        own = open_ledger(tmp_path, LOGIN, clock)
+        own = open_here(tmp_path, LOGIN, clock)
         with own.acquire(wish(), sleep=lambda _: over.wait(0.002)) as grant:
             grant.sent()
             order.append(name)
@@ -318,13 +331,15 @@ def test_waiters_are_served_in_the_order_of_their_arrival(tmp_path: Path, clock:
 # -- pauses
 
 
-def test_a_pacing_answer_makes_everybody_wait(ledger: Ledger, tmp_path: Path, clock: HandClock) -> None:
-    """After IB complained nobody sends for 15 s, for longer when it complains again, and for 15 s again after a quiet time."""
-    other = open_ledger(tmp_path, LOGIN, clock)
+def test_a_pacing_violation_pauses_every_process(
+    open_here: OpenHere, ledger: Ledger, tmp_path: Path, clock: HandClock
+) -> None:
+    """After a pacing violation no process sends for 15 s, for longer after another one, and for 15 s again after a quiet time."""
+    other = open_here(tmp_path, LOGIN, clock)
     for expected in (*PENALTIES_S, PENALTIES_S[-1]):
         assert ledger.penalise("code 162, pacing") == expected
         answer = wait_of(other)
-        assert (answer.rule, answer.reason) == (Rule.HOLD, "code 162, pacing")
+        assert (answer.rule, answer.reason) == (Rule.PAUSE, "code 162, pacing")
         assert answer.seconds == pytest.approx(expected)
         clock.sleep(expected)
         send(other)
@@ -343,20 +358,20 @@ def test_complaints_about_one_event_pause_once(ledger: Ledger, clock: HandClock)
 
 
 def test_a_pause_of_given_length_neither_counts_nor_is_shortened(ledger: Ledger, clock: HandClock) -> None:
-    """A competing session pauses for as long as the caller says; a pacing answer in it does not end it earlier."""
+    """A competing session pauses for as long as the caller wants; a pacing violation in it does not end it earlier."""
     assert ledger.penalise("competing session", 60) == 60
     assert ledger.penalise("pacing") == 15.0
     clock.sleep(30)
     assert wait_of(ledger).seconds == pytest.approx(30)
-    assert [(hold.until_s - clock.now_s(), hold.reason) for hold in ledger.snapshot().holds] == [
+    assert [(pause.until_s - clock.now_s(), pause.reason) for pause in ledger.snapshot().pauses] == [
         (30, "competing session")
     ]
 
 
-def test_the_snapshot_tells_people_the_state(ledger: Ledger, clock: HandClock) -> None:
+def test_the_snapshot_shows_the_state(ledger: Ledger, clock: HandClock) -> None:
     """Used, limit, open, next free moment and pauses are what the rules make of them; an empty ledger is free at once."""
     empty = ledger.snapshot()
-    assert (empty.used, empty.limit, empty.next_free_at_s, empty.holds) == (0, 60, clock.now_s(), ())
+    assert (empty.used, empty.limit, empty.next_free_at_s, empty.pauses) == (0, 60, clock.now_s(), ())
     send(ledger, wish(show="BID_ASK"))
     clock.sleep(100)
     fill(ledger, 58)
@@ -386,14 +401,14 @@ def test_a_clock_set_forward_frees_nothing(ledger: Ledger, clock: HandClock) -> 
     clock.sleep(FULL_S - 1)
     assert ledger.snapshot().used == 60
     clock.sleep(2)
-    assert wait_of(ledger).rule is Rule.HOLD
+    assert wait_of(ledger).rule is Rule.PAUSE
     clock.sleep(100)
     send(ledger)
 
 
 @pytest.mark.parametrize("wall_step_s", [60, 7200, -3600])
 def test_a_reboot_frees_nothing_early(ledger: Ledger, clock: HandClock, wall_step_s: float) -> None:
-    """After a restart of the machine, whatever its wall clock says, what was sent counts ten minutes and not much longer."""
+    """After a restart of the machine, whatever its wall clock shows, what was sent counts ten minutes and not much longer."""
     fill(ledger)
     clock.reboot(uptime_s=30, wall_step_s=wall_step_s)
     assert wait_of(ledger).rule is Rule.WINDOW
@@ -403,10 +418,10 @@ def test_a_reboot_frees_nothing_early(ledger: Ledger, clock: HandClock, wall_ste
     send(ledger)
 
 
-def test_without_a_boot_clock_a_time_in_the_future_counts_as_now(tmp_path: Path) -> None:
+def test_without_a_boot_clock_a_time_in_the_future_counts_as_now(open_here: OpenHere, tmp_path: Path) -> None:
     """Where only the wall clock exists and it was set back, the budget is free ten minutes later, not an hour."""
     clock = HandClock(boot_id="")
-    ledger = open_ledger(tmp_path, LOGIN, clock)
+    ledger = open_here(tmp_path, LOGIN, clock)
     fill(ledger)
     clock.wall_s -= 3600
     assert wait_of(ledger).seconds == pytest.approx(FULL_S, abs=0.01)

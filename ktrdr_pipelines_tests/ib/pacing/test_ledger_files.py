@@ -1,6 +1,6 @@
 """The ledger's file lost, damaged, on a full disk, in the hands of killed, forked and threaded users: never a free pass.
 
-That nobody is ever faster for it is judged in `ib/pacing/test_ledger_judged.py`.
+That no process gets faster by it is judged in `ib/pacing/test_ledger_judged.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.ib.pacing.backends import ledger_path
 from ktrdr_pipelines.ib.pacing.ledger import (
     Grant,
     Ledger,
-    open_ledger,
 )
+from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     HandClock,
+    OpenHere,
     fill,
     send,
     start_python,
@@ -46,10 +46,10 @@ def assert_refused_thrice(lines: list[str]) -> None:
     assert all(line.startswith("refused: pacing ledger") for line in lines), lines
 
 
-def test_a_damaged_file_is_kept_and_the_pause_explained(tmp_path: Path, clock: HandClock) -> None:
-    """What is no database is moved aside, byte for byte, and people are told why everything waits."""
+def test_a_damaged_file_is_kept_and_the_pause_explained(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
+    """What is not a database is moved aside, byte for byte, and the wait is explained."""
     path = ledger_path(tmp_path, LOGIN)
-    ledger = open_ledger(tmp_path, LOGIN, clock)
+    ledger = open_here(tmp_path, LOGIN, clock)
     fill(ledger)
     ledger.close()
     path.write_text("precious?")
@@ -58,20 +58,20 @@ def test_a_damaged_file_is_kept_and_the_pause_explained(tmp_path: Path, clock: H
     assert kept.read_text() == "precious?"
 
 
-def test_the_first_start_does_not_wait(tmp_path: Path, clock: HandClock) -> None:
+def test_the_first_start_does_not_wait(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
     """Where no ledger ever was, and its directory neither, the whole budget is there."""
-    fill(open_ledger(tmp_path / "a" / "b", LOGIN, clock))
+    fill(open_here(tmp_path / "a" / "b", LOGIN, clock))
 
 
-def test_an_unusable_directory_is_one_clear_error(tmp_path: Path, clock: HandClock) -> None:
-    """Where no file can be made, nothing is granted, and the error says where and what to do."""
+def test_an_unusable_directory_is_one_clear_error(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
+    """Where no file can be made, nothing is granted, and the error names the place and what to do."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"pacing ledger .*no request was sent") as caught:
-        open_ledger(tmp_path / "file" / "deeper", LOGIN, clock).try_acquire(wish())
+        open_here(tmp_path / "file" / "deeper", LOGIN, clock).try_acquire(wish())
     assert caught.value.advice
     ledger_path(tmp_path, LOGIN).mkdir()
     with pytest.raises(StoreError, match="pacing ledger"):
-        open_ledger(tmp_path, LOGIN, clock).try_acquire(wish())
+        open_here(tmp_path, LOGIN, clock).try_acquire(wish())
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_a_first_start_on_a_full_disk_leaves_nothing_half_made(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_process_killed_inside_a_transaction_frees_it_at_once(tmp_path: Path) -> None:
+def test_a_process_killed_inside_a_transaction_frees_it_at_once(open_here: OpenHere, tmp_path: Path) -> None:
     """After kill -9 in the middle of a decision the next one is made within a second, and the half one is undone."""
     code = (
         "import sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
@@ -110,7 +110,7 @@ def test_a_process_killed_inside_a_transaction_frees_it_at_once(tmp_path: Path) 
         "    ledger._decide(tx, wish(), None); print('inside', flush=True); sys.stdin.read()\n"
         "ledger._store.run(body)\n"
     )
-    ledger = open_ledger(tmp_path, LOGIN)
+    ledger = open_here(tmp_path, LOGIN)
     send(ledger)
     with start_python("-c", code, tmp_path) as child:
         assert child.stdout.readline() == b"inside\n"
@@ -129,7 +129,7 @@ def test_a_forked_child_uses_a_connection_of_its_own(tmp_path: Path) -> None:
         "import os, sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
         "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import fill, send, wait_of, LOGIN\n"
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN); fill(ledger, 30)\n"
-        "mutex = ledger._store._mutex; mutex.acquire(); child = os.fork()\n"  # as another thread would hold it
+        "mutex = ledger._store._mutex; mutex.acquire(); child = os.fork()\n"  # as if another thread had it
         "if child: mutex.release()\n"
         "fill(ledger, 15)\n"
         "if child: os.waitpid(child, 0); print(ledger.snapshot().used, wait_of(ledger).rule.name)\n"
@@ -161,9 +161,9 @@ def test_threads_share_one_ledger(ledger: Ledger) -> None:
     assert len(grants) == 60
 
 
-def test_old_rows_do_not_pile_up(tmp_path: Path, clock: HandClock) -> None:
+def test_old_rows_do_not_pile_up(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
     """A ledger in use for months stays as small as ten minutes of it."""
-    ledger = open_ledger(tmp_path, LOGIN, clock)
+    ledger = open_here(tmp_path, LOGIN, clock)
     for _ in range(150):
         ledger.acquire(wish(), sleep=clock.sleep).sent()
         ledger.penalise("a competing session", 5)

@@ -1,7 +1,7 @@
 """Clocks that are set, files that vanish, disks that fill up, at any moment: the simulator's judge, by true time, finds nothing.
 
-What the ledger says and does in each of these cases is in `ib/pacing/test_ledger.py` and `ib/pacing/test_ledger_files.py`.
-Here somebody who sends as hastily as the ledger lets him is judged by rules that the ledger's authors did not write.
+What the ledger reports and does in each of these cases is in `ib/pacing/test_ledger.py` and `ib/pacing/test_ledger_files.py`.
+Here a sender as hasty as the ledger allows is judged by rules that the ledger's authors did not write.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.ib.pacing.backends import ledger_path
 from ktrdr_pipelines.ib.pacing.ledger import Grant, Ledger, open_ledger
 from ktrdr_pipelines.ib.pacing.rules import Ask, Rule
+from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.simulator.judge import PacingJudge
-from ktrdr_pipelines_tests.ib.pacing.ledger_tools import FULL_S, HandClock, wish
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import FULL_S, HandClock, OpenHere, wish
 from ktrdr_pipelines_tests.ib.pacing.ledger_worker import LOGIN
 
 DAMAGE = {
@@ -29,13 +29,13 @@ DAMAGE = {
     "truncated": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("this is not a database\n" * 500),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "holes": lambda path: path.write_bytes(b"".join(
+    "zeroed blocks": lambda path: path.write_bytes(b"".join(
         bytes(64) if i % 3 else path.read_bytes()[i * 64 : i * 64 + 64] for i in range(path.stat().st_size // 64))),
 }  # fmt: skip
 
 
 class HastySender:
-    """Two openings of one ledger that send in turn, as soon as they may, and a judge that goes by true time."""
+    """Two openings of one ledger that send alternately, as soon as they may, and a judge that uses true time."""
 
     def __init__(self, directory: Path, clock: HandClock) -> None:
         self.directory, self.clock = directory, clock
@@ -49,7 +49,7 @@ class HastySender:
         self._until_s = until_s
 
     def sleep(self, seconds: float) -> None:
-        # Longer than told, or polls of a second would be all that these tests do; never past the time at which it may go.
+        # Longer than asked, or polls of a second would be all that these tests do; never past the time at which it may go.
         self.clock.sleep(max(seconds, min(self._until_s - self.clock.now_s(), 18.0)))
 
     def next_ask(self) -> Ask:
@@ -188,11 +188,11 @@ def test_without_a_boot_clock_setting_the_clock_back_breaks_no_rule(directory: P
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_write_counts_the_request(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    open_here: OpenHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The request is on its way and its answer awaited; that it went is known by the grant, and told in the log."""
+    """The request is on its way and its answer awaited; the grant counts it, and the log has a warning."""
     clock = HandClock()
-    ledger: Ledger = open_ledger(tmp_path, LOGIN, clock)
+    ledger: Ledger = open_here(tmp_path, LOGIN, clock)
     grant = ledger.try_acquire(wish("A", "x"))
     assert isinstance(grant, Grant)
     with grant:
@@ -200,17 +200,16 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write_counts_the_request(
             disk = full_disk()
             disk.__enter__()
         disk.__exit__(None, None, None)
-    assert "did not take note of a request" in caplog.text
+    assert "could not record that a request was sent" in caplog.text
     clock.sleep(10)
     assert not isinstance(ledger.try_acquire(wish("A", "x")), Grant)
     assert ledger.snapshot().used == 1
-    ledger.close()
 
 
-def test_a_ledger_replaced_in_the_middle_of_a_write_counts_the_request(tmp_path: Path) -> None:
-    """The new file, which holds everybody for ten minutes, knows of the one request that went out after it was made."""
+def test_a_ledger_replaced_in_the_middle_of_a_write_counts_the_request(open_here: OpenHere, tmp_path: Path) -> None:
+    """The new file, which pauses all processes for ten minutes, has the one request that went out after it was made."""
     clock = HandClock()
-    ledger, other = (open_ledger(tmp_path, LOGIN, clock) for _ in range(2))
+    ledger, other = (open_here(tmp_path, LOGIN, clock) for _ in range(2))
     with ledger.acquire(wish()) as grant, grant.sending():
         DAMAGE["deleted"](ledger_path(tmp_path, LOGIN))
         assert other.snapshot().used == 0

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from ktrdr_pipelines.errors import InputError, StoreError
-from ktrdr_pipelines.ib.pacing.ledger import (
-    open_ledger,
-)
 from ktrdr_pipelines.ib.pacing.rules import Rule
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     FULL_S,
     HandClock,
+    OpenHere,
     fill,
     send,
     wait_of,
@@ -47,9 +45,9 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_postgresql_holds_the_same_budget(postgres_url: str) -> None:
+def test_postgresql_has_the_same_budget(open_here: OpenHere, postgres_url: str) -> None:
     """In a database every opening and every thread shares one budget per login, with the server's clock."""
-    ledgers = [open_ledger(postgres_url, LOGIN) for _ in range(4)]
+    ledgers = [open_here(postgres_url, LOGIN) for _ in range(4)]
     threads = [threading.Thread(target=fill, args=(ledger, 15)) for ledger in ledgers]
     for thread in threads:
         thread.start()
@@ -59,19 +57,19 @@ def test_postgresql_holds_the_same_budget(postgres_url: str) -> None:
     budget = ledgers[1].snapshot()
     assert (budget.used, budget.open) == (60, 0)
     assert abs(budget.now_s - time.time()) < 60
-    another = open_ledger(postgres_url, "another login")
+    another = open_here(postgres_url, "another login")
     send(another)
     assert ledgers[2].penalise("pacing") == 15.0
     assert wait_of(ledgers[3]).rule is Rule.WINDOW
-    for ledger in (*ledgers, another):
-        ledger.close()
 
 
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_postgresql_waits_and_clocks_are_those_of_the_file(postgres_url: str, clock: HandClock) -> None:
+def test_postgresql_waits_and_clocks_are_those_of_the_file(
+    open_here: OpenHere, postgres_url: str, clock: HandClock
+) -> None:
     """Waiting, giving back and a clock set back behave in the database as in the file."""
-    ledger = open_ledger(postgres_url, "clocks", clock)
+    ledger = open_here(postgres_url, "clocks", clock)
     fill(ledger)
     clock.wall_s -= 3600
     began = clock.boot_s
@@ -79,22 +77,20 @@ def test_postgresql_waits_and_clocks_are_those_of_the_file(postgres_url: str, cl
         assert clock.boot_s - began == pytest.approx(FULL_S, abs=0.05)
         assert grant.waited_s == pytest.approx(FULL_S, abs=0.05)
     assert ledger.snapshot().used == 0
-    ledger.close()
 
 
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_a_database_that_is_gone_grants_nothing(postgres_url: str) -> None:
+def test_a_database_that_is_gone_grants_nothing(open_here: OpenHere, postgres_url: str) -> None:
     """No server: a clear StoreError, and no grant."""
-    ledger = open_ledger(postgres_url.replace("host=", "host=/nowhere"), LOGIN)
+    ledger = open_here(postgres_url.replace("host=", "host=/nowhere"), LOGIN)
     with pytest.raises(StoreError, match="pacing ledger in PostgreSQL"):
         ledger.try_acquire(wish())
-    ledger.close()
 
 
 @pytest.mark.parametrize("url", ["mysql://x@y/z", "postgresql+nodriver://x@y/z", "sqlite:///x.db", "nonsense://"])
-def test_a_url_that_cannot_be_used_is_refused(url: str) -> None:
-    """Anything but PostgreSQL, and a missing driver, is told at once, with what to write instead."""
+def test_a_url_that_cannot_be_used_is_refused(open_here: OpenHere, url: str) -> None:
+    """Anything but PostgreSQL, and a missing driver, is refused at once, with what to write instead."""
     with pytest.raises(InputError) as caught:
-        open_ledger(url, LOGIN)
+        open_here(url, LOGIN)
     assert "PostgreSQL" in caught.value.advice or "postgresql+psycopg" in caught.value.advice

@@ -67,7 +67,7 @@ milliseconds = st.integers(-700_000, 700_000)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(asks, st.floats(0, 30)), min_size=1, max_size=60))
 def test_obedient_senders_never_break_a_rule(wishes: list[tuple[Ask, float]]) -> None:
-    """Whoever sends only on Go, and waits as told otherwise, breaks no rule, however hasty; and is never told to wait twice."""
+    """A sender that sends only on Go, and else waits as long as the answer has it, breaks no rule, and never waits twice."""
     now, past, sent = T0, [], []
     for ask, idle in wishes:
         now += idle
@@ -107,21 +107,21 @@ def test_the_budget_is_used_to_the_full(seed: int) -> None:
     asks,
     st.none() | st.integers(-100, 100),
 )
-def test_the_wait_is_the_shortest_one(history, wanted: Ask, hold: int | None) -> None:
+def test_the_wait_is_the_shortest_one(history, wanted: Ask, pause: int | None) -> None:
     """Whatever the past, legal or not, the wait ends with a Go, and half a second earlier there would have been none."""
     past = [Entry(T0 + at / 1000, ask, is_open) for at, ask, is_open in history][: OPEN_REQUESTS - 1]
-    hold_until = None if hold is None else T0 + hold
-    answer = decide(past, wanted, T0, hold_until)
+    pause_until = None if pause is None else T0 + pause
+    answer = decide(past, wanted, T0, pause_until)
     if isinstance(answer, Go):
         entries = [(min(e.at_s, T0), e.ask) for e in past]
         assert find_violation([*entries, (T0, wanted)]) == "" or find_violation(entries) != ""
-        assert hold is None or hold <= 0
+        assert pause is None or pause <= 0
         return
     assert answer.seconds > 0
     frozen = [Entry(min(e.at_s, T0), e.ask) for e in past]
-    assert decide(frozen, wanted, T0 + answer.seconds, hold_until) == Go()
+    assert decide(frozen, wanted, T0 + answer.seconds, pause_until) == Go()
     if answer.seconds > 0.5:
-        assert isinstance(decide(frozen, wanted, T0 + answer.seconds - 0.5, hold_until), Wait)
+        assert isinstance(decide(frozen, wanted, T0 + answer.seconds - 0.5, pause_until), Wait)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_head_timestamps_and_schedules_count() -> None:
 
 
 def test_a_contract_has_one_name_whatever_the_case_of_its_parts() -> None:
-    """The pacing name of a contract needs nothing that only IB can tell, and does not split on upper and lower case."""
+    """The pacing name of a contract needs nothing that only IB knows, and does not split on upper and lower case."""
     assert contract_text(sec_type="stk", ib_symbol="aapl", currency="usd") == AAPL
     assert contract_text(sec_type="FUT", ib_symbol="ES", currency="USD", expiry="202412") != contract_text(
         sec_type="FUT", ib_symbol="ES", currency="USD", expiry="202503"
@@ -217,7 +217,7 @@ def test_entries_from_the_future_count_as_now() -> None:
 
 def test_a_pause_of_all_goes_before_everything() -> None:
     """Nothing is sent before the end of a pause; the wait is that of whichever ends last."""
-    assert decide([], bars(), T0, T0 + 42) == Wait(42, Rule.HOLD)
+    assert decide([], bars(), T0, T0 + 42) == Wait(42, Rule.PAUSE)
     assert decide([], bars(), T0, T0) == Go()
     assert decide(filled(60), bars(), T0, T0 + 42).rule is Rule.WINDOW
 
