@@ -18,8 +18,8 @@ import click
 
 from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.errors import InputError, TransientError
-from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
+from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.settings import as_environment, load_settings
 
 READY_WITHIN_S = 120

@@ -10,7 +10,6 @@ from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.orchestration.assets import make_asset
 from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
 from ktrdr_pipelines.orchestration.automation.sensors import make_reconcile_sensor, make_tail_sensor
-from ktrdr_pipelines.orchestration.executor import owned_executor
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.settings import Settings
@@ -35,7 +34,7 @@ def build_definitions(settings: Settings, universe: Iterable[Series], *, automat
         return dg.Definitions(
             assets=dg.with_source_code_references(assets),
             resources={"gateway": GatewayResource.of(settings), "storage": StoreResource.of(settings)},
-            executor=owned_executor,
+            executor=dg.in_process_executor,
             sensors=[make_tail_sensor(settings, universe), make_reconcile_sensor(settings, universe)]
             if automation
             else (),

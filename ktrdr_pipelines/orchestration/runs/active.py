@@ -12,7 +12,7 @@ import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.orchestration.assets import asset_key
-from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
+from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 
 _GOING = [
     dg.DagsterRunStatus.QUEUED,

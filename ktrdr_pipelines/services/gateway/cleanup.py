@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 
 from ktrdr_pipelines.ib.client_ids import LeasedId, in_use
-from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.services.gateway.question import quick_address
 from ktrdr_pipelines.settings import Settings
 
