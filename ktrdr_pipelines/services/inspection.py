@@ -18,7 +18,7 @@ from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.orchestration.automation.reconcile import report_held
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
-from ktrdr_pipelines.orchestration.runs.partition_status import Record
+from ktrdr_pipelines.orchestration.runs.queries import PartitionRecord
 from ktrdr_pipelines.services.gaps import Holding, inspect_series
 from ktrdr_pipelines.services.membership import name_series
 from ktrdr_pipelines.settings import Settings, load_settings
@@ -86,7 +86,7 @@ def inspect_one(symbol: str, timeframe: str, settings: Settings | None = None) -
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
     damage = tuple(str(problem) for problem in open_store(settings.data_dir).verify(series))
-    with Record(settings) as record:
+    with PartitionRecord(settings) as record:
         return _inspect(series, settings, record, damage=damage)
 
 
@@ -97,7 +97,7 @@ def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unr
         InputError: the universe file cannot be read.
     """
     settings = settings or load_settings()
-    with Record(settings) as record:
+    with PartitionRecord(settings) as record:
         for series in universe_of(settings):
             try:
                 yield _inspect(series, settings, record, brief=True)
@@ -106,7 +106,7 @@ def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unr
 
 
 def _inspect(
-    series: Series, settings: Settings, record: Record, *, damage: tuple[str, ...] = (), brief: bool = False
+    series: Series, settings: Settings, record: PartitionRecord, *, damage: tuple[str, ...] = (), brief: bool = False
 ) -> Holding:
     now = datetime.now(UTC)
     store = open_store(settings.data_dir)

@@ -28,9 +28,9 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.orchestration.assets import GATEWAY_POOL, asset_key
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
-from ktrdr_pipelines.orchestration.runs.active import find_active_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.liveness import executing, reap_dead_runs
+from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import RequestRecord
@@ -291,7 +291,7 @@ def test_a_sensor_s_tick_reaps_runs_of_dead_processes_only(instance: dg.DagsterI
     """This process' run goes on, a dead one's has failed."""
     mine, _ = make_run(instance), make_dead_run(instance)
     with executing(instance, mine.run_id):
-        assert find_active_runs(instance, utc("2024-03-01")).find(AAPL_1H) == mine.run_id
+        assert find_active_runs(instance).find(AAPL_1H) == mine.run_id
     assert {run.run_id for run in unfinished_runs(instance)} == {mine.run_id}
 
 

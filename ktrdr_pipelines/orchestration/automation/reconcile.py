@@ -24,7 +24,7 @@ from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.automation.tail import QUIET_S
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
-from ktrdr_pipelines.orchestration.runs.active import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span
 from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
@@ -137,7 +137,7 @@ class Reconciler:
             self._corrections = corrections
             self._agreed.clear()
         until = clock() + TICK_BUDGET_S
-        active = find_active_runs(instance, now)
+        active = find_active_runs(instance)
         todo = [s for s in self._universe if s.name > cursor]
         records = _read_records(instance, todo) if todo else {}
         before = cursor

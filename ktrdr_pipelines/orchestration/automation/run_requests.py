@@ -10,13 +10,8 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
-from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG
+from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG, TIMEFRAME_TAG
 from ktrdr_pipelines.planning.modes import Mode
-
-MODE_TAG = "ktrdr/mode"
-TIMEFRAME_TAG = "ktrdr/timeframe"
-RANGE_START_TAG = "dagster/asset_partition_range_start"
-RANGE_END_TAG = "dagster/asset_partition_range_end"
 
 
 def request_run(

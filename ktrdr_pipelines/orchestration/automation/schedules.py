@@ -15,7 +15,7 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.sensors import decide_tail
 from ktrdr_pipelines.orchestration.automation.tail import HeldEnds
-from ktrdr_pipelines.orchestration.runs.active import find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 
 
@@ -46,7 +46,7 @@ def _make_schedule(
     )
     def tail(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
         at = now()
-        tick = decide_tail(settings, mine, held, find_active_runs(context.instance, at), at, origin="schedule")
+        tick = decide_tail(settings, mine, held, find_active_runs(context.instance), at, origin="schedule")
         for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)
         return tick.requests or dg.SkipReason("\n".join(tick.reasons))

@@ -20,7 +20,7 @@ from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.automation.tail import Attempt, Due, HeldEnds, Tails, group_due, note_attempt
-from ktrdr_pipelines.orchestration.runs.active import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import refresh_calendars
@@ -176,7 +176,7 @@ def make_tail_sensor(
     def tail_fill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         at = now()
         refresh_calendars(settings.data_dir)
-        active = find_active_runs(context.instance, at)
+        active = find_active_runs(context.instance)
         tick = decide_tail(settings, mine, held, active, at, attempts=read_cursor(context.cursor))
         for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)

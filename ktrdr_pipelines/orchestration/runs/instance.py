@@ -16,8 +16,6 @@ from sqlalchemy.exc import DBAPIError
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
-ORIGIN_TAG = "ktrdr/origin"
-
 _BROUGHT_ALONG = Path(__file__).parents[1] / "home"
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import pytest
+import time_machine
 from dagster._utils.schedules import is_valid_cron_string
 
 from ktrdr_pipelines.calendars import expected_bars
@@ -32,7 +33,7 @@ from ktrdr_pipelines.orchestration.automation.sensors import (
     write_cursor,
 )
 from ktrdr_pipelines.orchestration.automation.tail import Attempt, Due, HeldEnds, group_due
-from ktrdr_pipelines.orchestration.runs.active import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.sidecar import ProvenEmpty
 from ktrdr_pipelines.store.store import Store
@@ -343,27 +344,25 @@ def test_a_series_in_a_run_that_is_still_going_is_left_out(offline: Settings, in
     )
     later = TUESDAY + timedelta(hours=2)
     held = HeldEnds(offline.data_dir)
-    active = find_active_runs(instance, datetime.now(UTC))
+    active = find_active_runs(instance)
     found = decide_tail(offline, [AAPL_1H], held, active, later)
     assert found.requests == []
     assert found.reasons == [f"1h: a run of this timeframe is still going ({run.run_id}), no overlap"]
     both = decide_tail(offline, [AAPL_1H, MSFT_1H], held, active, later)
     assert [r.asset_selection for r in both.requests] == [[asset_key(MSFT_1H)]]
     instance.report_run_failed(run)
-    assert (
-        len(decide_tail(offline, [AAPL_1H], held, find_active_runs(instance, datetime.now(UTC)), later).requests) == 1
-    )
+    assert len(decide_tail(offline, [AAPL_1H], held, find_active_runs(instance), later).requests) == 1
 
 
 def test_a_run_that_was_never_launched_does_not_block_for_ever(offline: Settings, instance: dg.DagsterInstance) -> None:
-    """Whoever made it an hour ago died before launching it."""
+    """The process that created it an hour ago died before it launched it."""
     job = build_defs(offline, [AAPL_1H]).resolve_implicit_global_asset_job_def()
     instance.create_run_for_job(
         job, status=dg.DagsterRunStatus.NOT_STARTED, asset_selection=frozenset([asset_key(AAPL_1H)])
     )
-    now = datetime.now(UTC)
-    assert find_active_runs(instance, now).find(AAPL_1H)
-    assert not find_active_runs(instance, now + timedelta(hours=2)).find(AAPL_1H)
+    assert find_active_runs(instance).find(AAPL_1H)
+    with time_machine.travel(datetime.now(UTC) + timedelta(hours=1), tick=False):
+        assert not find_active_runs(instance).find(AAPL_1H)
 
 
 # ---------------------------------------------------------------------------------------------------- Dagster's side
