@@ -21,7 +21,6 @@ from typing import Annotated
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ktrdr_pipelines.cron import check_cron
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, parse_timeframe
 from ktrdr_pipelines.errors import InputError
 
@@ -235,9 +234,9 @@ class Settings(BaseSettings):
 
     @field_validator("tail_schedules")
     @classmethod
-    def _are_crons(cls, value: dict[str, str]) -> dict[str, str]:
+    def _names_timeframes(cls, value: dict[str, str]) -> dict[str, str]:
         try:
-            return {parse_timeframe(name).name: check_cron(cron) for name, cron in value.items()}
+            return {parse_timeframe(name).name: cron for name, cron in value.items()}
         except InputError as error:
             raise ValueError(f"{error.observed}; there are {', '.join(TIMEFRAMES)}") from None
 

@@ -18,6 +18,7 @@ import click
 
 from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.orchestration.automation.schedules import check_cron_expressions
 from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.settings import as_environment, load_settings
@@ -29,6 +30,7 @@ LOOK_EVERY_S = 1.0
 def serve_ui(host: str, port: int) -> int:
     """Serve until interrupted; returns the exit code. The home is initialised before several processes open it at once."""
     settings = load_settings()
+    check_cron_expressions(settings)
     _check_address(host, port)
     with open_instance(settings) as instance:
         reap_dead_runs(instance)
@@ -52,7 +54,7 @@ def serve_ui(host: str, port: int) -> int:
             os.killpg(child.pid, signal.SIGINT)
 
     url = f"http://{host}:{port}"
-    watch = UniverseWatch(settings, url)
+    watch = UniverseWatch(settings, host, port)
     # Before the child starts: one that inherits ignored signals (a shell's background job) could never be stopped.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

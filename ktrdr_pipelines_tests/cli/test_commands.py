@@ -256,7 +256,7 @@ class Refusing(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.port: int = self.socket.getsockname()[1]
         self.asked = 0
         self.start()
 
@@ -281,7 +281,7 @@ def test_only_a_universe_that_means_something_else_is_reloaded(
     path = settings.universe_path
     add_series(path, Series(stock("TSLA"), TIMEFRAMES["1h"]))
     server = Refusing()
-    watch = UniverseWatch(settings, server.url)
+    watch = UniverseWatch(settings, "127.0.0.1", server.port)
     assert watch.look() is None
     good = path.read_text()
     path.write_text(good + "# mine\n")
@@ -307,7 +307,7 @@ def test_a_corrected_contract_is_reloaded(make_settings: Callable[..., Settings]
     path = settings.universe_path
     add_series(path, Series(replace(stock("AMBG"), con_id=900001), TIMEFRAMES["1d"]))
     server = Refusing()
-    watch = UniverseWatch(settings, server.url)
+    watch = UniverseWatch(settings, "127.0.0.1", server.port)
     path.write_text(path.read_text().replace("900001", "900002"))
     assert "did not reload" in str(watch.look())
     assert server.asked == 1
