@@ -1,4 +1,4 @@
-"""Assemble everything that Dagster sees from settings and universe: the one place where the parts meet."""
+"""Builds Dagster's definitions from settings and universe."""
 
 import warnings
 from collections.abc import Iterable
@@ -18,14 +18,17 @@ from ktrdr_pipelines.settings import Settings
 def build_definitions(settings: Settings, universe: Iterable[Series], *, automation: bool = False) -> dg.Definitions:
     """Assets of every series in ``universe``, with the gateway and the data folder of ``settings``.
 
-    Assets of one timeframe share one partitions definition object. With ``automation`` the sensors and schedules too: what
-    the daemon loads; a command that runs one asset needs none.
+    Assets of one timeframe share one partitions definition object. With ``automation`` also sensors and schedules, which
+    the daemon needs and a command that runs one asset does not.
+
+    Raises:
+        InputError: a setting or the universe is invalid.
     """
     universe = tuple(universe)
     shared: dict[Timeframe, dg.TimeWindowPartitionsDefinition] = {}
     assets: list[dg.AssetsDefinition] = []
     with warnings.catch_warnings():
-        # Backfill policies and code references are beta in the pinned release; tried and found working.
+        # Backfill policies and code references are beta; they work in the pinned release.
         warnings.simplefilter("ignore", category=dg.BetaWarning)
         for series in universe:
             if series.timeframe not in shared:

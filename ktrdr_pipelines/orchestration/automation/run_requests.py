@@ -19,8 +19,8 @@ def request_run(
 ) -> dg.RunRequest:
     """One run that loads ``series`` (of one timeframe) in the partitions from ``first`` to ``last``.
 
-    ``run_key`` says what is asked for and when; the series are added to it, so that no other choice of them is taken
-    for the same request.
+    ``run_key`` identifies the reason and the time of the run; a hash of the series is added, so that another selection of
+    series is another run.
     """
     names = " ".join(sorted(s.name for s in series))
     tags = {MODE_TAG: mode.value, ORIGIN_TAG: origin, TIMEFRAME_TAG: series[0].timeframe.name}

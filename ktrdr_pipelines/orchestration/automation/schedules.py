@@ -65,7 +65,7 @@ def _make_schedule(
         target=dg.AssetSelection.assets(*(asset_key(s) for s in mine)),
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description=f"Asks for new {name} bars of every series that has a file: one run.",
+        description=f"Loads new {name} bars of every series that has a file, in one run.",
     )
     def tail(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
         at = now()
