@@ -1,8 +1,7 @@
-"""Typed settings. The only reader of the environment and of `.env`; everything below receives values.
+"""Typed settings. The only reader of the environment and of `.env`; all other modules receive values.
 
-Names: `IB_…` for the gateway, `KTRDR_…` for the rest; the environment wins over `.env` in the current directory, and
-that over the project's own `.env`. Each setting is described here and listed in README; a test holds the two together.
-IB's pacing rules are not settings.
+Names: `IB_…` for the gateway, `KTRDR_…` for the rest. The environment wins over `.env` in the current directory, and that over
+the project's own `.env`. A test checks that README lists every setting. IB's pacing rules are not settings.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ktrdr_pipelines.cron import check_cron
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, parse_timeframe
 from ktrdr_pipelines.errors import InputError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 DEFAULT_PARTITION_STARTS: dict[str, date] = {
-    # Bars of 30 s and less reach back six months only (ib_facts.md, 5); the rest as far as people commonly ask.
+    # IB serves bars of 30 s and less for six months only (docs/ib_facts.md, 5); the others as far back as is usual.
     **{name: date(2024, 1, 1) for name, t in TIMEFRAMES.items() if t.seconds <= 30},
     **{name: date(2004, 1, 1) for name, t in TIMEFRAMES.items() if 30 < t.seconds < 86400},
     **{name: date(1980, 1, 1) for name, t in TIMEFRAMES.items() if t.seconds >= 86400},
@@ -47,8 +45,9 @@ _SECRETS = ("KTRDR_API_TOKEN", "KTRDR_LEDGER_URL")
 
 
 def default_host(in_container: bool | None) -> str:
-    """The gateway's host where none is set. It runs on a person's desk: in a container that is the container's host, whose
-    name not every container knows; there the gateway may as well be in the container itself.
+    """The default of IB_HOST: this machine, in a container the container's host if its name is known.
+
+    The gateway usually runs on the user's desktop, outside the container.
     """
     if in_container is None:
         in_container = any(mark.exists() for mark in _CONTAINER_MARKS)
@@ -57,16 +56,16 @@ def default_host(in_container: bool | None) -> str:
 
 @cache
 def _is_known(host: str) -> bool:
-    """Whether ``host`` leads anywhere; without a quick answer it does not, as a network without name service takes its time."""
+    """Whether ``host`` resolves within `_LOOK_UP_S`; a network without name service takes long to fail."""
     found: list[object] = []
 
     def look_up() -> None:
         with suppress(OSError):
             found.extend(socket.getaddrinfo(host, None))
 
-    looking = threading.Thread(target=look_up, daemon=True, name="look-up")
-    looking.start()
-    looking.join(_LOOK_UP_S)
+    thread = threading.Thread(target=look_up, daemon=True, name="look-up")
+    thread.start()
+    thread.join(_LOOK_UP_S)
     return bool(found)
 
 
@@ -82,7 +81,7 @@ class Settings(BaseSettings):
         _field(
             "KTRDR_IN_CONTAINER",
             None,
-            "Whether this is a container; found out if not given. Decides the default of IB_HOST only.",
+            "Whether this is a container; detected if not set. Only decides the default of IB_HOST.",
         ),
     ]
     ib_host: Annotated[
@@ -90,7 +89,7 @@ class Settings(BaseSettings):
         Field(
             default_factory=lambda given: default_host(given.get("in_container")),
             validation_alias=AliasChoices("IB_HOST"),
-            description="Host of TWS or IB Gateway; default 127.0.0.1, in a container host.docker.internal where that exists.",
+            description="Host of TWS or IB Gateway; default 127.0.0.1, in a container host.docker.internal if that exists.",
             min_length=1,
         ),
     ]
@@ -112,14 +111,14 @@ class Settings(BaseSettings):
         ),
     ]
     ib_connect_timeout_s: Annotated[
-        float, _field("IB_CONNECT_TIMEOUT", 15.0, "Seconds to wait for the gateway's greeting.", gt=0)
+        float, _field("IB_CONNECT_TIMEOUT", 15.0, "Seconds to wait for the connection to the gateway.", gt=0)
     ]
     ib_request_timeout_s: Annotated[
         float,
         _field(
             "IB_REQUEST_TIMEOUT",
             120.0,
-            "Seconds to wait for one answer before it is cancelled and counted as failed.",
+            "Seconds to wait for one answer before the request is cancelled and counts as failed.",
             gt=0,
             le=3600,
         ),
@@ -180,7 +179,7 @@ class Settings(BaseSettings):
         _field(
             "KTRDR_API_TOKEN",
             "",
-            "What the REST API wants to see as `Authorization: Bearer …`; needed to serve it beyond this machine.",
+            "Token that the REST API expects as `Authorization: Bearer …`; needed to serve beyond this machine.",
             repr=False,
         ),
     ]
@@ -190,13 +189,13 @@ class Settings(BaseSettings):
         _field(
             "KTRDR_TAIL_SCHEDULES",
             {},
-            'Timeframes whose new bars are fetched at fixed times (cron, UTC), as JSON: {"1d": "30 22 * * 1-5"}. '
-            "All others are fetched as soon as they are due.",
+            'Timeframes whose new bars are requested at fixed times (cron, UTC), as JSON: {"1d": "30 22 * * 1-5"}. '
+            "All others are requested as soon as they are due.",
         ),
     ]
     tail_sensor: Annotated[
         bool,
-        _field("KTRDR_TAIL_SENSOR", True, "Whether the tail sensor runs from the start; it can be switched in the UI."),
+        _field("KTRDR_TAIL_SENSOR", True, "Whether the tail sensor is on by default; the UI can switch it."),
     ]
     settlement_delay_min: Annotated[
         float,
@@ -230,7 +229,7 @@ class Settings(BaseSettings):
     @classmethod
     def _fits_into_a_header(cls, value: str) -> str:
         if not all("!" <= c <= "~" for c in value):
-            raise ValueError("a token is letters, digits and signs of ASCII, without spaces")
+            raise ValueError("a token has only printable ASCII characters and no spaces")
         return value
 
     @field_validator("partition_starts")
@@ -243,9 +242,9 @@ class Settings(BaseSettings):
 
     @field_validator("tail_schedules")
     @classmethod
-    def _are_crons(cls, value: dict[str, str]) -> dict[str, str]:
+    def _names_timeframes(cls, value: dict[str, str]) -> dict[str, str]:
         try:
-            return {parse_timeframe(name).name: check_cron(cron) for name, cron in value.items()}
+            return {parse_timeframe(name).name: cron for name, cron in value.items()}
         except InputError as error:
             raise ValueError(f"{error.observed}; there are {', '.join(TIMEFRAMES)}") from None
 
@@ -262,7 +261,7 @@ def load_settings(**overrides: object) -> Settings:
     """Settings from the environment and `.env`; ``overrides`` (by field name) win.
 
     Raises:
-        InputError: a value cannot be meant; names the variable and the reason.
+        InputError: a value is invalid; names the variable and the reason.
     """
     try:
         settings = Settings(**overrides)  # type: ignore[arg-type]
@@ -273,7 +272,7 @@ def load_settings(**overrides: object) -> Settings:
         raise InputError(
             f"{name}{shown}: {first['msg']}", doing="reading settings", advice="See README, Settings."
         ) from None
-    except ValueError as error:  # SettingsError: a complex value that is no JSON
+    except ValueError as error:  # SettingsError: a value is not JSON
         found = re.search(r'field "(\w+)"', str(error))
         field = Settings.model_fields.get(found.group(1)) if found else None
         name = (
@@ -284,8 +283,8 @@ def load_settings(**overrides: object) -> Settings:
         ) from None
     home = settings.dagster_home
     if "dagster_home" not in overrides and "DAGSTER_HOME" not in os.environ:
-        # `.env` sets it for Dagster's own commands, relative to the folder they are started in. For ours the project's home
-        # counts wherever they are started: the pacing ledger lives there, and two of them would be two budgets.
+        # `.env` sets it for Dagster's own commands, relative to the folder they are started in. Ours use the project's home
+        # wherever they are started: the pacing ledger is there, and two ledgers would be two budgets.
         home = PROJECT_ROOT / "dagster_home"
     # Dagster insists on an absolute home; relative folders count from the current directory.
     absolute: dict[str, object] = {
@@ -298,7 +297,7 @@ def load_settings(**overrides: object) -> Settings:
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
-    """``settings`` as environment variables, for child processes that have to see the same ones wherever they are started."""
+    """``settings`` as environment variables, for child processes that are started in another folder."""
     found: dict[str, str] = {}
     for field_name, field in Settings.model_fields.items():
         value = getattr(settings, field_name)

@@ -1,4 +1,4 @@
-"""Files and ticks for tests of sensors: series that hold bars up to some instant, and run requests executed as asked."""
+"""For tests of orchestration: series that hold bars up to some instant, run requests executed as asked, dead runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import numpy as np
 from ktrdr_pipelines.bars.schema import bars_from_columns
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.definitions import build_defs
-from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
+from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.runs.liveness import executing
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.store import Store
 
@@ -58,10 +61,30 @@ def partition_statuses(
     instance: dg.DagsterInstance, series: Series, settings: Settings, keys: Sequence[str]
 ) -> dict[str, str | None]:
     """Status of the partitions ``keys`` as the UI shows it."""
-    from ktrdr_pipelines.orchestration.assets import asset_key
     from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 
     found = instance.get_status_by_partition(
         asset_key(series), list(keys), define_partitions(series.timeframe, settings)
     )
     return {key: status.value if status else None for key, status in (found or {}).items()}
+
+
+def make_run(instance: dg.DagsterInstance, *, is_ours: bool = True, **more: object) -> dg.DagsterRun:
+    """A run of a series (or of a job of another program) as it is before a process executes it."""
+
+    key = asset_key(Series(stock("AAPL"), TIMEFRAMES["1h"])) if is_ours else dg.AssetKey("of_another_program")
+
+    @dg.asset(key=key)
+    def nothing() -> None:
+        pass
+
+    job = dg.Definitions([nothing]).resolve_implicit_global_asset_job_def()
+    return instance.create_run_for_job(job, asset_selection=frozenset([key]), **more)  # type: ignore[arg-type]
+
+
+def make_dead_run(instance: dg.DagsterInstance, **more: object) -> dg.DagsterRun:
+    """A run whose process is gone."""
+    run = make_run(instance, **more)  # type: ignore[arg-type]
+    with executing(instance, run.run_id):
+        pass
+    return run

@@ -1,7 +1,7 @@
-"""What a shell completes behind `ktrdr`: symbols and timeframes of the universe, and the script that makes it ask for them.
+"""Shell completion: symbols and timeframes of the universe, and the command that prints the completion script.
 
-Asked with every press of the key, so nothing heavy is imported: the universe file is read, no file of bars is looked at. What
-cannot be read completes to nothing. The script and the protocol are click's own.
+Runs at every press of the key, so it imports nothing heavy and reads only the universe file. An unreadable file completes to
+nothing. Script and protocol are click's own.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _VARIABLE = "_KTRDR_COMPLETE"
 
 
 def complete_symbol(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Symbols of the universe that begin so, in capitals or not."""
+    """Symbols of the universe that begin with ``incomplete``, ignoring case."""
     symbols = dict.fromkeys(series.instrument.symbol for series in _read_universe() or ())
     return list(_beginning_with(incomplete, symbols))
 
 
 def complete_timeframe(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Every timeframe that begins so."""
+    """Timeframes that begin with ``incomplete``."""
     from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 
     return list(_beginning_with(incomplete, TIMEFRAMES))
 
 
 def complete_listed_timeframe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Timeframes at which the universe has the symbol that was typed before; every one, where it has none."""
+    """Timeframes of the symbol argument in the universe; all timeframes if it has none there."""
     universe, symbol = _read_universe(), context.params.get("symbol")
     instrument = universe.find_instrument(symbol) if universe and symbol else None
     listed = [series.timeframe.name for series in universe or () if series.instrument == instrument]
@@ -53,7 +53,7 @@ def _read_universe() -> Universe | None:
 
     try:
         return universe_of(load_settings())
-    except KtrdrError:  # the command itself will say it
+    except KtrdrError:  # the command itself reports it
         return None
 
 
@@ -61,7 +61,7 @@ def _read_universe() -> Universe | None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script that makes SHELL complete commands, options and their values, symbols and timeframes.
+    """Print the completion script for SHELL: commands, options and their values, symbols and timeframes.
 
     bash (4.4 or newer): put the line below into ~/.bashrc. zsh: the same with zsh, into ~/.zshrc, after compinit.
     fish: ktrdr completion fish > ~/.config/fish/completions/ktrdr.fish

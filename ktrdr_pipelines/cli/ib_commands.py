@@ -1,4 +1,4 @@
-"""``ktrdr ib``: questions about the gateway, none of which loads a bar. The answers are made in `services/gateway/`."""
+"""``ktrdr ib``: commands about the gateway; none loads a bar. They print what `services/gateway/` returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group("ib")
 def ib_commands() -> None:
-    """Ask about the gateway: status, health, configuration, what it has, what a symbol means.
+    """Status, health and configuration of the gateway; the history it has; the contracts of a symbol.
 
     \b
     $ ktrdr ib health
@@ -51,7 +51,7 @@ def status(as_json: bool) -> None:
 @ib_commands.command("health")
 @json_option
 def health(as_json: bool) -> None:
-    """Try what a load needs: the gateway, a contract, the farms, the pacing ledger, the data folder.
+    """Check what a load needs: the gateway, a contract, the farms, the pacing ledger, the data folder.
 
     Exit codes: 0 healthy, else that of the first failure (5 no gateway, 4 IB in trouble, 7 disk).
 
@@ -77,7 +77,7 @@ def health(as_json: bool) -> None:
 @ib_commands.command("config")
 @json_option
 def config(as_json: bool) -> None:
-    """Show what is configured about the gateway, and IB's pacing rules, which are no settings. Asks nobody.
+    """Show the settings of the gateway, and IB's pacing rules, which are not settings. Sends no request.
 
     \b
     $ ktrdr ib config
@@ -105,14 +105,14 @@ def config(as_json: bool) -> None:
     "timeframes",
     multiple=True,
     metavar="TIMEFRAME",
-    help="Of these only. Repeatable.",
+    help="Only this timeframe. Repeatable.",
     shell_complete=complete_timeframe,
 )
 @json_option
 def ranges(symbols: tuple[str, ...], timeframes: tuple[str, ...], as_json: bool) -> None:
-    """Show where IB's history of SYMBOLS begins and ends, and what is held; without SYMBOLS of the universe.
+    """Show where IB's history of SYMBOLS begins and ends, and what is held. Without SYMBOLS: of the whole universe.
 
-    Each symbol is one request of the pacing budget. The start is IB's head timestamp, a hint.
+    Costs one request for each symbol. The beginning is IB's head timestamp, which is only a hint.
     Exit codes: 0, or that of the first problem (3 IB refuses, 4 IB in trouble, 5 no gateway).
 
     \b
@@ -140,9 +140,9 @@ def ranges(symbols: tuple[str, ...], timeframes: tuple[str, ...], as_json: bool)
 @ib_commands.command("cleanup")
 @json_option
 def cleanup(as_json: bool) -> None:
-    """Disconnect every process of this program from the gateway, and end the Dagster runs of dead ones.
+    """Disconnect every process of this program from the gateway, and end the Dagster runs of dead processes.
 
-    Each is interrupted as by Ctrl-C and keeps what it loaded. Other programs' connections are left alone.
+    Each process is interrupted as by Ctrl-C and keeps what it loaded. Other programs stay connected.
 
     \b
     $ ktrdr ib cleanup
@@ -162,9 +162,9 @@ def cleanup(as_json: bool) -> None:
 @click.argument("symbol", shell_complete=complete_symbol)
 @json_option
 def symbols(symbol: str, as_json: bool) -> None:
-    """Show every contract that a bare SYMBOL may mean to IB. Nothing is added to the universe.
+    """Show every contract that IB has for SYMBOL. Adds nothing to the universe.
 
-    Exit codes: 0 found, 3 IB knows none, 5 no gateway.
+    Exit codes: 0 found, 3 IB has none, 5 no gateway.
 
     \b
     $ ktrdr ib symbols EURUSD
@@ -185,7 +185,7 @@ def symbols(symbol: str, as_json: bool) -> None:
 
 
 def _end_with(problem: Problem | None) -> None:
-    """The problem as one line, and its family's exit code."""
+    """Print the problem as one line and exit with its family's code."""
     if problem is None:
         return
     from ktrdr_pipelines.errors import exit_code_of

@@ -1,4 +1,4 @@
-"""Answers about the gateway as text for people: lists of lines. Programs get `--json`. Pure."""
+"""Results of the `ktrdr ib` commands as lines of text; programs read `--json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def describe_status(found: GatewayStatus) -> list[str]:
-    """What `ktrdr ib status` says."""
+    """Connection, client ids and pacing budget."""
     link, pacing = found.connection, found.pacing
     where = f"gateway {link.host}:{link.port}"
     if link.connected:
@@ -30,7 +30,7 @@ def describe_status(found: GatewayStatus) -> list[str]:
             lines.append(f"  gateway time  {format_instant(link.gateway_time)}, {lag}")
         lines.append(f"  link to IB    {'lost' if link.link_to_ib is False else 'ok'}")
         farms = ", ".join(f"{farm.kind} {farm.name} {farm.state}" for farm in link.farms)
-        lines.append(f"  farms         {farms or 'the gateway said nothing of them'}")
+        lines.append(f"  farms         {farms or 'not reported by the gateway'}")
     else:
         lines = [f"{where}: NOT CONNECTED"]
     lines.append(f"  client ids    {_leased(found.client_ids_in_use) or 'none'} in use")
@@ -44,7 +44,7 @@ def describe_status(found: GatewayStatus) -> list[str]:
 
 
 def describe_health(found: GatewayHealth) -> list[str]:
-    """What `ktrdr ib health` says."""
+    """The checks, one a line."""
     passed = sum(check.ok for check in found.checks)
     rows = [(c.name, "ok" if c.ok else "FAILED", f"{c.seconds:.1f} s", c.detail) for c in found.checks]
     word = "healthy" if found.healthy else "NOT HEALTHY"
@@ -52,7 +52,7 @@ def describe_health(found: GatewayHealth) -> list[str]:
 
 
 def describe_config(found: GatewayConfig) -> list[str]:
-    """What `ktrdr ib config` says."""
+    """Settings and rules, one a line."""
     rows: list[tuple[str, str]] = []
     for name, value in found.values.items():
         if name == "pacing_rules" and isinstance(value, Mapping):
@@ -75,7 +75,7 @@ def _plain(name: str, value: object) -> str:
 
 
 def describe_ranges(found: DataRanges) -> list[str]:
-    """What `ktrdr ib ranges` says."""
+    """One line for each series."""
     rows: list[tuple[str, ...]] = [("series", "earliest at IB", "latest complete", "held from", "held to", "problem")]
     rows += [
         (
@@ -91,7 +91,7 @@ def describe_ranges(found: DataRanges) -> list[str]:
 
 
 def describe_cleanup(found: Cleanup) -> list[str]:
-    """What `ktrdr ib cleanup` says."""
+    """Client ids and runs that were ended."""
 
     def listed(ids: Sequence[LeasedId]) -> str:
         return f": {_leased(ids)}" if ids else ""
@@ -104,7 +104,7 @@ def describe_cleanup(found: Cleanup) -> list[str]:
 
 
 def describe_found(found: Found) -> list[str]:
-    """What `ktrdr ib symbols` says."""
+    """One line for each contract."""
     rows = [("sec type", "symbol", "exchange", "currency", "expiry", "conId", "zone", "name")]
     rows += [
         (

@@ -1,7 +1,6 @@
-"""The `ktrdr` command: parse, call, print. What it does is done elsewhere; heavy imports happen inside the commands, so that
-`ktrdr --help` is quick.
+"""The `ktrdr` command: parse, call a service, print. Commands import heavy modules themselves, so that `ktrdr --help` is quick.
 
-A known failure is one line on stderr and an exit code (`errors.py`, README); a traceback is for bugs.
+A known failure is one line on stderr and an exit code (`errors.py`, README); a traceback is a bug.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ def cli() -> None:
     \b
     ktrdr ib-load AAPL 1h --mode tail      fill from the last held bar to now
     ktrdr gaps                             what is held and what is missing
-    ktrdr adopt AAPL 1h old.csv            take over a file made by something else
-    ktrdr universe add TSLA 1h             one more series, in the UI too
-    ktrdr ib health                        can anything be loaded now?
-    ktrdr simulator                        a pretend gateway to try it with
-    ktrdr ui                               everything in the browser
+    ktrdr adopt AAPL 1h old.csv            add the bars of another program's file
+    ktrdr universe add TSLA 1h             add a series, also in the UI
+    ktrdr ib health                        check what a load needs
+    ktrdr simulator                        run a simulated gateway to try it with
+    ktrdr ui                               the Dagster UI and its daemon
     ktrdr serve                            the REST API
     """
 
@@ -146,9 +145,9 @@ def ib_load(
 @click.argument("timeframe", required=False, shell_complete=complete_listed_timeframe)
 @json_option
 def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
-    """Show what is held, what is missing and why, and what was proven not to exist.
+    """Show what is held, what is missing and why, and what is absent at IB.
 
-    Without SYMBOL and TIMEFRAME one line for each series of the universe. Asks nobody and changes nothing.
+    Without SYMBOL and TIMEFRAME: one line for each series of the universe. Sends no request and changes nothing.
 
     \b
     $ ktrdr gaps AAPL 1h
@@ -158,7 +157,7 @@ def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
         from                  to                    bars    where                      why
         2004-01-02T14:30:00Z  2023-12-29T21:00:00Z  35,236  before the first held bar  never asked
         ...
-      proven empty  3 bars in 1 range
+      absent at IB  3 bars in 1 range
         2024-01-09T15:00:00Z..2024-01-09T18:00:00Z, 3 bars
           asked 2024-03-05T15:04:05Z for 22 D to 2024-02-01T00:00:00Z: 151 bars, 137 of them in the window
     """
@@ -194,12 +193,11 @@ def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
 @click.option("--assume-utc", is_flag=True, help="Read timestamps without a time zone as UTC.")
 @json_option
 def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bool) -> None:
-    """Make FILE, a CSV of bars made by something else, part of the series SYMBOL TIMEFRAME.
+    """Add the bars of FILE, a CSV of another program, to the series SYMBOL TIMEFRAME.
 
-    Columns timestamp (or date, datetime, or a nameless first one), open, high, low, close, volume, in any order. Bars that
-    are held already win. Rows that are no good bars, or lie outside the trading hours, are shown and left out. FILE stays as it
-    is, except when it is the
-    series' own CSV: then it is converted where it is, and the original is kept beside it.
+    Columns: timestamp (or date, datetime, or a first column without a name), open, high, low, close, volume, in any order.
+    A bar that is held already is kept. Invalid rows and rows outside the trading hours are shown and dropped. FILE is not
+    changed, except if it is the series' own CSV: then it is converted in place, and the original is kept beside it.
 
     \b
     $ ktrdr adopt AAPL 1d old/aapl.csv
@@ -221,21 +219,25 @@ def adopt(symbol: str, timeframe: str, file: Path, assume_utc: bool, as_json: bo
 
 @cli.command("calendar")
 @click.argument("symbol", shell_complete=complete_symbol)
-@click.option("--start", help="First instant to compare, ISO 8601; without it a year back.")
-@click.option("--end", help="End of what is compared, not included; without it now.")
-@click.option("--apply", is_flag=True, help="Make IB's word count, for every series of the same calendar.")
+@click.option("--start", help="Start of the comparison, ISO 8601; default: a year ago.")
+@click.option("--end", help="End of the comparison, not included; default: now.")
+@click.option(
+    "--apply",
+    is_flag=True,
+    help="Use IB's schedule instead of the built-in calendar, for every series of that calendar.",
+)
 @json_option
 def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_json: bool) -> None:
-    """Compare the trading calendar of SYMBOL with IB's own schedule of it.
+    """Compare the trading calendar of SYMBOL with IB's schedule.
 
-    Asks IB, within the pacing rules; a year is one request, and sessions that IB lacks cost a second one. Corrections are kept in
-    the data folder, under calendars/, and can be deleted there.
+    Sends one request for each year, within the pacing rules, and a second one if sessions are missing from IB's schedule.
+    Corrections are files in the data folder, under calendars/; delete a file to undo them.
 
     \b
     $ ktrdr calendar AAPL --start 2024-12-01 --end 2025-02-01
     AAPL follows NYSE, regular hours: 41 sessions from 2024-12-02 to 2025-01-31 compared, 2 requests
       2025-01-09: 09 14:30..21:00 by the calendar, closed by IB
-      not applied (--apply makes IB's word count)
+      not applied (--apply uses IB's schedule)
     """
     from ktrdr_pipelines.domain.instruments import file_symbol
     from ktrdr_pipelines.domain.time import parse_range
@@ -254,7 +256,7 @@ def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_js
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=3000, show_default=True, help="Port of the web page.")
 def ui(host: str, port: int) -> None:
-    """Open the Dagster UI and its daemon on the project's data.
+    """Run the Dagster UI and its daemon on the project's data.
 
     \b
     $ ktrdr ui --port 3000
@@ -267,11 +269,11 @@ def ui(host: str, port: int) -> None:
 
 @cli.command("serve")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; beyond loopback a token is needed."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; any but loopback needs a token."
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port of the REST API.")
 def serve(host: str, port: int) -> None:
-    """Serve the REST API (the extra `api` has to be installed). Its description is at /docs.
+    """Serve the REST API, described at /docs. Needs the extra `api`.
 
     \b
     $ ktrdr serve --port 8000
@@ -281,7 +283,7 @@ def serve(host: str, port: int) -> None:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise click.ClickException("the REST API needs its extra: pip install 'ktrdr-pipelines[api]'.") from None
+        raise click.ClickException("the REST API needs the extra `api`: pip install 'ktrdr-pipelines[api]'.") from None
 
     from ktrdr_pipelines.api.app import serve as serve_api
 
@@ -318,7 +320,7 @@ def main() -> NoReturn:
     except KtrdrError as error:
         code = error.exit_code
         complain(error)
-    except BrokenPipeError:  # `ktrdr gaps | head`: nobody wants the rest
+    except BrokenPipeError:  # `ktrdr gaps | head`: the reader has closed
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)

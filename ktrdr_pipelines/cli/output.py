@@ -1,6 +1,6 @@
-"""How commands print: answers on stdout, for programs or for people; failures as one line on stderr.
+"""How commands print: results on stdout, as text or JSON; failures as one line on stderr.
 
-Light: imported before it is known which command runs.
+Imports nothing heavy: every command imports it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def show(values: object, lines: Iterable[str], *, as_json: bool) -> None:
-    """The answer on stdout, for programs or for people."""
+    """Print the result on stdout: ``values`` as JSON, or ``lines``."""
     if as_json:
         click.echo(json.dumps(values, indent=2))
         return
@@ -24,20 +24,20 @@ def show(values: object, lines: Iterable[str], *, as_json: bool) -> None:
 
 
 def json_option(command: Command) -> Command:
-    """``--json``, as every command that answers has it."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object on stdout.")(
+    """The option ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")(
         command
     )
 
 
 def as_one_line(message: object, *, longest: int = 1000) -> str:
-    """``message`` as a terminal can show it on one line: what people typed and what IB said may hold anything."""
+    """``message`` on one line, unprintable characters escaped: user input and IB's messages may contain anything."""
     text = " ".join(str(message).split())
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= longest else text[:longest] + " …"
 
 
 def complain(message: object) -> None:
-    """One line on stderr. All candidates of an ambiguous symbol are in it, dozens for a future: a person has to choose."""
+    """Print one line on stderr. An ambiguous symbol may have dozens of candidates: the user needs all of them to choose."""
     longest = 20_000 if getattr(message, "candidates", ()) else 1000
     click.echo(f"ktrdr: {as_one_line(message, longest=longest)}", err=True)

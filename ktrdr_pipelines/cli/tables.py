@@ -1,7 +1,6 @@
-"""Answers of the `ktrdr` command as text for people: lists of lines, made of plain values. Programs get `--json`.
+"""Results of the load, gaps, adopt and calendar commands as lines of text; programs read `--json`.
 
-Printing is `main.py`'s; what the values mean is said where they are made (`loading/report.py`, `services/dry_run.py`,
-`services/gaps.py`). How columns are laid out is in `text.py`.
+The values are defined in `loading/report.py`, `services/dry_run.py`, `services/gaps.py` and `services/calendar_check.py`.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ def _time(instant: datetime | None) -> str:
 
 
 def describe_load(report: LoadReport) -> list[str]:
-    """What a load did."""
+    """The report of a load."""
     missing = f", {count(report.missing_bars, 'bar')} STILL MISSING" if report.missing_bars else ""
-    held_up = f", {report.retry_wait_s:.0f} s for retries and the gateway" if report.retry_wait_s >= 1 else ""
+    retry_wait = f", {report.retry_wait_s:.0f} s for retries and the gateway" if report.retry_wait_s >= 1 else ""
     return [
         f"{report.series} {report.window}: {report.status}",
         f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
-        f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing{held_up}",
-        f"  {count(report.gaps_analyzed, 'gap')}, {_say_partitions(report)} complete, "
-        f"{count(report.proven_empty, 'bar')} proven not to exist{missing}",
+        f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing{retry_wait}",
+        f"  {count(report.gaps_analyzed, 'gap')}, {_count_partitions(report)} complete, "
+        f"{count(report.proven_empty, 'bar')} absent at IB{missing}",
         *(f"  note: {notice}" for notice in report.notices),
         *([f"  {report.merged_file}"] if Path(report.merged_file).exists() else []),
     ]
 
 
-def _say_partitions(report: LoadReport) -> str:
-    """A good load of part of a year completes no partition: said as a part of those that it touched."""
+def _count_partitions(report: LoadReport) -> str:
+    """Completed partitions, of all in the window if not all: a complete load of part of a year completes no partition."""
     touched, done = sum(1 for _ in partitions_in(report.series.timeframe, report.window)), len(report.completed)
     return f"{done:,} of {count(touched, 'partition')}" if done < touched else count(done, "partition")
 
 
 def describe_dry_run(dry: DryRun) -> list[str]:
-    """What a load would ask for, and when it could be done."""
+    """The requests that a load would send, and when they could be done."""
     head = f"{dry.series} {dry.window}, {dry.mode}: {count(dry.missing_bars, 'bar')} missing, "
-    lines = [head + (count(len(dry.requests), "request") if dry.requests else "nothing to ask")]
+    lines = [head + (count(len(dry.requests), "request") if dry.requests else "nothing to request")]
     if dry.gaps:
         rows = [(_time(g.window.start), _time(g.window.end), f"{g.opens:,}", g.reason) for g in dry.gaps]
         table = lay_out([("gap from", "to", "bars", "where"), *rows])
@@ -59,11 +58,11 @@ def describe_dry_run(dry: DryRun) -> list[str]:
             (str(i), str(r.window), str(r.duration), _time(r.end), _clock(s.at_s, dry.now), s.waited_for or "")
             for i, (r, s) in enumerate(zip(dry.requests, dry.sendings, strict=True), 1)
         ]
-        table = lay_out([("request", "for", "IB duration", "IB end", "earliest", "held up by"), *requests])
+        table = lay_out([("request", "for", "IB duration", "IB end", "earliest", "waits for"), *requests])
         lines += [table[0], *shorten(table[1:], "requests")]
         wait_s = (dry.done_at - dry.now).total_seconds()
         lines.append(
-            f"  done at {_time(dry.done_at)} at the earliest ({_span(wait_s)} from now), if answers took no time"
+            f"  done at {_time(dry.done_at)} at the earliest ({_span(wait_s)} from now), if each answer took no time"
         )
     lines.append(
         f"  budget: {dry.used} of {WINDOW_UNITS} requests of the last ten minutes are used, {dry.waiting} waiting"
@@ -85,7 +84,7 @@ def _span(seconds: float) -> str:
 
 
 def describe_holding(held: Holding) -> list[str]:
-    """Everything known of one series."""
+    """What is held, missing and absent of one series."""
     lines = [
         f"{held.series}: "
         + (count(held.rows, "bar") if held.rows else "never loaded" if held.never_loaded else "nothing held")
@@ -101,7 +100,7 @@ def describe_holding(held: Holding) -> list[str]:
         rows = [(_time(m.window.start), _time(m.window.end), f"{m.bars:,}", m.where, m.why) for m in held.missing]
         table = lay_out([("from", "to", "bars", "where", "why"), *rows])
         lines += [table[0], *shorten(table[1:], "gaps")]
-    lines.append(f"  proven empty  {count(held.proven_bars, 'bar')} in {count(held.proven_ranges, 'range')}")
+    lines.append(f"  absent at IB  {count(held.proven_bars, 'bar')} in {count(held.proven_ranges, 'range')}")
     for item in held.newest_proven:
         lines.append(f"    {item.window}, {count(item.opens, 'bar')}")
         lines += [
@@ -111,7 +110,7 @@ def describe_holding(held: Holding) -> list[str]:
             for e in item.evidence
         ]
     if held.proven_ranges > len(held.newest_proven):
-        lines.append(f"    … {held.proven_ranges - len(held.newest_proven):,} more (the sidecar has them all)")
+        lines.append(f"    … {held.proven_ranges - len(held.newest_proven):,} more (all are in the sidecar)")
     lines += shorten([f"  damage: {text}" for text in held.damage], "faults")
     lines += [f"  note: {text}" for text in held.notices]
     return lines
@@ -119,14 +118,14 @@ def describe_holding(held: Holding) -> list[str]:
 
 def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
     """One line for each series."""
-    rows = [("series", "bars", "first", "last", "missing", "why", "older", "proven empty")]
+    rows = [("series", "bars", "first", "last", "missing", "why", "older", "absent")]
     for item in found:
         name = str(item.series)
         if isinstance(item, Unreadable):
             rows.append((name, "-", "-", "-", "-", "cannot be read", "-", "-"))
             continue
         missing = item.count_missing()
-        older = "known" if item.is_older_known else "not asked"
+        older = "known" if item.is_older_known else "not requested"
         total, why = f"{sum(missing.values()):,}", "never loaded" if item.never_loaded else ", ".join(missing)
         if not item.rows:
             older = "-"
@@ -136,7 +135,7 @@ def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
 
 
 def describe_adoption(adoption: Adoption) -> list[str]:
-    """What became of the rows of a foreign file."""
+    """What was done with the rows of another program's file."""
     taken = adoption.adopted
     lines = [
         f"{adoption.series}: {count(taken.rows, 'row')} adopted from {adoption.source}, "
@@ -146,7 +145,7 @@ def describe_adoption(adoption: Adoption) -> list[str]:
     lines += shorten(dropped, "dropped rows")
     lines += [f"  note: {notice}" for notice in [*taken.notices, *adoption.notices]]
     lines.append(f"  {adoption.csv}")
-    lines.append(f"  the original is kept as {taken.backup}" if taken.backup else f"  {adoption.source} is as it was")
+    lines.append(f"  the original is kept as {taken.backup}" if taken.backup else f"  {adoption.source} is unchanged")
     lines.append(f"  {count(adoption.reported, 'complete partition')} reported to Dagster")
     if adoption.unreported:
         lines.append(f"  {adoption.unreported:,} more will be, by the reconcile sensor (`ktrdr ui` runs it)")
@@ -154,7 +153,7 @@ def describe_adoption(adoption: Adoption) -> list[str]:
 
 
 def describe_calendar_check(check: CalendarCheck) -> list[str]:
-    """What `ktrdr calendar` says."""
+    """Calendar and IB's schedule compared."""
     last = check.span.end - timedelta(days=1)
     lines = [
         f"{check.instrument.symbol} follows {check.key.name}, {check.key.hours} hours: {count(check.sessions, 'session')} from "
@@ -162,13 +161,15 @@ def describe_calendar_check(check: CalendarCheck) -> list[str]:
     ]
     lines += [f"  {describe_difference(d)}" for d in check.differences if check.file or d in check.pending()]
     lines += [f"  {describe_difference(d)}; an earlier correction is out of date" for d in check.outdated]
-    lines += [f"  {describe_difference(d)}; a second answer did not agree, left as it is" for d in check.unconfirmed]
+    lines += [
+        f"  {describe_difference(d)}; a second answer did not confirm it, not corrected" for d in check.unconfirmed
+    ]
     lines += [f"  {notice}" for notice in check.notices]
     kept = len(check.differences) - len(check.pending())
     if check.file and (check.differences or check.outdated):
-        return [*lines, f"  {count(len(check.differences), 'session')} corrected, kept in {check.file}"]
+        return [*lines, f"  {count(len(check.differences), 'session')} corrected, in {check.file}"]
     if kept:
-        lines.append(f"  {count(kept, 'session')} corrected before, as IB says")
+        lines.append(f"  {count(kept, 'session')} corrected before, as in IB's schedule")
     if not check.pending() and not check.outdated:
         return [*lines, "  nothing to correct"]
-    return [*lines, "  not applied (--apply makes IB's word count)"]
+    return [*lines, "  not applied (--apply uses IB's schedule)"]

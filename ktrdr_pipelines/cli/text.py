@@ -1,6 +1,6 @@
-"""Laying out text for people: counts in words, columns, lists without their middle. Pure, and free of the project's nouns.
+"""Text layout: counts with nouns, columns, shortened lists. Knows nothing of bars.
 
-rich was tried for the tables: it folds cells to the width of the terminal, and a time that is cut in two cannot be copied.
+rich folds table cells to the width of the terminal, and a time that is cut in two cannot be copied.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MOST_LINES = 20
-"""A longer list shows its beginning and its end, and says how much it leaves out."""
+"""A longer list shows its beginning, its end, and how many lines are left out."""
 
 
 def count(n: int, noun: str) -> str:
@@ -18,8 +18,7 @@ def count(n: int, noun: str) -> str:
 
 
 def lay_out(rows: Sequence[Sequence[str]], indent: int = 4, *, header: bool = True) -> list[str]:
-    """Columns of equal width, two spaces apart; numbers end at the same place. The first row is the ``header``, unless there
-    is none."""
+    """Columns of equal width, two spaces apart, numbers aligned right. The first row is the ``header``, unless there is none."""
     if not rows:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -39,7 +38,7 @@ def _is_number(text: str) -> bool:
 
 
 def shorten(lines: Sequence[str], what: str) -> list[str]:
-    """``lines`` without their middle when they are many."""
+    """``lines`` without their middle if there are more than `MOST_LINES`."""
     if len(lines) <= MOST_LINES:
         return list(lines)
     half = MOST_LINES // 2

@@ -1,7 +1,4 @@
-"""Run the Dagster UI with its daemon, as `ktrdr ui` and `make ui` do: one child process group, ended as a whole.
-
-While it runs, it is kept true to the universe file (`ui_reload.py`).
-"""
+"""Runs the Dagster UI with its daemon as one child process group, and reloads it when the universe changes (`ui_reload.py`)."""
 
 from __future__ import annotations
 
@@ -18,8 +15,9 @@ import click
 
 from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.errors import InputError, TransientError
-from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
+from ktrdr_pipelines.orchestration.automation.schedules import check_cron_expressions
 from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
+from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.settings import as_environment, load_settings
 
 READY_WITHIN_S = 120
@@ -27,8 +25,9 @@ LOOK_EVERY_S = 1.0
 
 
 def serve_ui(host: str, port: int) -> int:
-    """Serve until interrupted; returns the exit code. The home is initialised before several processes open it at once."""
+    """Serve until interrupted; returns the exit code. Initialises the home before several processes open it at once."""
     settings = load_settings()
+    check_cron_expressions(settings)
     _check_address(host, port)
     with open_instance(settings) as instance:
         reap_dead_runs(instance)
@@ -52,11 +51,11 @@ def serve_ui(host: str, port: int) -> int:
             os.killpg(child.pid, signal.SIGINT)
 
     url = f"http://{host}:{port}"
-    watch = UniverseWatch(settings, url)
-    # Before the child starts: one that inherits ignored signals (a shell's background job) could never be stopped.
+    watch = UniverseWatch(settings, host, port)
+    # Before the child starts: a child that inherits ignored signals (in a shell's background job) could not be stopped.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (dagster_facts.md, 1).
+    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (docs/dagster_facts.md, 1).
     child = subprocess.Popen(command, env=environment, cwd=settings.dagster_home, start_new_session=True)
     if _wait_until_ready(child, f"{url}/server_info"):
         click.echo(f"Dagster UI at {url}/assets (Ctrl-C ends it)")
@@ -67,25 +66,27 @@ def serve_ui(host: str, port: int) -> int:
         try:
             return child.wait(LOOK_EVERY_S)
         except subprocess.TimeoutExpired:
-            if said := watch.look():
-                click.echo(f"ktrdr ui: {said}")
+            if change := watch.look():
+                click.echo(f"ktrdr ui: {change}")
 
 
 def _check_address(host: str, port: int) -> None:
     """Raises:
-    InputError: the address cannot be listened on, or nobody said which one is meant."""
+    InputError: the address cannot be listened on, or ``host`` is empty or unprintable."""
     if not host.isprintable():
-        raise InputError(f"{host[:40]!r} is no --host", advice="Leave it out, or name one.")
+        raise InputError(f"{host[:40]!r} is not a valid --host", advice="Omit it, or give an address.")
     if not host.strip():
-        raise InputError("an empty --host would be every address of this machine", advice="Leave it out, or name one.")
+        raise InputError(
+            "an empty --host would be every address of this machine", advice="Omit it, or give an address."
+        )
     with socket.socket() as probe:
-        # As the web server itself does it: a port that was left a moment ago can be had again.
+        # As the web server does: a port that was closed a moment ago can be used again.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, UnicodeError) as error:
             raise InputError(
-                f"{host[:60]}:{port} cannot be used: {getattr(error, 'strerror', None) or error}",
+                f"cannot listen on {host[:60]}:{port}: {getattr(error, 'strerror', None) or error}",
                 doing="opening the UI",
                 advice="Choose another --port or --host.",
             ) from None

@@ -1,4 +1,4 @@
-"""``ktrdr universe``: which series exist. What it does is `services/membership.py`'s."""
+"""``ktrdr universe``: which series exist. Prints what `services/membership.py` returns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 SECURITY_TYPES = ("STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD")
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
-# Both are named here as well, since their modules are too heavy for --help; a test holds them together.
+# Copies: their modules are too heavy for --help. A test compares them.
 
 
 @click.group("universe")
 def universe_commands() -> None:
-    """Show and change which series exist. Each is an asset in the UI, and what the sensors keep up to date.
+    """Show and change which series exist. Each series is an asset in the UI, and the sensors keep it up to date.
 
     \b
     $ ktrdr universe add TSLA 1h 1d
@@ -34,7 +34,7 @@ def universe_commands() -> None:
 @universe_commands.command("list")
 @json_option
 def list_all(as_json: bool) -> None:
-    """Show every series of the universe with its hours, what is shown, and what is held. Asks nobody.
+    """Show every series of the universe with its hours, what to show, and the bars held. Sends no request.
 
     \b
     $ ktrdr universe list
@@ -56,22 +56,22 @@ def list_all(as_json: bool) -> None:
 @universe_commands.command("add")
 @click.argument("symbol", shell_complete=complete_symbol)
 @click.argument("timeframes", nargs=-1, required=True, metavar="TIMEFRAME...", shell_complete=complete_timeframe)
-@click.option("--sec-type", type=click.Choice(SECURITY_TYPES), help="Kind of instrument; with it IB is not asked.")
+@click.option("--sec-type", type=click.Choice(SECURITY_TYPES), help="Kind of instrument; with it IB is not searched.")
 @click.option("--exchange", metavar="NAME", help="IB's name of the exchange, SMART for stocks.")
-@click.option("--primary-exchange", metavar="NAME", help="Where a stock is listed, when its symbol is ambiguous.")
-@click.option("--currency", metavar="CODE", help="Three letters; USD if not given.")
-@click.option("--ib-symbol", metavar="NAME", help="IB's symbol, where SYMBOL is a name of your own (ES for ESZ4).")
+@click.option("--primary-exchange", metavar="NAME", help="Where a stock is listed, if its symbol is ambiguous.")
+@click.option("--currency", metavar="CODE", help="Three letters; default: USD.")
+@click.option("--ib-symbol", metavar="NAME", help="IB's symbol, if SYMBOL is your own name (ES for ESZ4).")
 @click.option("--expiry", metavar="YYYYMM", help="Contract month of a future.")
-@click.option("--con-id", type=click.IntRange(1, 2**31 - 1), metavar="N", help="IB's number of the contract.")
-@click.option("--hours", type=click.Choice(["regular", "extended"]), help="Of a stock; regular if not given.")
-@click.option("--what-to-show", type=click.Choice(WHAT_TO_SHOW), help="What the bars are made of, in IB's words.")
+@click.option("--con-id", type=click.IntRange(1, 2**31 - 1), metavar="N", help="IB's contract id.")
+@click.option("--hours", type=click.Choice(["regular", "extended"]), help="Trading hours of a stock; default: regular.")
+@click.option("--what-to-show", type=click.Choice(WHAT_TO_SHOW), help="IB's whatToShow: what the bars are made of.")
 @json_option
-def add(symbol: str, timeframes: tuple[str, ...], as_json: bool, **said: object) -> None:
-    """Add SYMBOL at each TIMEFRAME to the universe. Loads nothing: `ktrdr ib-load` or the UI does.
+def add(symbol: str, timeframes: tuple[str, ...], as_json: bool, **options: object) -> None:
+    """Add SYMBOL at each TIMEFRAME to the universe. Loads no bars: `ktrdr ib-load` or the UI does.
 
-    A symbol that the universe does not name is looked up at IB as `ktrdr ib symbols` shows it, unless an option says which
-    contract is meant. Comments and layout of the file stay. A running `ktrdr ui` shows the new series within seconds.
-    Exit codes: 0, 2 wrong input, 3 IB knows no such symbol, 5 no gateway, 7 disk.
+    A symbol that is not in the universe is searched at IB, as by `ktrdr ib symbols`, unless an option names the contract.
+    Comments and layout of the file are kept. A running `ktrdr ui` shows the new series within seconds.
+    Exit codes: 0, 2 invalid input, 3 IB has no such symbol, 5 no gateway, 7 disk.
 
     \b
     $ ktrdr universe add ESZ4 1h --sec-type FUT --exchange CME --ib-symbol ES --expiry 202412
@@ -81,11 +81,11 @@ def add(symbol: str, timeframes: tuple[str, ...], as_json: bool, **said: object)
     """
     _check(symbol, timeframes)
     for name in ("exchange", "primary_exchange", "currency", "ib_symbol", "expiry"):
-        _check_word(name, said[name])
+        _check_word(name, options[name])
 
     from ktrdr_pipelines.services.membership import add_to_universe
 
-    change = add_to_universe(symbol, timeframes, said)
+    change = add_to_universe(symbol, timeframes, options)
     show(change.as_dict(), _describe_change(change), as_json=as_json)
 
 
@@ -94,7 +94,7 @@ def add(symbol: str, timeframes: tuple[str, ...], as_json: bool, **said: object)
 @click.argument("timeframes", nargs=-1, metavar="[TIMEFRAME]...", shell_complete=complete_listed_timeframe)
 @json_option
 def remove(symbol: str, timeframes: tuple[str, ...], as_json: bool) -> None:
-    """Take SYMBOL out of the universe, at each TIMEFRAME or altogether. Its files stay, and come back into use when added again.
+    """Remove SYMBOL from the universe, at each TIMEFRAME or at all. Its files are kept, and used again if it is added again.
 
     \b
     $ ktrdr universe remove AAPL 1h
@@ -122,7 +122,7 @@ def _check(symbol: str, timeframes: Iterable[str]) -> None:
 
 
 def _check_word(name: str, value: object) -> None:
-    """A word as IB writes them; nothing else belongs into the universe file."""
+    """Only a word as IB writes them may get into the universe file."""
     import re
 
     from ktrdr_pipelines.errors import InputError
@@ -133,7 +133,7 @@ def _check_word(name: str, value: object) -> None:
     if value is not None and not re.fullmatch(pattern, str(value)):
         option = name.replace("_", "-")
         example = {"currency": "EUR", "expiry": "202412", "ib_symbol": "ES"}.get(name, "NASDAQ")
-        raise InputError(f"{str(value)[:40]!r} is no --{option}", advice=f"Write it like {example}.")
+        raise InputError(f"{str(value)[:40]!r} is not a valid --{option}", advice=f"Write it like {example}.")
 
 
 def _describe_list(found: Iterable[Listed]) -> list[str]:
@@ -153,7 +153,7 @@ def _describe_list(found: Iterable[Listed]) -> list[str]:
 def _describe_change(change: Change) -> list[str]:
     return [
         *(f"added {series}" for series in change.added),
-        *(f"{series} is there already" for series in change.already),
+        *(f"{series} is already there" for series in change.already),
         *(f"removed {series}" for series in change.removed),
         *(f"  kept {path}" for path in change.kept),
         f"  {change.path}",

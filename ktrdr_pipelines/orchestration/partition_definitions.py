@@ -1,7 +1,7 @@
 """Dagster's partition definitions: one per timeframe, shared by all series.
 
-The grid itself (keys, windows) is `ktrdr_pipelines/domain/partitions.py`; a test holds the two together. Shared because assets
-with equal definitions can be materialized in one run: 50 ms a series instead of 6 s a run (dagster_facts.md, 6).
+The grid itself (keys, windows) is `domain/partitions.py`; a test compares the two. Only assets with equal definitions can be
+materialized in one run: 50 ms a series instead of 6 s a run (docs/dagster_facts.md, 6).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ktrdr_pipelines.domain.timeframes import PartitionUnit, Timeframe
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.settings import Settings
 
-# Weekdays only: Friday's window runs to Monday 00:00 UTC, so that no partition is for ever empty.
+# Weekdays only: Friday's window runs to Monday 00:00 UTC, so that no partition is always empty.
 _CRON: dict[PartitionUnit, str] = {"day": "0 0 * * 1-5", "week": "0 0 * * 0", "month": "0 0 1 * *", "year": "0 0 1 1 *"}
 _FORMAT: dict[PartitionUnit, str] = {"day": "%Y-%m-%d", "week": "%Y-%m-%d", "month": "%Y-%m-%d", "year": "%Y"}
 

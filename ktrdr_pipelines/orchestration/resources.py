@@ -4,6 +4,8 @@ The connection is made at the first request of a run, not before: a run with not
 in-process executor one connection serves all series of a run and is closed at its end, on every path.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import dagster as dg
@@ -16,7 +18,7 @@ from ktrdr_pipelines.ib.client_ids import ClientIds
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.runs.door import current_door
-from ktrdr_pipelines.orchestration.runs.liveness import may_end, show_life
+from ktrdr_pipelines.orchestration.runs.liveness import reaping
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
 from ktrdr_pipelines.store.store import Store
@@ -74,21 +76,22 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             library=self.library,
         )
 
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Remember who started the run: people and daemons take client ids of different ranges. Show that it goes."""
-        tags = context.run.tags if context.run else {}
-        is_daemon = any(tag in tags for tag in _DAEMON_TAGS)
-        self._client_ids = ClientIds.DAEMON if is_daemon else ClientIds.PERSON
-        if context.run:
-            show_life(Path(self.state_dir), context.run.run_id)
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["GatewayResource"]:
+        """For one run: liveness from here on, and at its end the close of the connection that this resource opened.
 
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
-        """Close what this resource opened; a lent connection is its lender's."""
-        if context.run:
-            may_end(context.run.run_id)
-        if self._history is not None:
-            self._history.close()
-            self._history = None
+        Who launched the run decides on the client id: commands and daemons use different ranges.
+        """
+        run = context.run
+        is_daemon = any(tag in run.tags for tag in _DAEMON_TAGS) if run else False
+        self._client_ids = ClientIds.DAEMON if is_daemon else ClientIds.PERSON
+        with reaping(context.instance, run.run_id) if run and context.instance else nullcontext():
+            try:
+                yield self
+            finally:
+                if self._history is not None:
+                    self._history.close()
+                    self._history = None
 
     def history(self) -> IBHistory:
         """The connection of this run: the one its door lent, else one of its own, made at the first request."""

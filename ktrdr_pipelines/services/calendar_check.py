@@ -1,10 +1,8 @@
-"""Compare the calendar of an instrument with IB's own schedule, and correct it: what `ktrdr calendar` does between parsing and
-printing.
+"""Compare the calendar of an instrument with IB's schedule and correct it, for `ktrdr calendar`.
 
-IB is asked through `ib/history.py`, paced and counted like every history request. What differs is decided in
-`calendars/ib_schedule.py`, what counts from then on is kept by `store/schedule_overrides.py`. A calendar that expects too
-much costs requests, one that expects too little loses bars: so a session, or a part of one, is given up only when two
-answers agree.
+Requests go through `ib/history.py`, paced and counted like every history request; `calendars/ib_schedule.py` compares,
+`store/schedule_overrides.py` saves corrections. A calendar that expects too much costs requests, one that expects too little
+loses bars: trading time is removed only if two answers agree.
 """
 
 from __future__ import annotations
@@ -37,25 +35,25 @@ from ktrdr_pipelines.store.schedule_overrides import CorrectedSession, refresh_c
 from ktrdr_pipelines.store.sidecar import Source
 
 DAYS_BACK = 365
-"""How far back is compared without a start, and the longest request (IB takes at most 365 D)."""
+"""How far back to compare by default, and the longest request (IB takes at most 365 D)."""
 
 MOST_DIFFERENT = 0.2
-"""Where more than this part of the sessions differ, it is another calendar and no correction; a handful always may."""
+"""If a larger part of the sessions differs, it is another calendar, not a correction; five may always differ."""
 
 _DAY = timedelta(days=1)
 
 
 class ScheduleSource(Protocol):
-    """Where schedules come from: `IBHistory`, or a fake."""
+    """A source of schedules: `IBHistory`, or a fake."""
 
     def fetch_schedule(self, instrument: Instrument, *, end: datetime, days: int) -> list[Session]:
-        """Sessions up to ``end``, oldest first; ``days`` of them, or a few more or less."""
+        """Sessions up to ``end``, oldest first; about ``days`` of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalendarCheck:
-    """What came of one comparison. ``span``: from the first session date that IB listed to after the last one. ``unconfirmed``
-    differences would give up trading time and no second answer agreed: they are not applied."""
+    """The result of one comparison. ``span``: from IB's first session date to after its last one. ``unconfirmed`` differences
+    would remove trading time and were not repeated by a second answer: they are not applied."""
 
     instrument: Instrument
     key: CalendarKey
@@ -65,15 +63,15 @@ class CalendarCheck:
     unconfirmed: Sequence[Difference]
     requests: int = 0
     file: Path | None = None
-    """Where the differences are kept from now on; None when they were not applied."""
+    """The file of the corrections; None if they were not applied."""
     notices: Sequence[str] = ()
     in_force: frozenset[int] = frozenset()
-    """Session dates (epoch seconds) of ``differences`` that an earlier correction has put right already."""
+    """Session dates (epoch seconds) of ``differences`` that an earlier correction contains already."""
     outdated: Sequence[Difference] = ()
-    """Where an earlier correction says what IB no longer says. Applying takes it back."""
+    """Earlier corrections that IB's schedule no longer has. Applying removes them."""
 
     def pending(self) -> list[Difference]:
-        """The differences that do not count yet."""
+        """The differences that are not corrected yet."""
         return [d for d in self.differences if d.session.date_s not in self.in_force]
 
     def as_dict(self) -> dict[str, object]:
@@ -106,11 +104,11 @@ def check_calendar(
     apply: bool = False,
     settings: Settings | None = None,
 ) -> CalendarCheck:
-    """Compare the calendar that ``symbol`` follows with IB's schedule from ``start`` to ``end`` (ISO 8601; a year back without),
-    and with ``apply`` make IB's word count for every series of that calendar.
+    """Compare the calendar of ``symbol`` with IB's schedule from ``start`` to ``end`` (ISO 8601; default: the last year). With
+    ``apply``, use IB's schedule instead of the built-in calendar, for every series of that calendar.
 
     Raises:
-        KtrdrError: the input cannot be meant, IB failed, or what it says is no correction of this calendar.
+        KtrdrError: invalid input, IB failed, or its schedule is another calendar.
     """
     now = datetime.now(UTC)
     file_symbol(symbol)
@@ -122,22 +120,22 @@ def check_calendar(
     instrument = name_instrument(symbol, settings)
     if instrument.sec_type == "CONTFUT":
         raise InputError(
-            f"IB tells no past schedule of a continuous future, as {instrument.symbol} is one",
+            f"IB has no past schedule of continuous futures such as {instrument.symbol}",
             advice=f"Compare a contract of it, such as {_name_contract(instrument, now)}: they share a calendar.",
         )
     refresh_calendars(settings.data_dir)
     with IBHistory(GatewayResource.of(settings).address()) as history:
         check = compare_with_ib(history, history.pin(instrument), window, now=now)
         if apply:
-            check = replace(check, file=_keep(check, settings.data_dir, source=history.source, now=now))
+            check = replace(check, file=_save(check, settings.data_dir, source=history.source, now=now))
         return replace(check, requests=history.requests_made)
 
 
 def compare_with_ib(history: ScheduleSource, instrument: Instrument, window: Window, *, now: datetime) -> CalendarCheck:
-    """Ask for the schedule of ``instrument`` (pinned) in ``window`` and compare; nothing is kept.
+    """Request the schedule of ``instrument`` (pinned) in ``window`` and compare; nothing is saved.
 
     Raises:
-        KtrdrError: IB failed, or what it says is no correction of this calendar.
+        KtrdrError: IB failed, or its schedule is another calendar.
     """
     key = CalendarKey.of(instrument)
     table = installed_table(instrument)
@@ -149,7 +147,7 @@ def compare_with_ib(history: ScheduleSource, instrument: Instrument, window: Win
     _refuse_another_calendar(found, sessions, key, instrument)
     unconfirmed = _find_unconfirmed(history, instrument, found, now)
     confirmed = [d for d in found if d not in unconfirmed]
-    correct(table, [d.session for d in confirmed])  # refuses sessions that overlap
+    correct(table, [d.session for d in confirmed])  # raises if sessions overlap
     still = {d.session.date_s: d for d in compare(table_of(instrument), theirs, span)}
     differing = {d.session.date_s for d in found}
     return CalendarCheck(
@@ -165,18 +163,17 @@ def _name_contract(instrument: Instrument, now: datetime) -> str:
     return f"{instrument.ib_symbol or instrument.symbol}{letter}{year % 10}"
 
 
-def _keep(check: CalendarCheck, data_dir: Path, *, source: Source, now: datetime) -> Path:
+def _save(check: CalendarCheck, data_dir: Path, *, source: Source, now: datetime) -> Path:
     rows = [
         CorrectedSession.of(d.session, symbol=check.instrument.symbol, asked_at=now, source=source)
         for d in check.differences
     ]
-    doubted = {_date(d.session) for d in check.unconfirmed}
-    return save_corrections(data_dir, check.key, _dates_in(check.span) - doubted, rows)
+    unconfirmed = {_date(d.session) for d in check.unconfirmed}
+    return save_corrections(data_dir, check.key, _dates_in(check.span) - unconfirmed, rows)
 
 
 def fetch_sessions(history: ScheduleSource, instrument: Instrument, window: Window) -> tuple[list[Session], list[str]]:
-    """IB's sessions from ``window``'s start to its end, oldest first, and what has to be said about them. Goes back request by
-    request, by what arrived.
+    """IB's sessions in ``window``, oldest first, and notices. Goes back request by request, from the oldest session received.
 
     Raises:
         TransientError: no sessions came. DataError: two answers contradict each other. KtrdrError: IB failed.
@@ -190,34 +187,34 @@ def fetch_sessions(history: ScheduleSource, instrument: Instrument, window: Wind
         for session in answer:
             if session.segments and found.setdefault(session.date_s, session) != session:
                 raise DataError(
-                    f"IB's schedule gives two accounts of {_date(session)}",
-                    doing=f"asking for the schedule of {instrument.symbol}",
+                    f"two answers of IB's schedule contradict each other on {_date(session)}",
+                    doing=f"requesting the schedule of {instrument.symbol}",
                     advice="Try again; nothing was changed.",
                 )
         sessions = [found[date_s] for date_s in sorted(found)]
         if not sessions:
             raise TransientError(
                 "IB sent a schedule without a session",
-                doing=f"asking for the schedule of {instrument.symbol} {window}",
-                advice="This is no proof of a closed market; try again.",
+                doing=f"requesting the schedule of {instrument.symbol} {window}",
+                advice="That is no evidence of a closed market; try again.",
             )
         oldest = datetime.fromtimestamp(sessions[0].segments[0][0], UTC)
         reached = sessions[0].date_s <= window.start_s or not session_windows(instrument, Window(window.start, oldest))
         if reached or not new or oldest >= until:
-            said = [] if reached else [f"IB's schedule reaches back to {_date(sessions[0])} only"]
-            return sessions, said
+            notices = [] if reached else [f"IB's schedule reaches back to {_date(sessions[0])} only"]
+            return sessions, notices
         until = oldest
 
 
 def _find_unconfirmed(
     history: ScheduleSource, instrument: Instrument, found: Sequence[Difference], now: datetime
 ) -> list[Difference]:
-    """Of the differences that give up trading time, those that a second, differently shaped request does not repeat."""
+    """The differences that remove trading time and that a second, differently shaped request does not repeat."""
     doubtful = [d for d in found if d.loses_time]
     unconfirmed: list[Difference] = []
     while doubtful:
         last = datetime.fromtimestamp(doubtful[-1].session.date_s, UTC)
-        # Sessions around the doubtful ones: a shorter, later-ending question than the first, of at most a year.
+        # Sessions around the doubtful ones: a shorter request than the first, with a later end, of at most a year.
         batch = [d for d in doubtful if d.session.date_s > (last - timedelta(days=DAYS_BACK - 30)).timestamp()]
         first = datetime.fromtimestamp(batch[0].session.date_s, UTC)
         end = min(last + timedelta(days=9, hours=12), now)
@@ -241,17 +238,17 @@ def _refuse_another_calendar(
             f"IB's schedule of {instrument.symbol} and the calendar {key.name} differ in {len(found)} of {sessions} sessions",
             rows="\n".join(describe_difference(d) for d in found[:5]),
             doing=f"comparing the calendar of {instrument.symbol}",
-            advice="This is no correction but another calendar: name the right one with `calendar:` in the universe file.",
+            advice="That is another calendar: name the right one with `calendar:` in the universe file.",
         )
 
 
 def describe_difference(difference: Difference) -> str:
-    """``2025-01-09: 14:30..21:00 by the calendar, closed by IB``."""
-    ours, theirs = _say(difference.ours), _say(difference.session.segments)
+    """``2025-01-09: 09 14:30..21:00 by the calendar, closed by IB``."""
+    ours, theirs = _describe_segments(difference.ours), _describe_segments(difference.session.segments)
     return f"{_date(difference.session)}: {ours} by the calendar, {theirs} by IB"
 
 
-def _say(segments: Iterable[tuple[int, int]]) -> str:
+def _describe_segments(segments: Iterable[tuple[int, int]]) -> str:
     parts = [f"{datetime.fromtimestamp(a, UTC):%d %H:%M}..{datetime.fromtimestamp(b, UTC):%H:%M}" for a, b in segments]
     return " and ".join(parts) or "closed"
 

@@ -1,8 +1,7 @@
-"""What is held of a series, what is missing and why, and what was proven empty: the substance of `ktrdr gaps`.
+"""What is held of a series, what is missing and why, and what is absent at IB, for `ktrdr gaps`.
 
-Nearly pure: reads one series through `store/`, asks nobody, changes nothing. Which bars are missing is judged by
-`planning/coverage.py`, as for a load; how Dagster recorded the partitions is told by the caller
-(`orchestration/runs/partition_status.py`).
+Reads one series through `store/`, sends no request, changes nothing. `planning/coverage.py` decides which bars are missing, as
+for a load; the caller passes the status of partitions (`orchestration/runs/queries.py`).
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from ktrdr_pipelines.store.store import Store
 IntArray = npt.NDArray[np.int64]
 
 NEWEST_SHOWN = 5
-"""How many of the proven-empty ranges are told with their evidence; the sidecar has them all."""
+"""How many of the absent ranges are shown with their evidence; all are in the sidecar."""
 
 
 class Why(StrEnum):
     """Why a bar is missing. ``GONE``: its partition is recorded as complete and newer bars are held (or none at all), so it
-    was in the file once. What lies after the last held bar was not asked for yet, however the partition is recorded."""
+    was in the file once. A bar after the last held one was not requested yet, whatever the record of its partition."""
 
     NEVER_ASKED = "never asked"
     FAILED = "failed in its last run"
@@ -52,7 +51,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Forming:
-    """A bar that trades now: its stamp, and when it will be complete. It is not missing."""
+    """A forming bar: its open, and when it will be complete. It is not missing."""
 
     opens_at: datetime
     complete_at: datetime
@@ -60,7 +59,7 @@ class Forming:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """All that is known of one series without asking IB."""
+    """What is known of one series without a request to IB."""
 
     series: Series
     file: str
@@ -75,11 +74,11 @@ class Holding:
     newest_proven: Sequence[ProvenEmpty]
     """At most `NEWEST_SHOWN`, the one with the newest evidence first."""
     is_older_known: bool
-    """False if something before the first held bar (nothing held: at all) was never asked for, as far as partitions reach."""
+    """False if bars before the first held one (nothing held: any bars) were never requested, as far as partitions reach."""
     notices: Sequence[str]
     damage: Sequence[str] = ()
     never_loaded: bool = False
-    """Nothing is held, IB never answered anything about it, and Dagster recorded no load."""
+    """Nothing is held, the sidecar has no answer of IB, and Dagster no record of a load."""
 
     def count_missing(self) -> dict[str, int]:
         """Missing bars by reason."""
@@ -134,14 +133,14 @@ def inspect_series(
     damage: Sequence[str] = (),
     brief: bool = False,
 ) -> Holding:
-    """What ``store`` (settled for ``series``, see `store.peek`) holds and lacks from ``earliest`` to ``now``.
+    """What is held and missing in ``store`` (settled for ``series``, see `store.snapshot.peek`) from ``earliest`` to ``now``.
 
-    ``file`` is the CSV to name. ``earliest`` is where partitions begin: nothing older can be asked for. ``recorded`` is by
-    partition key. ``brief``: what is older than the first held bar, if there is one, is left out, because a list of many
-    series would take minutes for it; ``is_older_known`` is told all the same.
+    ``file`` is the CSV to name. ``earliest``: where partitions begin, nothing older can be requested. ``recorded``: status by
+    partition key. ``brief``: omit missing bars before the first held one, which take minutes for a list of many series;
+    ``is_older_known`` is set anyway.
 
     Raises:
-        InputError: no calendar is known for the instrument. DataError, StoreError: the files cannot be read.
+        InputError: no calendar for the instrument. DataError, StoreError: the files cannot be read.
     """
     held = store.held_opens(series)
     sidecar = store.read_sidecar(series)
@@ -175,12 +174,12 @@ def inspect_series(
 
 
 def count_missing(series: Series, store: Store, window: Window, now: datetime) -> int:
-    """How many bars of ``window``, complete at ``now``, are expected and neither held in ``store`` (settled) nor proven empty.
+    """The number of missing bars of ``window`` in ``store`` (settled): expected, complete at ``now``, not held, not absent at IB.
 
-    Costs as much as the window is long.
+    The cost grows with the window.
 
     Raises:
-        InputError: no calendar is known for the instrument, or the window begins before calendars do. DataError, StoreError: the
+        InputError: no calendar for the instrument, or the window begins before calendars do. DataError, StoreError: the
         files cannot be read.
     """
     window = Window(window.start, max(window.start, min(window.end, now)))
@@ -192,9 +191,9 @@ def count_missing(series: Series, store: Store, window: Window, now: datetime) -
     return int(mark_missing(expected, held, store.read_sidecar(series), first_s, series.timeframe).sum())
 
 
-def describe_missing(series: Series, window: Window, lacking: int) -> str:
-    """What is said on every door where the bars of ``window`` are read and some are missing."""
-    return f"{series} {window}: {lacking:,} expected bars are not held"
+def describe_missing(series: Series, window: Window, missing: int) -> str:
+    """The warning of every entry point that reads bars of ``window`` while some are missing."""
+    return f"{series} {window}: {missing:,} expected bars are not held"
 
 
 def _asked_last(item: ProvenEmpty) -> tuple[datetime, datetime]:
@@ -208,10 +207,10 @@ def explain_missing(
     held: IntArray,
     recorded: Mapping[str, Recorded],
 ) -> list[Missing]:
-    """Runs of consecutive bars of ``expected`` that are ``missing`` for one reason, oldest first.
+    """Gaps: runs of consecutive bars of ``expected`` that are ``missing`` for one reason, oldest first.
 
-    ``held`` are the opens of the whole file, epoch seconds, sorted. Closed time does not separate, partitions only where the
-    reason changes.
+    ``held``: the opens of the whole file, epoch seconds, sorted. Closed time does not split a gap, a partition boundary only
+    if the reason changes.
     """
     at = np.flatnonzero(missing)
     if not len(at):
@@ -219,10 +218,10 @@ def explain_missing(
     opens = expected.opens[at]
     reasons = _reasons_by_partition(series, opens, recorded)
     if len(held):
-        # Complete when it was recorded, and newer bars have come since: the tail has yet to be asked for.
+        # The partition was complete when it was recorded; bars have become due since and were not requested yet.
         reasons[(reasons == _CODES[Why.GONE]) & (opens > held[-1])] = _CODES[Why.NEVER_ASKED]
     breaks = np.flatnonzero((np.diff(at) > 1) | (np.diff(reasons) != 0)) + 1
-    if len(held):  # a run that reaches from before the first held bar to after it has been parted by that bar
+    if len(held):  # a held bar splits a run that reaches from before it to after it
         side = np.searchsorted(held[[0, -1]], opens)
         breaks = np.union1d(breaks, np.flatnonzero(np.diff(side)) + 1)
     found = []
@@ -245,7 +244,7 @@ _WHY_OF = {Recorded.COMPLETE: Why.GONE, Recorded.FAILED: Why.FAILED, Recorded.UN
 
 
 def _reasons_by_partition(series: Series, opens: IntArray, recorded: Mapping[str, Recorded]) -> IntArray:
-    """The code of `Why` for each of ``opens``, by what is recorded of its partition."""
+    """The code of `Why` for each of ``opens``, by the record of its partition."""
     if not recorded:
         return np.zeros(len(opens), np.int64)
     partitions = list(partitions_in(series.timeframe, Window.from_epoch(int(opens[0]), int(opens[-1]) + 1)))
@@ -257,7 +256,7 @@ def _reasons_by_partition(series: Series, opens: IntArray, recorded: Mapping[str
 
 
 def place(open_s: int, first_s: int | None, last_s: int | None) -> GapReason:
-    """Where a missing bar lies among the held ones, of which ``first_s`` and ``last_s`` are the ends (None: nothing held)."""
+    """The place of a missing bar relative to the first and last held bar, ``first_s`` and ``last_s`` (None: nothing held)."""
     if first_s is None or last_s is None:
         return "nothing held"
     if open_s < first_s:
@@ -266,10 +265,10 @@ def place(open_s: int, first_s: int | None, last_s: int | None) -> GapReason:
 
 
 def find_forming(series: Series, now: datetime) -> list[Forming]:
-    """The bars of ``series`` that trade at ``now``: begun and not complete. None while the market is closed.
+    """The forming bars of ``series`` at ``now``: begun and not complete. Empty while the market is closed.
 
     Raises:
-        InputError: no calendar is known for the instrument.
+        InputError: no calendar for the instrument.
     """
     now_s = int(now.timestamp())
     around = expected_bars(series, Window.from_epoch(max(0, now_s - STAMP_SLACK_S), now_s + STAMP_SLACK_S))

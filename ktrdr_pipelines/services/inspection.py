@@ -1,7 +1,6 @@
-"""What `ktrdr gaps` and `ktrdr adopt` do between parsing and printing: find the series, its files and its record.
+"""Inspect and adopt files of bars, for `ktrdr gaps` and `ktrdr adopt`: opens the files and Dagster's record of a series.
 
-No gateway is needed. What is counted, and why a bar is missing, is in `gaps.py`; how foreign files are read in
-`store/foreign.py`.
+Needs no gateway. `gaps.py` counts and explains missing bars, `store/foreign.py` reads other programs' files.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.orchestration.automation.reconcile import report_held
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
-from ktrdr_pipelines.orchestration.runs.partition_status import Record
+from ktrdr_pipelines.orchestration.runs.queries import PartitionRecord
 from ktrdr_pipelines.services.gaps import Holding, inspect_series
 from ktrdr_pipelines.services.membership import name_series
 from ktrdr_pipelines.settings import Settings, load_settings
@@ -30,7 +29,7 @@ from ktrdr_pipelines.universe.file import universe_of
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A series whose files cannot be read, and why; the others are told all the same."""
+    """A series whose files cannot be read."""
 
     series: Series
     error: KtrdrError
@@ -47,7 +46,7 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Adoption:
-    """What became of a foreign file."""
+    """What was done with another program's file."""
 
     series: Series
     source: Path
@@ -55,13 +54,13 @@ class Adoption:
     adopted: Adopted
     rows_held: int
     reported: int
-    """Partitions that Dagster was told are complete."""
+    """Partitions that were reported to Dagster as complete."""
     unreported: int
-    """Those that it will be told of by the reconcile sensor."""
+    """Complete partitions that the reconcile sensor will report."""
     notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON. ``line`` is 0 for a row that was dropped because the file held another bar already."""
+        """Plain values for JSON. ``line`` is 0 for a row that was dropped because another bar was held already."""
         return {
             "symbol": self.series.instrument.symbol,
             "timeframe": self.series.timeframe.name,
@@ -78,26 +77,26 @@ class Adoption:
 
 
 def inspect_one(symbol: str, timeframe: str, settings: Settings | None = None) -> Holding:
-    """Everything about one series, damage included (that reads all of its rows).
+    """The holding of one series, with damage (reads all of its rows).
 
     Raises:
-        KtrdrError: the input cannot be meant, or the files cannot be read.
+        KtrdrError: invalid input, or the files cannot be read.
     """
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
     damage = tuple(str(problem) for problem in open_store(settings.data_dir).verify(series))
-    with Record(settings) as record:
+    with PartitionRecord(settings) as record:
         return _inspect(series, settings, record, damage=damage)
 
 
 def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unreadable]:
-    """Every series of the universe, one after the other; those whose files cannot be read do not stop the others.
+    """The holding of every series of the universe, one after the other; a series that cannot be read does not stop the others.
 
     Raises:
         InputError: the universe file cannot be read.
     """
     settings = settings or load_settings()
-    with Record(settings) as record:
+    with PartitionRecord(settings) as record:
         for series in universe_of(settings):
             try:
                 yield _inspect(series, settings, record, brief=True)
@@ -106,7 +105,7 @@ def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unr
 
 
 def _inspect(
-    series: Series, settings: Settings, record: Record, *, damage: tuple[str, ...] = (), brief: bool = False
+    series: Series, settings: Settings, record: PartitionRecord, *, damage: tuple[str, ...] = (), brief: bool = False
 ) -> Holding:
     now = datetime.now(UTC)
     store = open_store(settings.data_dir)
@@ -131,22 +130,20 @@ def _inspect(
 def adopt_file(
     symbol: str, timeframe: str, path: Path, *, assume_utc: bool = False, settings: Settings | None = None
 ) -> Adoption:
-    """Make the bars of the CSV at ``path`` part of the series; see `Store.adopt`. The partitions that are complete by that are
-    reported to Dagster, as many as a person will wait for; the reconcile sensor reports the rest.
+    """Add the bars of the CSV at ``path`` to the series; see `Store.adopt`. Complete partitions are reported to Dagster, as
+    many as a user waits for; the reconcile sensor reports the rest.
 
     Raises:
-        KtrdrError: the input cannot be meant, ``path`` is no bar file, or the disk refuses.
+        KtrdrError: invalid input, ``path`` is not a file of bars, or the disk refuses.
     """
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
     try:
         is_file = path.is_file()
-    except OSError:  # a name that no file system takes
+    except OSError:  # not a valid file name
         is_file = False
     if not is_file:
-        raise InputError(
-            f"there is no file {str(path)[:200]}", doing=f"adopting it as {series}", advice="Check the path."
-        )
+        raise InputError(f"no file {str(path)[:200]}", doing=f"adopting it as {series}", advice="Check the path.")
     store = open_store(settings.data_dir)
     adopted = store.adopt(series, path, now=datetime.now(UTC), assume_utc=assume_utc)
     notices: tuple[str, ...] = ()
@@ -154,7 +151,7 @@ def adopt_file(
     try:
         with open_instance(settings) as instance:
             reported, unreported = report_held(settings, instance, series, datetime.now(UTC))
-    except KtrdrError as error:  # the bars are in the file; the record follows when it can
-        notices = (f"Dagster was not told which partitions are complete: {error}",)
+    except KtrdrError as error:  # the bars are in the file; the sensor reports later
+        notices = (f"complete partitions were not reported to Dagster: {error}",)
     rows = store.read_sidecar(series).rows
     return Adoption(series, path, store.csv_path(series), adopted, rows, reported, unreported, notices)

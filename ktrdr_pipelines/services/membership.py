@@ -1,7 +1,6 @@
-"""Which series exist: what `ktrdr universe` does between parsing and printing.
+"""List, add and remove series of the universe, for `ktrdr universe`. Requests no bars and changes no file of bars.
 
-Changing the file is `universe/file.py`'s, finding out what IB means by a name `ib/discovery.py`'s. No bars are asked for, no
-files of bars are touched.
+`universe/file.py` changes the file, `ib/discovery.py` finds the contract of a symbol.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ if TYPE_CHECKING:
     from ktrdr_pipelines.ib.history import IBHistory
 
 _NAMING = ("sec_type", "exchange", "primary_exchange", "currency", "ib_symbol", "expiry", "con_id")
-"""Fields of an entry that say which contract is meant; with one of them IB is not asked."""
+"""Fields of an entry that identify a contract; with one of them IB is not searched."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One series of the universe, and what is held of it. Times are bar opens. ``problem`` when its files cannot be read; the
-    rest is None then, which is not the same as nothing."""
+    """One series of the universe and the bars held. Times are bar opens. If its files cannot be read, ``problem`` is set and
+    the other fields are None: unknown, not empty."""
 
     series: Series
     rows: int | None
@@ -64,7 +63,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of the universe file. ``already``: series that were in it before. ``kept``: files of removed series."""
+    """A change of the universe file. ``already``: series that were in it before. ``kept``: files of removed series."""
 
     path: Path
     added: tuple[Series, ...] = ()
@@ -88,20 +87,20 @@ def _names(series: Series) -> dict[str, str]:
 
 
 def name_series(symbol: str, timeframe: str, settings: Settings) -> Series:
-    """The series called ``symbol`` at ``timeframe``, of an instrument that the universe names; IB is not asked.
+    """The series ``symbol`` at ``timeframe``. Its instrument must be in the universe; sends no request.
 
     Raises:
-        InputError: no such timeframe, or the universe names no such instrument.
+        InputError: unknown timeframe, or the instrument is not in the universe.
     """
     wanted = parse_timeframe(timeframe)
     return Series(name_instrument(symbol, settings, timeframe=timeframe), wanted)
 
 
 def name_instrument(symbol: str, settings: Settings, *, timeframe: str = "1d") -> Instrument:
-    """The instrument that the universe calls ``symbol``; IB is not asked.
+    """The instrument ``symbol`` of the universe; sends no request.
 
     Raises:
-        InputError: it names none; ``timeframe`` is that of the load which would look it up.
+        InputError: it is not in the universe. The advice names a load at ``timeframe``, which would add it.
     """
     file_symbol(symbol)
     instrument = universe_of(settings).find_instrument(symbol)
@@ -109,13 +108,13 @@ def name_instrument(symbol: str, settings: Settings, *, timeframe: str = "1d") -
         raise InputError(
             f"{symbol} is not in the universe",
             doing=f"reading {settings.universe_path}",
-            advice=f"`ktrdr ib-load {symbol} {timeframe}` looks it up at IB and adds it; or add it to that file.",
+            advice=f"`ktrdr ib-load {symbol} {timeframe}` finds it at IB and adds it; or add it to that file.",
         )
     return instrument
 
 
 def list_series(settings: Settings | None = None) -> list[Listed]:
-    """Every series of the universe with what is held; looks at the ends of each file only.
+    """Every series of the universe with the bars held; reads only the ends of each file.
 
     Raises:
         InputError: the universe file cannot be read.
@@ -127,7 +126,7 @@ def list_series(settings: Settings | None = None) -> list[Listed]:
 
 
 def look_at(series: Series, store: Store, now: datetime) -> Listed:
-    """What is held of one series."""
+    """The bars held of one series."""
     try:
         with peek(store, series, now=now) as (view, _):
             extent = view.extent(series)
@@ -138,71 +137,74 @@ def look_at(series: Series, store: Store, now: datetime) -> Listed:
 
 
 def add_to_universe(
-    symbol: str, timeframes: Sequence[str], said: Mapping[str, object] | None = None, settings: Settings | None = None
+    symbol: str,
+    timeframes: Sequence[str],
+    options: Mapping[str, object] | None = None,
+    settings: Settings | None = None,
 ) -> Change:
-    """Add ``symbol`` at ``timeframes``. What a person ``said`` of it are fields of `universe.Entry`.
+    """Add ``symbol`` at ``timeframes``. ``options`` are fields of `universe.file.Entry`.
 
-    IB is asked only about a symbol that the universe does not name and of which nobody said which contract is meant.
+    IB is searched only for a symbol that is not in the universe and has none of the options that identify a contract.
 
     Raises:
-        KtrdrError: the input cannot be meant, contradicts the universe, or IB does not know the symbol.
+        KtrdrError: the input is invalid or contradicts the universe, or IB has no such symbol.
     """
     settings = settings or load_settings()
     file_symbol(symbol)
-    said = {name: value for name, value in (said or {}).items() if value not in (None, "")}
+    options = {name: value for name, value in (options or {}).items() if value not in (None, "")}
     wanted = [parse_timeframe(name) for name in dict.fromkeys(timeframes)]
     universe = universe_of(settings)
     known = universe.find_instrument(symbol)
     if known is not None:
-        instrument = _agree(known, said, settings)
-    elif said.keys() & set(_NAMING):
-        instrument = _describe({"symbol": symbol.strip().upper(), **said})
+        instrument = _check_same(known, options, settings)
+    elif options.keys() & set(_NAMING):
+        instrument = _describe({"symbol": symbol.strip().upper(), **options})
     else:
         from ktrdr_pipelines.ib.discovery import identify_series
 
-        with _ask_gateway(settings) as history:
+        with _open_history(settings) as history:
             instrument = identify_series(symbol, wanted[0], universe, history).instrument
-        instrument = _vary(instrument, said)
+        instrument = _with_options(instrument, options)
     series = [Series(instrument, timeframe) for timeframe in wanted]
-    there = set(universe)
+    before = set(universe)
     add_series(settings.universe_path, *series)
     return Change(
         settings.universe_path,
-        added=tuple(each for each in series if each not in there),
-        already=tuple(each for each in series if each in there),
+        added=tuple(each for each in series if each not in before),
+        already=tuple(each for each in series if each in before),
     )
 
 
 def remove_from_universe(symbol: str, timeframes: Sequence[str], settings: Settings | None = None) -> Change:
-    """Take ``symbol`` out of the universe, at ``timeframes`` or altogether. Files of bars stay where they are.
+    """Remove ``symbol`` from the universe, at ``timeframes`` or at all. Files of bars are kept.
 
     Raises:
-        InputError: the universe does not name it.
+        InputError: it is not in the universe.
     """
     settings = settings or load_settings()
     wanted = [parse_timeframe(name) for name in timeframes] or None
     file_symbol(symbol)
     instrument = universe_of(settings).find_instrument(symbol)
     if instrument is None:
-        raise InputError(f"{symbol} is not in the universe", advice="`ktrdr universe list` shows what is.")
+        raise InputError(f"{symbol} is not in the universe", advice="`ktrdr universe list` shows the symbols.")
     removed = remove_series(settings.universe_path, instrument, wanted)
     return Change(settings.universe_path, removed=tuple(removed), kept=tuple(_files_of(removed, settings)))
 
 
-def _ask_gateway(settings: Settings) -> IBHistory:
+def _open_history(settings: Settings) -> IBHistory:
     from ktrdr_pipelines.ib.history import IBHistory
     from ktrdr_pipelines.orchestration.resources import GatewayResource
 
     return IBHistory(GatewayResource.of(settings).address())
 
 
-def _agree(known: Instrument, said: Mapping[str, object], settings: Settings) -> Instrument:
-    """``known``, if what was said says the same."""
-    for name, value in said.items():
+def _check_same(known: Instrument, options: Mapping[str, object], settings: Settings) -> Instrument:
+    """``known``, if the options are the same as in the universe."""
+    for name, value in options.items():
         has = getattr(known, name)
         if str(has) != str(value):
             raise InputError(
-                f"{known.symbol} is in the universe with {name} {has or 'not given'}, not {value}",
+                f"{known.symbol} is in the universe with {name} {has or 'not set'}, not {value}",
                 advice=f"Change it in {settings.universe_path}, or remove it there first.",
             )
     return known
@@ -219,17 +221,17 @@ def _describe(fields: Mapping[str, object]) -> Instrument:
         ) from None
 
 
-def _vary(instrument: Instrument, said: Mapping[str, object]) -> Instrument:
-    """``instrument`` with the hours and what to show that were asked for, if its kind has them."""
-    if not said:
+def _with_options(instrument: Instrument, options: Mapping[str, object]) -> Instrument:
+    """``instrument`` with the hours and what to show of ``options``, if its kind has them."""
+    if not options:
         return instrument
     varied = replace(
         instrument,
-        hours=Hours(str(said.get("hours", instrument.hours))),
-        what_to_show=str(said.get("what_to_show", instrument.what_to_show)),
+        hours=Hours(str(options.get("hours", instrument.hours))),
+        what_to_show=str(options.get("what_to_show", instrument.what_to_show)),
     )
-    fields = {"symbol": varied.symbol, "sec_type": varied.sec_type, "exchange": varied.exchange, **said}
-    _describe(fields)  # refuses what the universe file would refuse
+    fields = {"symbol": varied.symbol, "sec_type": varied.sec_type, "exchange": varied.exchange, **options}
+    _describe(fields)  # raises for what the universe file does not allow
     return varied
 
 

@@ -1,11 +1,11 @@
-"""The universe file: which series exist, with what is particular to each; adding and removing some.
+"""The universe file: which series exist, and how their contracts are described; adding and removing series.
 
-`data/universe.yaml` lists instruments and their timeframes. Without a file there is a small default universe. Which
-contract IB means by a symbol is found by `ib/contracts.py`; here are only the people's own words about it.
+`data/universe.yaml` lists instruments and their timeframes. Without the file, a small default universe counts. The contract
+of a description is resolved in `ib/contracts.py`.
 
 ```yaml
 series:
-  - symbol: AAPL                  # a US stock unless it says otherwise
+  - symbol: AAPL                  # a US stock by default
     timeframes: [1h, 1d]
     hours: extended               # default: regular for stocks, everything for other kinds
   - symbol: EURUSD
@@ -57,7 +57,7 @@ _SHOWN_OF = {
     "CRYPTO": ("AGGTRADES", *_QUOTES),
     "CFD": _QUOTES,
 }
-"""What IB has of each kind; IB refuses everything else, with error 162 or 321."""
+"""What to show, by kind; IB rejects everything else with error 162 or 321."""
 
 WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
 _PAIR = re.compile("([A-Z]{3})[./]([A-Z]{3})")
@@ -65,7 +65,7 @@ _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
 
 
 class Entry(BaseModel):
-    """One instrument of the universe file. Fields left out take the defaults of its kind."""
+    """One instrument of the universe file. Missing fields take the defaults of its kind."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -96,10 +96,10 @@ class Entry(BaseModel):
             raise InputError(f"{self.symbol}: a {self.sec_type} needs an exchange")
         default_hours = Hours.REGULAR if self.sec_type == "STK" else Hours.EXTENDED
         if self.hours is Hours.REGULAR and self.sec_type != "STK":
-            raise InputError(f"{self.symbol}: only stocks have regular hours", advice="Leave `hours` out.")
+            raise InputError(f"{self.symbol}: only stocks have regular hours", advice="Omit `hours`.")
         if self.sec_type == "FUT" and not (self.expiry or self.con_id or is_future_code(symbol)):
             raise InputError(
-                f"{self.symbol}: which expiry?",
+                f"{self.symbol}: a future needs an expiry",
                 advice="Name it by its code (ESZ4), or write `expiry:`; a continuous future is sec_type CONTFUT.",
             )
         if self.expiry:
@@ -111,7 +111,7 @@ class Entry(BaseModel):
             )
         if self.what_to_show is not None and self.what_to_show not in _SHOWN_OF[self.sec_type]:
             raise InputError(
-                f"{self.symbol}: IB has no {self.what_to_show} of the kind {self.sec_type}",
+                f"{self.symbol}: IB has no {self.what_to_show} for {self.sec_type}",
                 advice=f"It has {', '.join(_SHOWN_OF[self.sec_type])}.",
             )
         return Instrument(
@@ -136,7 +136,7 @@ def _check_expiry(symbol: str, text: str) -> None:
         date(int(text[:4]), int(text[4:6]), int(text[6:] or 1))
     except ValueError:
         raise InputError(
-            f"{symbol}: {text[:40]!r} is no expiry", advice="Write the contract month like 202412, or its last day."
+            f"{symbol}: {text[:40]!r} is not an expiry", advice="Write the contract month like 202412, or its last day."
         ) from None
 
 
@@ -157,13 +157,13 @@ def entry_for(instrument: Instrument, timeframes: Iterable[str]) -> Entry:
     if instrument.sec_type == "FUT":
         kind |= {"expiry": instrument.expiry, "con_id": instrument.con_id}
     plain = Entry.model_validate(kind | {"exchange": instrument.exchange}).instrument()
-    said = {k: v for k, v in full.items() if k in ("con_id", "expiry") or v != getattr(plain, k)}
+    fields = {k: v for k, v in full.items() if k in ("con_id", "expiry") or v != getattr(plain, k)}
     if instrument.sec_type != "STK":
-        said["sec_type"] = instrument.sec_type
+        fields["sec_type"] = instrument.sec_type
     if instrument.exchange != DEFAULT_EXCHANGES.get(instrument.sec_type):
-        said["exchange"] = instrument.exchange
-    said = {k: v for k, v in said.items() if v}
-    return Entry.model_validate(said | {"symbol": instrument.symbol, "timeframes": list(timeframes)})
+        fields["exchange"] = instrument.exchange
+    fields = {k: v for k, v in fields.items() if v}
+    return Entry.model_validate(fields | {"symbol": instrument.symbol, "timeframes": list(timeframes)})
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,7 @@ class Universe:
                 yield Series(instrument, parse_timeframe(name))
 
     def find_instrument(self, symbol: str) -> Instrument | None:
-        """The instrument called ``symbol`` (case counts as typed first, then as upper case; ``EUR.USD`` and ``EUR/USD`` are
-        ``EURUSD``)."""
+        """The instrument ``symbol``: as typed, else in upper case; ``EUR.USD`` and ``EUR/USD`` are ``EURUSD``."""
         pair = _PAIR.fullmatch(symbol.upper())
         for wanted in (symbol, symbol.upper(), *(["".join(pair.groups())] if pair else [])):
             for entry in self.entries:
@@ -190,7 +189,7 @@ class Universe:
         return None
 
     def find(self, symbol: str, timeframe: Timeframe) -> Series | None:
-        """The series, or None when the universe has no such instrument or not at this timeframe."""
+        """The series, or None if the universe has no such instrument, or not at this timeframe."""
         instrument = self.find_instrument(symbol)
         series = Series(instrument, timeframe) if instrument else None
         return series if series and series in set(self) else None
@@ -206,17 +205,17 @@ def parse_universe(text: str, origin: str = "universe file") -> Universe:
     """A universe from YAML text.
 
     Raises:
-        InputError: malformed YAML, an unknown field or timeframe, or a series named twice; says which and where.
+        InputError: malformed YAML, an unknown field or timeframe, or a series listed twice; names it and its line or field.
     """
     doing = f"reading {origin}"
     try:
         raw: Any = yaml.safe_load(text)
     except RecursionError:
-        raise InputError("nested too deeply", doing=doing, advice="Mend the file, or restore it.") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that Python has no value for
+        raise InputError("nested too deeply", doing=doing, advice="Correct the file, or restore it.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number out of Python's range
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise InputError(f"not YAML{where}", doing=doing, advice="Mend the line, or restore the file.") from None
+        raise InputError(f"not YAML{where}", doing=doing, advice="Correct the line, or restore the file.") from None
     try:
         entries = tuple(_File.model_validate(raw if raw is not None else {"series": []}).series)
     except ValidationError as error:
@@ -232,7 +231,7 @@ def parse_universe(text: str, origin: str = "universe file") -> Universe:
             raise error.while_doing(f"{doing}, {entry.symbol}") from None
         for timeframe in timeframes:
             key = (file_symbol(instrument.symbol), timeframe.name)
-            # Two symbols that differ in case only would share a file on some file systems.
+            # Two symbols that differ only in case would share a file on some file systems.
             if (folded := (key[0].lower(), key[1])) in seen:
                 raise InputError(
                     f"{instrument.symbol} {timeframe.name} is listed twice",
@@ -244,22 +243,22 @@ def parse_universe(text: str, origin: str = "universe file") -> Universe:
 
 
 def read_universe(path: Path, *, must_exist: bool = False) -> Universe:
-    """The universe of ``path``; the default universe when there is no such file, unless it ``must_exist`` (a person named it).
+    """The universe of ``path``; the default universe if the file is missing, unless it ``must_exist`` (a setting names it).
 
     Raises:
-        ConfigurationError: see `parse_universe`; or the file is missing and must not be.
+        ConfigurationError: see `parse_universe`; or the file is missing and must exist.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         if must_exist:
             raise ConfigurationError(
-                f"{path} does not exist", advice="Correct KTRDR_UNIVERSE, or make the file."
+                f"{path} does not exist", advice="Correct KTRDR_UNIVERSE, or create the file."
             ) from None
         return DEFAULT_UNIVERSE
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"cannot be read: {error}", doing=f"reading {path}", advice="Mend or remove the file."
+            f"cannot be read: {error}", doing=f"reading {path}", advice="Correct or remove the file."
         ) from None
     try:
         return parse_universe(text, str(path))
@@ -268,7 +267,7 @@ def read_universe(path: Path, *, must_exist: bool = False) -> Universe:
 
 
 def universe_of(settings: Settings) -> Universe:
-    """The universe of ``settings``; the default one where there is no file, unless a person named it.
+    """The universe of ``settings``; the default one if the file is missing, unless a setting names it.
 
     Raises:
         ConfigurationError: see `read_universe`.
@@ -277,12 +276,12 @@ def universe_of(settings: Settings) -> Universe:
 
 
 def add_series(path: Path, *wanted: Series) -> Universe:
-    """Add series to the universe file (created from the default universe when missing) and return the result.
+    """Add series to the universe file (created from the default universe if missing) and return the result.
 
-    Atomic, under a lock beside the file. Adding what is there changes nothing.
+    Atomic, under a lock beside the file. A series that is there already changes nothing.
 
     Raises:
-        InputError: the universe has another instrument of that name.
+        InputError: the universe has another instrument with that symbol.
         StoreError: the folder cannot be written.
     """
     with _changing(path):
@@ -301,12 +300,12 @@ def add_series(path: Path, *wanted: Series) -> Universe:
 
 
 def remove_series(path: Path, instrument: Instrument, timeframes: Iterable[Timeframe] | None = None) -> list[Series]:
-    """Take ``instrument`` out of the universe file, at ``timeframes`` only if they are given; returns what was taken out.
+    """Remove ``instrument`` from the universe file, at ``timeframes`` (default: at all). Returns the removed series.
 
-    Atomic, under a lock beside the file. Files of bars are none of its business.
+    Atomic, under a lock beside the file. Files of bars are kept.
 
     Raises:
-        InputError: the universe has no such instrument, or not at one of the timeframes; then nothing is taken out.
+        InputError: the universe has no such instrument, or not at one of the timeframes; then nothing is removed.
         StoreError: the folder cannot be written.
     """
     with _changing(path):
@@ -319,7 +318,7 @@ def remove_series(path: Path, instrument: Instrument, timeframes: Iterable[Timef
             has = (
                 f"has {instrument.symbol} at {', '.join(str(series.timeframe) for series in mine)}"
                 if mine
-                else "lacks it"
+                else "does not have it"
             )
             raise InputError(
                 f"{instrument.symbol} {', '.join(unknown)}".strip() + f" is not in the universe, which {has}",
@@ -362,8 +361,8 @@ def _render(entries: Iterable[Entry]) -> str:
 
 
 def _write(path: Path, before: Universe, after: Universe) -> Universe:
-    """Write ``after`` and return it: a person's file is edited where that says the same, so that comments and layout stay; else
-    the file is written anew. The old one is kept beside it if a comment was lost."""
+    """Write ``after`` and return it. The user's text is edited, so that comments and layout stay; if the edited text would not
+    mean ``after``, the file is rendered new, and the old one is kept beside it if a comment is lost."""
     if before == after:
         return after
     rows = _render(after.entries)
@@ -374,7 +373,7 @@ def _write(path: Path, before: Universe, after: Universe) -> Universe:
     edited = _edit(old, before, after) if old else ""
     if _means(edited, after):
         text = edited
-    parse_universe(text, str(path))  # two names for one file, for example: nothing is written then
+    parse_universe(text, str(path))  # raises, for example, if two symbols share a file
     if set(comments_of(old)) - set(comments_of(text)):
         path.with_name(f"{path.name}.bak").write_text(old, encoding="utf-8")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -387,7 +386,7 @@ def _write(path: Path, before: Universe, after: Universe) -> Universe:
 
 
 def _edit(text: str, before: Universe, after: Universe) -> str:
-    """``text`` with the least changes that could turn ``before`` into ``after``."""
+    """``text`` with the smallest edits that should turn ``before`` into ``after``."""
     then = {entry.instrument(): entry for entry in after.entries}
     known = [entry.instrument() for entry in before.entries]
     changed = {

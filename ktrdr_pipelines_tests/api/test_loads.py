@@ -21,7 +21,7 @@ from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
-from ktrdr_pipelines.orchestration.runs.partition_status import Record
+from ktrdr_pipelines.orchestration.runs.queries import PartitionRecord
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
@@ -83,7 +83,7 @@ def test_a_load_that_is_waited_for_answers_the_specified_fields(served: Served) 
     assert run is not None
     assert run.status is dg.DagsterRunStatus.SUCCESS
     assert run.tags["ktrdr/origin"] == "api"
-    with Record(settings) as record:
+    with PartitionRecord(settings) as record:
         assert record.read(Series(stock("MSFT"), parse_timeframe("1d")), ["2022"]) == {"2022": Recorded.COMPLETE}
     again = httpx.post(f"{address}/data/load", json=body, timeout=60).raise_for_status().json()
     assert (again["fetched_bars"], again["ib_requests_made"]) == (0, 0)

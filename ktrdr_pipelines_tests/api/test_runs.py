@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.build import build_definitions
-from ktrdr_pipelines.orchestration.runs.dead_runs import OWNER_TAG, owner_tag
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.liveness import executing
 from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.services.load import load_series
 from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
@@ -48,8 +47,8 @@ def test_runs_of_every_door_are_told(open_api: OpenApi, start_gateway: StartGate
         ended = execute(settings, [AAPL, NOSUCH], instance, request)
         job = build_definitions(settings, [AAPL]).resolve_implicit_global_asset_job_def()
         gone = instance.create_run_for_job(job, asset_selection=frozenset([asset_key(AAPL)])).run_id
-        owner = json.loads(owner_tag(gone)[OWNER_TAG])
-        instance.add_run_tags(gone, {OWNER_TAG: json.dumps([*owner[:-1], "1"])})
+        with executing(instance, gone):
+            pass
         instance.report_dagster_event(
             dg.DagsterEvent(event_type_value=dg.DagsterEventType.RUN_START.value, job_name=job.name), gone
         )

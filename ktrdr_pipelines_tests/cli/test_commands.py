@@ -150,7 +150,7 @@ def test_a_contract_that_the_universe_does_not_name_is_refused(say: Say, tmp_pat
     """Like any other contradiction: the universe's words would be kept and those of the person lost without a word."""
     code, out, err = say("universe", "add", "AAPL", "1w", "--con-id", "900003")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "AAPL is in the universe with con_id not given, not 900003" in err
+    assert all(word in err for word in ("AAPL is in the universe", "con_id", "900003"))
     assert not (tmp_path / "data" / "universe.yaml").exists()
 
 
@@ -178,7 +178,7 @@ def test_a_series_is_added_listed_and_removed_and_its_files_stay(say: Say, tmp_p
     universe = read_universe(tmp_path / "data" / "universe.yaml")
     assert [str(each) for each in universe if each.instrument.symbol == "TSLA"] == ["TSLA 1d"]
     code, out, _ = say("universe", "add", "TSLA", "1h", "1d")
-    assert (code, out.splitlines()[:2]) == (0, ["added TSLA 1h", "TSLA 1d is there already"])
+    assert (code, out.splitlines()[:2]) == (0, ["added TSLA 1h", "TSLA 1d is already there"])
 
 
 def test_a_series_whose_file_cannot_be_read_does_not_hide_the_others(say: Say, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ class Refusing(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.port: int = self.socket.getsockname()[1]
         self.asked = 0
         self.start()
 
@@ -281,7 +281,7 @@ def test_only_a_universe_that_means_something_else_is_reloaded(
     path = settings.universe_path
     add_series(path, Series(stock("TSLA"), TIMEFRAMES["1h"]))
     server = Refusing()
-    watch = UniverseWatch(settings, server.url)
+    watch = UniverseWatch(settings, "127.0.0.1", server.port)
     assert watch.look() is None
     good = path.read_text()
     path.write_text(good + "# mine\n")
@@ -307,7 +307,7 @@ def test_a_corrected_contract_is_reloaded(make_settings: Callable[..., Settings]
     path = settings.universe_path
     add_series(path, Series(replace(stock("AMBG"), con_id=900001), TIMEFRAMES["1d"]))
     server = Refusing()
-    watch = UniverseWatch(settings, server.url)
+    watch = UniverseWatch(settings, "127.0.0.1", server.port)
     path.write_text(path.read_text().replace("900001", "900002"))
     assert "did not reload" in str(watch.look())
     assert server.asked == 1

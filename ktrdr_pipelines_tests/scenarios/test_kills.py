@@ -13,16 +13,13 @@ import select
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
 import numpy as np
 import pytest
-import time_machine
 
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.domain.instruments import Series, stock
@@ -31,16 +28,16 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.orchestration.assets import GATEWAY_POOL, asset_key
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
-from ktrdr_pipelines.orchestration.runs import dead_runs
-from ktrdr_pipelines.orchestration.runs.active import find_active_runs
-from ktrdr_pipelines.orchestration.runs.dead_runs import OWNER_TAG, owner_tag, reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.liveness import executing, reap_dead_runs
+from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.gateway import RequestRecord
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines_tests.conftest import LoadAt, StartGateway
 from ktrdr_pipelines_tests.fakes import utc
+from ktrdr_pipelines_tests.holding import make_dead_run, make_run
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import poll
 from ktrdr_pipelines_tests.load_forks import ROOT, LoadForks
 
@@ -290,55 +287,12 @@ def test_a_load_that_waits_for_the_slot_goes_on_when_its_holder_is_killed(
     assert (tmp_path / "data" / "MSFT_1h.csv").exists()
 
 
-def make_run(instance: dg.DagsterInstance, **more: object) -> dg.DagsterRun:
-    """A run as it is before anybody executes it."""
-
-    @dg.job
-    def nothing() -> None:
-        pass
-
-    return instance.create_run_for_job(nothing, **more)  # type: ignore[arg-type]
-
-
 def test_a_sensor_s_tick_reaps_runs_of_dead_processes_only(instance: dg.DagsterInstance) -> None:
-    """This process' run goes on, a dead one's has failed, one with a copied tag (a re-execution) is not judged by it."""
-    mine, dead = str(uuid.uuid4()), str(uuid.uuid4())
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    tag = json.loads(owner_tag(dead)[OWNER_TAG])
-    tag[3:] = [ended.pid, "1"]
-    of_the_dead = {OWNER_TAG: json.dumps(tag)}
-    make_run(instance, run_id=mine, tags=owner_tag(mine))
-    make_run(instance, run_id=dead, tags=of_the_dead)
-    again = make_run(instance, tags=of_the_dead)
-    canceling = str(uuid.uuid4())
-    make_run(instance, run_id=canceling, tags={OWNER_TAG: json.dumps([canceling, *tag[1:]])})
-    instance.report_run_canceling(instance.get_run_by_id(canceling))
-    find_active_runs(instance, utc("2024-03-01"))
-    assert {run.run_id for run in unfinished_runs(instance)} == {mine, again.run_id}
-    assert instance.get_run_by_id(dead).status is dg.DagsterRunStatus.FAILURE
-    assert instance.get_run_by_id(canceling).status is dg.DagsterRunStatus.CANCELED
-
-
-def test_a_run_of_before_a_restart_of_the_machine_is_dead(
-    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Same machine, another boot. Of another machine's run nothing can be known."""
-    monkeypatch.setattr(dead_runs, "_machine", lambda: "this machine")
-    before, elsewhere = str(uuid.uuid4()), str(uuid.uuid4())
-    for run_id, machine in ((before, "this machine"), (elsewhere, "another machine")):
-        make_run(instance, run_id=run_id, tags={OWNER_TAG: json.dumps([run_id, machine, "another boot/1", 1, "1"])})
-    assert reap_dead_runs(instance) == [before]
-
-
-def test_a_run_that_nobody_began_is_dead_after_ten_minutes(instance: dg.DagsterInstance) -> None:
-    """Its process was killed while it made the run, before it could leave its name; a run under way is not judged so."""
-    run, begun = make_run(instance), make_run(instance)
-    instance.report_engine_event("Executing", begun)
-    with time_machine.travel(datetime.now(UTC) + timedelta(minutes=9), tick=False):
-        assert reap_dead_runs(instance) == []
-    with time_machine.travel(datetime.now(UTC) + timedelta(minutes=11), tick=False):
-        assert reap_dead_runs(instance) == [run.run_id]
+    """This process' run goes on, a dead one's has failed."""
+    mine, _ = make_run(instance), make_dead_run(instance)
+    with executing(instance, mine.run_id):
+        assert find_active_runs(instance).find(AAPL_1H) == mine.run_id
+    assert {run.run_id for run in unfinished_runs(instance)} == {mine.run_id}
 
 
 def test_a_slot_of_a_run_that_has_ended_is_freed(instance: dg.DagsterInstance) -> None:

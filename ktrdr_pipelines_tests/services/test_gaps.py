@@ -133,7 +133,7 @@ def test_what_was_proven_empty_is_told_with_its_evidence_newest_first(tmp_path: 
     assert all(len(item.evidence) == 2 and item.evidence[0].text for item in found.newest_proven)
     assert not [line for line in describe_holding(found) if "more (the sidecar" in line]
     many = replace(found, proven_ranges=22)
-    assert "    … 20 more (the sidecar has them all)" in describe_holding(many)
+    assert any("… 20 more" in line for line in describe_holding(many))
 
 
 def test_a_short_look_counts_the_same_from_the_first_held_bar_on(store: Store) -> None:

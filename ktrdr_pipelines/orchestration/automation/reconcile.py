@@ -1,8 +1,8 @@
-"""Keep Dagster's partition status true to the files, both ways: a pure comparison, and the tick that acts on it.
+"""Keeps Dagster's partition status equal to the files: a pure comparison, and the sensor tick that acts on it.
 
-Complete but not recorded (an adopted file, a load outside Dagster, windows before the start of history): reported. Recorded
-but incomplete now (rows deleted, a file gone): asked for again, so that it is complete again or shows as failed. What is
-complete is `planning/coverage.py`'s judgement, the same as the load's. Bars missing after the last held one are the tail's.
+A complete partition without record (an adopted file, a load outside Dagster, windows before the start of history) is reported.
+A recorded partition that is incomplete now (rows deleted, a file removed) is loaded again: it becomes complete or shows as
+failed. `planning/coverage.py` decides what is complete, as for a load. Bars after the last held one are left to `tail.py`.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.automation.tail import QUIET_S
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
-from ktrdr_pipelines.orchestration.runs.active import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span
 from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.atomic import state_of
 from ktrdr_pipelines.store.schedule_overrides import open_store, refresh_calendars
 from ktrdr_pipelines.store.sidecar import Sidecar
 from ktrdr_pipelines.store.store import Store
 
 MAX_BLOCK = 366
-"""Partitions of one run that asks again: Dagster needs about 10 ms for each before the run starts."""
+"""Partitions in one run: Dagster needs about 10 ms for each before the run starts."""
 MAX_REQUESTS = 10
-"""Runs asked for in one tick: each takes the daemon about a second (dagster_facts.md, 4)."""
+"""Runs requested in one tick: each takes the daemon about a second (docs/dagster_facts.md, 4)."""
 REPORT_BUDGET_S = 20.0
-"""How long a person who adopted a file waits for its partitions to be reported; 10 ms each, so some 2,000."""
+"""How long `ktrdr adopt` reports partitions; 10 ms each, so some 2,000."""
 
 MAX_REPORTS = 1000
-"""Partitions reported in one tick, at 10 to 15 ms each (dagster_facts.md, 4)."""
+"""Partitions reported in one tick, at 10 to 15 ms each (docs/dagster_facts.md, 4)."""
 TICK_BUDGET_S = 25.0
-"""After this a tick stops and the next one goes on; Dagster gives up after 60 s."""
+"""After this a tick stops and the next one continues; Dagster's time-out is 60 s."""
 _LOCK_TIMEOUT_S = 2.0
 
 MATERIALIZED, FAILED, IN_PROGRESS = "MATERIALIZED", "FAILED", "IN_PROGRESS"
-"""Dagster's words for a partition's status; a partition without one is missing."""
+"""Dagster's names of a partition's status; a partition without one is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """``to_report``: complete by the files, not so by Dagster's record. ``to_request``: the other way round, as blocks of
-    consecutive partitions, oldest first."""
+    """``to_report``: complete in the files, not recorded as complete. ``to_request``: recorded as complete, incomplete in the
+    files, as blocks of consecutive partitions, oldest first."""
 
     to_report: tuple[PartitionState, ...]
     to_request: tuple[tuple[Partition, ...], ...]
@@ -62,10 +63,10 @@ class Drift:
 
 
 def compare(states: Sequence[PartitionState], recorded: Mapping[str, str], max_block: int = MAX_BLOCK) -> Drift:
-    """What differs between ``states`` (consecutive partitions, oldest first) and ``recorded`` (Dagster's status by key).
+    """The differences between ``states`` (consecutive partitions, oldest first) and ``recorded`` (Dagster's status by key).
 
-    Left alone: a partition in progress; one that failed and is incomplete, which is the truth; one of which nothing is known;
-    and a recorded one that only lacks bars after the last held one, which the tail brings.
+    Not a difference: a partition in progress; a failed one that is incomplete; one that was never requested; and a recorded
+    one that only misses bars after the last held one, which the tail sensor loads.
     """
     to_report = []
     blocks: list[list[Partition]] = []
@@ -84,7 +85,7 @@ def compare(states: Sequence[PartitionState], recorded: Mapping[str, str], max_b
 
 @dataclass
 class ReconcileTick:
-    """What one tick did and asks for. ``looked_at`` series were compared, ``unchanged`` ones had not changed since."""
+    """One tick. ``looked_at`` series were compared, ``unchanged`` ones have not changed since they agreed."""
 
     requests: list[dg.RunRequest] = field(default_factory=list)
     reported: int = 0
@@ -97,19 +98,19 @@ class ReconcileTick:
 
     def describe(self) -> str:
         """One line for the tick's page."""
-        said = [f"{self.looked_at} series compared with their files, {self.unchanged} unchanged since"]
-        said.append(f"{self.reported} partitions reported" if self.reported else "nothing to ask for again")
+        parts = [f"{self.looked_at} series compared with their files, {self.unchanged} unchanged since"]
+        parts.append(f"{self.reported} partitions reported" if self.reported else "nothing to load again")
         if self.going:
-            said.append(f"{self.going} in a run that is still going")
+            parts.append(f"{self.going} in an unfinished run")
         if self.problems:
-            said.append(f"{len(self.problems)} cannot be judged, see the log")
+            parts.append(f"{len(self.problems)} cannot be read, see the log")
         if self.cursor:
-            said.append(f"the next tick goes on after {self.cursor}")
-        return "; ".join(said)
+            parts.append(f"the next tick continues after {self.cursor}")
+        return "; ".join(parts)
 
 
 class Reconciler:
-    """Compares series by series, as many as fit into a tick, and remembers which have not changed since they agreed."""
+    """Compares series after series, as many as fit into a tick, and remembers the state in which they agreed."""
 
     def __init__(self, settings: Settings, universe: Sequence[Series]) -> None:
         self._settings = settings
@@ -126,10 +127,10 @@ class Reconciler:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> ReconcileTick:
-        """Go on after the series named ``cursor``; from the first one when it is empty.
+        """Continue after the series named ``cursor``; begin with the first one if it is empty.
 
         Raises:
-            StoreError: corrections of calendars cannot be read; without them nothing can be called complete.
+            StoreError: corrections of calendars cannot be read; without them completeness cannot be decided.
         """
         tick = ReconcileTick()
         corrections = refresh_calendars(self._settings.data_dir)
@@ -137,7 +138,7 @@ class Reconciler:
             self._corrections = corrections
             self._agreed.clear()
         until = clock() + TICK_BUDGET_S
-        active = find_active_runs(instance, now)
+        active = find_active_runs(instance)
         todo = [s for s in self._universe if s.name > cursor]
         records = _read_records(instance, todo) if todo else {}
         before = cursor
@@ -166,7 +167,7 @@ class Reconciler:
         if active.find(series):
             tick.going += 1
             return True
-        # A store of its own, because a store keeps every sidecar it has read.
+        # A new store, because a store caches every sidecar it reads.
         store = Store(self._settings.data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
         marks = (_mark(store, series), record)
         if self._agreed.get(series.name) == marks:
@@ -175,7 +176,7 @@ class Reconciler:
         if _is_being_written(store, series, now):
             return True
         try:
-            drift, is_settled = self._find_drift(series, store, instance, now, tick)
+            drift, is_settled = self.find_drift(series, store, instance, now, tick)
         except KtrdrError as error:
             tick.problems.append(f"{series}: {error}")
             return True
@@ -195,21 +196,21 @@ class Reconciler:
             first, last = block[0], block[-1]
             key = f"reconcile:{first.key}:{last.key}:{int(now.timestamp()) // 60}"
             tick.requests.append(request_run([series], first, last, Mode.FULL, origin="reconcile", run_key=key))
-            tick.notices.append(f"{series}: {first.key} to {last.key} lost bars and is asked for again")
+            tick.notices.append(f"{series}: {first.key} to {last.key} lost bars and is loaded again")
         return True
 
-    def _find_drift(
+    def find_drift(
         self, series: Series, store: Store, instance: dg.DagsterInstance, now: datetime, tick: ReconcileTick
     ) -> tuple[Drift, bool]:
-        """The drift of one series, and whether nothing of it is in progress."""
+        """The drift of one series, and whether none of its partitions is in progress."""
         held = np.empty(0, dtype=np.int64)
         sidecar = Sidecar()
         try:
-            tick.notices += [f"{series}: {said}" for said in store.prepare(series, now=now).describe()]
+            tick.notices += [f"{series}: {text}" for text in store.prepare(series, now=now).describe()]
             sidecar = store.read_sidecar(series)
             held = store.held_opens(series)
         except DataError as error:
-            # What cannot be read is not held: recorded partitions are asked for again, and fail with this reason.
+            # Treated as not held: recorded partitions are loaded again, and fail with this reason.
             tick.problems.append(f"{series}: {error}")
             held, sidecar = np.empty(0, dtype=np.int64), Sidecar()
         key, timeframe = asset_key(series), series.timeframe
@@ -242,15 +243,15 @@ def report_held(
     budget_s: float = REPORT_BUDGET_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, int]:
-    """Report the partitions of ``series`` that its file holds and Dagster has no record of: how many were, and how many are left
-    for the sensor because ``budget_s`` seconds were over. What the file lost is the sensor's to ask for.
+    """Report the complete partitions of ``series`` that Dagster has no record of. Returns how many were reported, and how many
+    are left to the sensor because ``budget_s`` seconds were over. Lost bars are left to the sensor.
 
     Raises:
         KtrdrError: the files cannot be read.
     """
     store = open_store(settings.data_dir)
     reconciler = Reconciler(settings, [series])
-    drift, _ = reconciler._find_drift(series, store, instance, now, ReconcileTick())
+    drift, _ = reconciler.find_drift(series, store, instance, now, ReconcileTick())
     until = clock() + budget_s
     for done, state in enumerate(drift.to_report):
         if clock() > until:
@@ -267,22 +268,14 @@ def _describe(series: Series, state: PartitionState) -> dg.AssetMaterialization:
     return dg.AssetMaterialization(
         asset_key(series),
         partition=state.partition.key,
-        description="Found complete in the file; no run of Dagster's loaded it.",
+        description="Found complete in the file; no Dagster run loaded it.",
         metadata=metadata,
     )
 
 
 def _mark(store: Store, series: Series) -> object:
-    """What changes when a file of the series does."""
-    marks: list[tuple[int, int, int] | None] = []
-    for path in (store.csv_path(series), store.sidecar_path(series)):
-        try:
-            state = path.stat()
-        except FileNotFoundError:
-            marks.append(None)
-            continue
-        marks.append((state.st_mtime_ns, state.st_size, state.st_ino))
-    return tuple(marks)
+    """The state of the files of the series."""
+    return state_of(store.csv_path(series)), state_of(store.sidecar_path(series))
 
 
 def _is_being_written(store: Store, series: Series, now: datetime) -> bool:
@@ -294,7 +287,7 @@ def _is_being_written(store: Store, series: Series, now: datetime) -> bool:
 
 
 def _read_records(instance: dg.DagsterInstance, universe: Sequence[Series]) -> dict[dg.AssetKey, object]:
-    """By asset what changes when Dagster records anything of it; nothing for assets it has no record of."""
+    """By asset a value that changes with every record of it; assets without record are left out."""
     return {
         record.asset_entry.asset_key: (
             record.asset_entry.last_materialization_storage_id,

@@ -10,13 +10,8 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
-from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG
+from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG, TIMEFRAME_TAG
 from ktrdr_pipelines.planning.modes import Mode
-
-MODE_TAG = "ktrdr/mode"
-TIMEFRAME_TAG = "ktrdr/timeframe"
-RANGE_START_TAG = "dagster/asset_partition_range_start"
-RANGE_END_TAG = "dagster/asset_partition_range_end"
 
 
 def request_run(
@@ -24,8 +19,8 @@ def request_run(
 ) -> dg.RunRequest:
     """One run that loads ``series`` (of one timeframe) in the partitions from ``first`` to ``last``.
 
-    ``run_key`` says what is asked for and when; the series are added to it, so that no other choice of them is taken
-    for the same request.
+    ``run_key`` identifies the reason and the time of the run; a hash of the series is added, so that another selection of
+    series is another run.
     """
     names = " ".join(sorted(s.name for s in series))
     tags = {MODE_TAG: mode.value, ORIGIN_TAG: origin, TIMEFRAME_TAG: series[0].timeframe.name}

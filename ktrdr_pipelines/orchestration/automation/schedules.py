@@ -1,7 +1,7 @@
-"""Fixed times instead of "as soon as due": one schedule per timeframe named in KTRDR_TAIL_SCHEDULES, in UTC.
+"""Fixed times instead of "as soon as due": one schedule for each timeframe in KTRDR_TAIL_SCHEDULES, in UTC.
 
-What a tick asks for is decided as in the sensor (`sensors.decide_tail`), without its growing waits after failures: the person
-chose the times. The cron lines were checked when the settings were read (`cron.py`).
+A tick decides as the sensor does (`sensors.decide_tail`), without the sensor's growing waits after failures: the user chose
+the times.
 """
 
 from __future__ import annotations
@@ -12,23 +12,46 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.sensors import decide_tail
 from ktrdr_pipelines.orchestration.automation.tail import HeldEnds
-from ktrdr_pipelines.orchestration.runs.active import find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 
 
 def make_tail_schedules(
     settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> list[dg.ScheduleDefinition]:
-    """A schedule ``tail_<timeframe>`` for each timeframe with a cron line that ``universe`` has series of."""
+    """A schedule ``tail_<timeframe>`` for each timeframe with a cron expression that ``universe`` has series of.
+
+    Raises:
+        InputError: Dagster rejects a cron expression.
+    """
+    check_cron_expressions(settings)
     made = []
     for name, cron in settings.tail_schedules.items():
         mine = [s for s in universe if s.timeframe.name == name]
         if mine:
             made.append(_make_schedule(settings, name, cron, mine, now))
     return made
+
+
+def check_cron_expressions(settings: Settings) -> None:
+    """Dagster's own check of KTRDR_TAIL_SCHEDULES, before anything is started.
+
+    Raises:
+        InputError: Dagster rejects one.
+    """
+    for name, cron in settings.tail_schedules.items():
+        try:
+            dg.ScheduleDefinition(name=f"tail_{name}", cron_schedule=cron, job_name="tail")
+        except dg.DagsterInvalidDefinitionError:
+            raise InputError(
+                f"KTRDR_TAIL_SCHEDULES: {cron!r} for {name} is not a cron expression",
+                doing="reading settings",
+                advice="Use five fields: minute, hour, day of month, month, day of week.",
+            ) from None
 
 
 def _make_schedule(
@@ -42,11 +65,11 @@ def _make_schedule(
         target=dg.AssetSelection.assets(*(asset_key(s) for s in mine)),
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description=f"Asks for new {name} bars of every series that has a file: one run.",
+        description=f"Loads new {name} bars of every series that has a file, in one run.",
     )
     def tail(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
         at = now()
-        tick = decide_tail(settings, mine, held, find_active_runs(context.instance, at), at, origin="schedule")
+        tick = decide_tail(settings, mine, held, find_active_runs(context.instance), at, origin="schedule")
         for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)
         return tick.requests or dg.SkipReason("\n".join(tick.reasons))

@@ -1,7 +1,7 @@
-"""The tail tick, the sensor that makes it every five minutes, and the sensor that reconciles Dagster's record with the files.
+"""The sensors: ``tail_fill`` requests runs for new bars, ``reconcile`` keeps partition status equal to the files.
 
-What is due is `tail.py`'s decision, what has drifted `reconcile.py`'s. No sensor talks to the gateway: the store, the
-calendars and Dagster's own runs tell all that is needed. Timeframes with a schedule (`schedules.py`) are left alone here.
+`tail.py` decides what is due, `reconcile.py` what differs. No sensor connects to the gateway: store, calendars and Dagster's
+runs are enough. Timeframes with a schedule (`schedules.py`) are not handled here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.automation.tail import Attempt, Due, HeldEnds, Tails, group_due, note_attempt
-from ktrdr_pipelines.orchestration.runs.active import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import refresh_calendars
@@ -35,9 +35,8 @@ _AFTER = "after "
 class TailTick:
     """What one tick decided.
 
-    ``reasons``: for each timeframe that is not asked for, why, one line each. ``problems``: series that cannot be judged,
-    with the reason. ``notices``: what was put right in files made elsewhere. ``attempts``: what was asked for and has not
-    arrived, by series name.
+    ``reasons``: one line for each timeframe without a run. ``problems``: series that cannot be read, with the reason.
+    ``notices``: corrections of files made by other programs. ``attempts``: requested bars that have not arrived, by series name.
     """
 
     requests: list[dg.RunRequest] = field(default_factory=list)
@@ -57,9 +56,9 @@ def decide_tail(
     attempts: dict[str, Attempt] | None = None,
     origin: str = "sensor",
 ) -> TailTick:
-    """Which runs bring the tails of ``universe`` up to date at ``now``: one per timeframe for all series that are due.
+    """The runs that load the missing newest bars of ``universe`` at ``now``: one per timeframe, for all series that are due.
 
-    A series in a run that is still going is left out, and one whose last ``attempts`` brought nothing for a while.
+    Left out: a series in an unfinished run, and for a while a series whose last ``attempts`` brought nothing.
     """
     tick = TailTick()
     tails = Tails(settings, held, now)
@@ -141,7 +140,7 @@ def _describe_complete(complete: Iterable[Series], tails: Tails) -> str:
 
 
 def read_cursor(cursor: str | None) -> dict[str, Attempt]:
-    """The attempts that the last tick left; none from a cursor that is not ours."""
+    """The attempts of the last tick; none if the cursor is not ours."""
     try:
         found = json.loads(cursor or "{}")
         return {str(name): Attempt(*(int(number) for number in values)) for name, values in found.items()}
@@ -157,7 +156,7 @@ def write_cursor(attempts: dict[str, Attempt]) -> str:
 def make_tail_sensor(
     settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> dg.SensorDefinition:
-    """The sensor ``tail_fill``: every five minutes one run per timeframe for all series that are due."""
+    """The sensor ``tail_fill``: every five minutes one run per timeframe, for all series that are due."""
     held = HeldEnds(settings.data_dir)
     mine = [s for s in universe if s.timeframe.name not in settings.tail_schedules]
     scheduled = [
@@ -171,12 +170,12 @@ def make_tail_sensor(
         asset_selection=dg.AssetSelection.all(),
         minimum_interval_seconds=TAIL_INTERVAL_S,
         default_status=(dg.DefaultSensorStatus.RUNNING if settings.tail_sensor else dg.DefaultSensorStatus.STOPPED),
-        description="Asks for new bars of every series that has a file, as soon as they are complete: one run per timeframe.",
+        description="Loads new bars of every series that has a file, as soon as they are complete: one run per timeframe.",
     )
     def tail_fill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         at = now()
         refresh_calendars(settings.data_dir)
-        active = find_active_runs(context.instance, at)
+        active = find_active_runs(context.instance)
         tick = decide_tail(settings, mine, held, active, at, attempts=read_cursor(context.cursor))
         for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)
@@ -195,7 +194,7 @@ def make_tail_sensor(
 def make_reconcile_sensor(
     settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> dg.SensorDefinition:
-    """The sensor ``reconcile``: what the files hold is reported, what they lost is asked for again."""
+    """The sensor ``reconcile``: partitions that files have are reported, bars that files lost are loaded again."""
     reconciler = Reconciler(settings, universe)
 
     @dg.sensor(
@@ -203,11 +202,11 @@ def make_reconcile_sensor(
         asset_selection=dg.AssetSelection.all(),
         minimum_interval_seconds=RECONCILE_INTERVAL_S,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Keeps partition status true to the files: reports partitions that are complete and unrecorded, and "
-        "asks again for recorded ones that lost bars.",
+        description="Keeps partition status equal to the files: reports partitions that are complete and not recorded, and "
+        "loads recorded ones again that lost bars.",
     )
     def reconcile(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        # Never empty: Dagster keeps the old cursor then, and the round would not begin anew.
+        # Never empty: with an empty cursor Dagster keeps the old one, and the next round would not begin.
         tick = reconciler.run_tick(context.instance, (context.cursor or "").removeprefix(_AFTER), now())
         for problem in tick.problems:
             context.log.warning(problem)

@@ -1,8 +1,8 @@
-"""Which series lack a bar at their end, and which partitions to run for them: the tail sensor's and schedules' decision.
+"""Decides which series miss their newest bars, and which partitions to run for them.
 
-No gateway, no Dagster, no clock: held ends come from the store, the newest complete bar from the calendar, now is passed
-in. Turning the decision into run requests, and keeping off runs that are still going, is `sensors.py`'s. Why one run for
-all series of a timeframe: a run costs five seconds, a further series in it 50 ms (dagster_facts.md, 3 and 6).
+Without gateway, Dagster and clock: the last held bar comes from the store, the newest complete one from the calendar.
+`sensors.py` makes run requests of the decision and leaves out series in unfinished runs. One run for all series of a
+timeframe, because a run costs five seconds and a further series in it 50 ms (docs/dagster_facts.md, 3 and 6).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import missing_bars
 from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.atomic import state_of
 from ktrdr_pipelines.store.sidecar import TAIL_BYTES, peek_unfinished_from
 from ktrdr_pipelines.store.store import Store
 
@@ -32,29 +33,28 @@ SETTLING_S = 10
 """A bar is due this long after its close: IB needs a moment to finish it."""
 
 SHORT_BARS_REACH = timedelta(days=180)
-"""Bars of 30 s and less are not available when older than six months (ib_facts.md, 5)."""
+"""IB serves bars of 30 s and less for six months only (docs/ib_facts.md, 5)."""
 
 MAX_UNNEEDED = 2_000
 """Partitions of series that do not need them, in one run. Dagster writes an event of about 10 ms for each partition of each
-series of a run before it starts, so one series that lags by years must not drag the others along."""
+series of a run before it starts, so one series that is years behind must not slow the others down."""
 
 QUIET_S = 30
-"""A foreign file that changed so recently may still be being copied; it waits for the next tick."""
+"""Another program may still be writing a file that changed so recently; it waits for the next tick."""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 300, 1800
-"""After a request that brought nothing the same bar is asked for again this much later, twice as long after each try."""
+"""After a request that brought nothing the same bar is requested again this much later, with the wait doubled each time."""
 
 STANDSTILL_S, STANDSTILL_WAIT_S, STANDSTILL_TRIES = 5 * 86400, 6 * 3600, 20
-"""A series without a bar for so long, asked for so often in vain, is halted or delisted: four questions a day find out whether it
-trades again. Its missing bars are never called empty for want of newer ones (`loading/asking.py`), so it stays due."""
+"""A series without a new bar for so long, after so many requests, is halted or delisted: four requests a day notice when it
+trades again. Without newer bars its missing ones are not confirmed absent, so it stays due."""
 
 _JITTER_S = 60  # ticks come a little early or late
 _LOCK_TIMEOUT_S = 2.0  # adopting a foreign file takes the lock; a tick does not wait for a writer
 
 
 def settling_s(timeframe: Timeframe, settings: Settings) -> int:
-    """Seconds from the close of a bar until it is due. Daily and longer bars settle as long as the setting says; with a
-    schedule its time is the settlement delay."""
+    """Seconds from the close of a bar until it is due. For daily and longer bars the setting, unless a schedule decides when."""
     if timeframe.is_intraday or timeframe.name in settings.tail_schedules:
         return SETTLING_S
     return max(SETTLING_S, int(settings.settlement_delay_min * 60))
@@ -62,8 +62,8 @@ def settling_s(timeframe: Timeframe, settings: Settings) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A series that lacks at least one bar at its end: from ``first``, the partition of its last held bar (which is asked for
-    again), to ``last``. ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds."""
+    """A series that misses at least its newest bar. ``first``: the partition of its last held bar, which is requested again.
+    ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds."""
 
     series: Series
     first: Partition
@@ -83,39 +83,39 @@ class TailRun:
 
 
 class HeldEnds:
-    """The last held bar of each series, and what is proven empty after it. Files that did not change are not read again."""
+    """The last held bar of each series, and absent bars after it. Reads a file again only if it changed."""
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
         self._store = Store(data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
         self._last: dict[str, tuple[object, int | None]] = {}
         self.notices: list[str] = []
-        """What reading put right in files made elsewhere, until somebody takes it away and tells it."""
+        """Corrections of files made by other programs, until the caller takes them."""
         self._empty: dict[str, tuple[object, list[Window]]] = {}
 
     def last_held_s(self, series: Series, now: datetime) -> int | None:
-        """Open of the last bar that tail continues from, epoch seconds, as `modes.Held` has it: the newest, or the one before
-        what an earlier load could not finish. None without a CSV or a row in it.
+        """Open of the bar that a tail load continues from, epoch seconds, as in `modes.Held`: the newest, or the one before the
+        start of an unfinished load. None without a CSV or a row in it.
 
-        None as well for a file of another program that changed within `QUIET_S` before ``now``: it may still be being copied.
+        Also None for another program's file that changed within `QUIET_S` before ``now``: it may still be written.
 
         Raises:
             KtrdrError: the file cannot be read.
         """
         path, sidecar_path = self._store.csv_path(series), self._store.sidecar_path(series)
-        mark = (_mark(path), _mark(sidecar_path))
+        mark = (state_of(path), state_of(sidecar_path))
         known = self._last.get(series.name)
         if known is not None and known[0] == mark:
             return known[1]
         if mark[0] is None:
             return None
-        is_quiet = not 0 <= now.timestamp() - mark[0][0] / 1e9 < QUIET_S
+        is_quiet = not 0 <= now.timestamp() - mark[0].mtime_ns / 1e9 < QUIET_S
         if not is_quiet and mark[1] is None:
             return None
         extent = self._store.extent(series)
-        if _mark(path) != mark[0]:  # reading adopted it
-            self.notices += [f"{series}: {said}" for said in self._store.prepare(series, now=now).describe()]
-            mark = (_mark(path), _mark(sidecar_path))
+        if state_of(path) != mark[0]:  # reading has adopted it
+            self.notices += [f"{series}: {text}" for text in self._store.prepare(series, now=now).describe()]
+            mark = (state_of(path), state_of(sidecar_path))
         last_s = extent.last_open_s if extent else None
         if last_s is not None and (unfinished := self._peek_unfinished(series)) is not None:
             last_s = min(last_s, int(unfinished.timestamp()) - 1)
@@ -130,37 +130,29 @@ class HeldEnds:
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
-            with suppress(KtrdrError):  # who needs more of it will say that it cannot be read
+            with suppress(KtrdrError):  # a later read of the whole sidecar raises
                 return Store(self._data_dir).read_sidecar(series).unfinished_from
             return None
 
     def changed_s(self, series: Series) -> float:
-        """When the sidecar was last written, epoch seconds; 0 without one. It proves nothing of a bar that closed later."""
-        mark = _mark(self._store.sidecar_path(series))
-        return mark[0] / 1e9 if mark else 0.0
+        """When the sidecar was last written, epoch seconds; 0 without one. It has no evidence about bars that closed later."""
+        mark = state_of(self._store.sidecar_path(series))
+        return mark.mtime_ns / 1e9 if mark else 0.0
 
-    def proven_empty(self, series: Series, after_s: int) -> list[Window]:
-        """Windows without bars that reach beyond ``after_s``.
+    def absent_windows(self, series: Series, after_s: int) -> list[Window]:
+        """Windows of confirmed-absent bars that end after ``after_s``.
 
         Raises:
             KtrdrError: the sidecar cannot be read.
         """
-        mark = (_mark(self._store.csv_path(series)), _mark(self._store.sidecar_path(series)), after_s)
+        mark = (state_of(self._store.csv_path(series)), state_of(self._store.sidecar_path(series)), after_s)
         known = self._empty.get(series.name)
         if known is None or known[0] != mark:
-            # A store of its own, because a store keeps every sidecar it has read: megabytes each, for thousands of series.
+            # A new store, because a store caches every sidecar it reads: megabytes each, for thousands of series.
             sidecar = Store(self._data_dir).read_sidecar(series)
             known = (mark, [window for window in sidecar.empty_windows if window.end_s > after_s])
             self._empty[series.name] = known
         return known[1]
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    try:
-        state = os.stat(path)  # noqa: PTH116 - thousands in a tick
-    except FileNotFoundError:
-        return None
-    return (state.st_mtime_ns, state.st_size, state.st_ino)
 
 
 _Key = tuple[str, Hours, str, date | None]
@@ -168,7 +160,7 @@ _Key = tuple[str, Hours, str, date | None]
 
 
 class Tails:
-    """Judges many series at one instant; what they share (calendar, timeframe, last held bar) is computed once."""
+    """Decides for many series at one instant; what they share (calendar, timeframe, last held bar) is computed once."""
 
     def __init__(self, settings: Settings, held: HeldEnds, now: datetime) -> None:
         self._settings, self._held, self._now = settings, held, now
@@ -181,13 +173,12 @@ class Tails:
         return self._held.last_held_s(series, self._now)
 
     def find_due(self, series: Series, last_held_s: int) -> Due | None:
-        """What the end of ``series`` lacks; None when it is complete.
+        """The missing newest bars of ``series``; None if it is complete.
 
-        Due is a bar that is complete and settled by the calendar, newer than the last held one, and neither held nor
-        proven empty.
+        A bar is due if it is complete and settled by the calendar, newer than the last held one, and not confirmed absent.
 
         Raises:
-            KtrdrError: no calendar is known, or the sidecar cannot be read.
+            KtrdrError: no calendar, or the sidecar cannot be read.
         """
         newest = self._find_newest(series)
         if newest is not None and last_held_s >= newest:
@@ -201,11 +192,11 @@ class Tails:
         if not len(wanted):
             return None
         newest_close_s = int(wanted.closes[-1])
-        # Reading every sidecar that a run has just written would be most of a tick.
+        # Reads no sidecar that is older than the newest bar: that would be most of a tick.
         is_news = self._held.changed_s(series) < newest_close_s
-        # What has expired brings no news.
+        # An expired contract has no new bars.
         is_news &= series.instrument.sec_type != "FUT"
-        empty = [] if is_news else self._held.proven_empty(series, last_held_s)
+        empty = [] if is_news else self._held.absent_windows(series, last_held_s)
         missing = missing_bars(wanted, np.array([last_held_s], dtype=np.int64), empty, timeframe)
         if not len(missing):
             return None
@@ -215,7 +206,7 @@ class Tails:
         return Due(series, first, last, last_held_s, int(missing.closes[-1]))
 
     def find_next(self, series: Series) -> tuple[datetime, bool] | None:
-        """When the next bar of ``series`` will be due, and whether its market is open now; None: it has expired."""
+        """When the next bar of ``series`` will be due, and whether its market is open now; None if it has expired."""
         key = self._key(series)
         if key not in self._next:
             settling = timedelta(seconds=settling_s(series.timeframe, self._settings))
@@ -232,7 +223,7 @@ class Tails:
         return int(self._now.timestamp()) - settling_s(series.timeframe, self._settings)
 
     def _find_newest(self, series: Series) -> int | None:
-        """Open of the newest bar that may be due; None if there was none for longer than any holiday."""
+        """Open of the newest bar that may be due; None if there was none for longer than any holiday lasts."""
         key = self._key(series)
         if key not in self._newest:
             days = 12 if series.timeframe.is_intraday else 100
@@ -251,8 +242,8 @@ class Tails:
 
 
 def group_due(due: Sequence[Due], max_unneeded: int = MAX_UNNEEDED) -> list[TailRun]:
-    """The runs for ``due``, all of one timeframe: one, unless some lag so far behind the others that the run would have to
-    plan more than ``max_unneeded`` partitions of series that do not need them. The most recent first."""
+    """The runs for ``due``, all of one timeframe: one, unless some series are so far behind that the run would plan more than
+    ``max_unneeded`` partitions of series that do not need them. The most recent first."""
     if not due:
         return []
     span = Window(min(d.first.window.start for d in due), max(d.last.window.end for d in due))
@@ -282,7 +273,7 @@ def _make_run(mine: Sequence[Due]) -> TailRun:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """``tries`` requests for the bars after ``last_held_s``, the latest at ``asked_at_s``: none brought a bar yet."""
+    """``tries`` requests for the bars after ``last_held_s``, the latest at ``asked_at_s``, brought no bar yet."""
 
     last_held_s: int
     tries: int
@@ -290,7 +281,7 @@ class Attempt:
 
     @property
     def next_at_s(self) -> int:
-        """When the next try may be made."""
+        """When the next request may be sent."""
         wait_s = min(FIRST_WAIT_S << min(self.tries - 1, 10), LONGEST_WAIT_S)
         if self.tries > STANDSTILL_TRIES and self.asked_at_s - self.last_held_s > STANDSTILL_S:
             wait_s = STANDSTILL_WAIT_S
@@ -298,6 +289,6 @@ class Attempt:
 
 
 def note_attempt(before: Attempt | None, due: Due, now: datetime) -> Attempt:
-    """The attempt that is made now: one more if nothing has arrived since the last one, else the first."""
+    """The attempt that begins now: one more than ``before`` if no bar has arrived since, else the first."""
     tries = before.tries if before is not None and before.last_held_s == due.last_held_s else 0
     return Attempt(due.last_held_s, tries + 1, int(now.timestamp()))

@@ -1,7 +1,6 @@
-"""Dagster's instance for doors of our own: found without environment variables, initialised once.
+"""Opens Dagster's instance for our own entry points: without environment variables, initialised once.
 
-A fresh home must be initialised by one process alone: four at once leave two alembic heads in it, for ever
-(dagster_facts.md, 1).
+Only one process may initialise a new home: four at once leave two alembic heads in it, permanently (docs/dagster_facts.md, 1).
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ from sqlalchemy.exc import DBAPIError
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
-ORIGIN_TAG = "ktrdr/origin"
-
-_BROUGHT_ALONG = Path(__file__).parents[1] / "home"
+_PACKAGED = Path(__file__).parents[1] / "home"
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
-    """The instance in the settings' Dagster home; a fresh home gets the project's `dagster.yaml`.
+    """The instance in the settings' Dagster home; a new home gets the project's `dagster.yaml`.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -47,19 +44,18 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
 
 
 def explain_database(error: DBAPIError, home: Path) -> StoreError:
-    """What a person can do when Dagster's database refuses (a full disk, a read-only or damaged file)."""
+    """The error for a failure of Dagster's database (a full disk, a read-only or damaged file)."""
     return StoreError(
         f"Dagster's records in DAGSTER_HOME {home} cannot be used: {error.orig}",
-        advice="Is the disk full or read-only? Free some space or set DAGSTER_HOME to another folder, and run it again. "
-        "Bars that are in the CSV are kept.",
+        advice="Is the disk full or read-only? Free some space or set DAGSTER_HOME to another folder, and try again. "
+        "Bars in the CSV are kept.",
     )
 
 
 def provided_file(path: str) -> Path:
-    """The project's file at ``path``; where the package is installed without its project (in a container), the copy that
-    it brings along."""
+    """The project's file at ``path``; if the package is installed without its project (in a container), the packaged copy."""
     ours = PROJECT_ROOT / path
-    return ours if ours.exists() else _BROUGHT_ALONG / ours.name
+    return ours if ours.exists() else _PACKAGED / ours.name
 
 
 def _provide_config(home: Path) -> None:

@@ -19,9 +19,10 @@ from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
 from ktrdr_pipelines.orchestration.build import build_definitions
-from ktrdr_pipelines.orchestration.runs.dead_runs import owner_tag, reaping
 from ktrdr_pipelines.orchestration.runs.door import Door, lend
-from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG, explain_database
+from ktrdr_pipelines.orchestration.runs.instance import explain_database
+from ktrdr_pipelines.orchestration.runs.liveness import executing
+from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG, SERIES_TAG
 from ktrdr_pipelines.settings import Settings
 
 _one_run_at_a_time = threading.Lock()
@@ -56,16 +57,16 @@ def execute_load(
         mode=mode,
     )
     run_id = run_id or str(uuid.uuid4())
-    tags = {ORIGIN_TAG: origin, **owner_tag(run_id), "ktrdr/mode": mode, "ktrdr/series": series.name}
+    tags = {ORIGIN_TAG: origin, MODE_TAG: mode, SERIES_TAG: series.name}
     if first == last:
         where: dict[str, object] = {"partition_key": first.key}
     else:
         where = {}
-        tags["dagster/asset_partition_range_start"] = first.key
-        tags["dagster/asset_partition_range_end"] = last.key
+        tags[RANGE_START_TAG] = first.key
+        tags[RANGE_END_TAG] = last.key
     job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
     try:
-        with _one_run_at_a_time, lend(door), reaping(instance):
+        with _one_run_at_a_time, lend(door), executing(instance, run_id):
             result = job.execute_in_process(
                 instance=instance,
                 run_id=run_id,

@@ -1,4 +1,4 @@
-"""Disconnecting this program's processes from the gateway."""
+"""Disconnects this program's processes from the gateway, and ends the Dagster runs of dead processes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 
 from ktrdr_pipelines.ib.client_ids import LeasedId, in_use
-from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.services.gateway.question import quick_address
 from ktrdr_pipelines.settings import Settings
 
@@ -18,14 +18,14 @@ CLEANUP_PATIENCE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Cleanup:
-    """The answer of ``ib cleanup``."""
+    """The result of ``ib cleanup``."""
 
     disconnected: tuple[LeasedId, ...]
-    """Client ids of other processes that were interrupted, as by Ctrl-C, and have let go."""
+    """Client ids that other processes gave back after they were interrupted, as by Ctrl-C."""
     still_in_use: tuple[LeasedId, ...]
-    """Those of processes that did not let go in time, belong to somebody else, or live on another machine."""
+    """Client ids of processes that did not end in time, belong to another user, or run on another machine."""
     runs_ended: tuple[str, ...] = field(default=())
-    """Dagster runs of dead processes, marked as failed, their places freed."""
+    """Ids of Dagster runs of dead processes, now failed, their pool slots freed."""
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -37,12 +37,12 @@ class Cleanup:
 
 
 def cleanup(settings: Settings) -> Cleanup:
-    """Disconnect every process of this program from the gateway: each is interrupted as by Ctrl-C, keeps what it loaded, and
-    gives its client id back. Runs whose process is dead are ended too. Other programs' connections are not ours to end.
+    """Interrupt every other process of this program that is connected to the gateway, as by Ctrl-C: it keeps what it loaded and
+    gives its client id back. Then end the runs of dead processes. Other programs stay connected.
     """
     leases_dir = quick_address(settings).leases_dir
     before = in_use(leases_dir)
-    others = [leased for leased in before if leased.pid != os.getpid()]  # our own questions end by themselves
+    others = [leased for leased in before if leased.pid != os.getpid()]  # this process disconnects by itself
     for pid in {leased.pid for leased in others if leased.is_here}:
         try:
             os.kill(pid, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What is configured about the gateway and the loads; nobody is asked."""
+"""The settings of the gateway and of loads; sends no request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ktrdr_pipelines.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """The answer of ``ib config``: what is configured, without secrets."""
+    """The result of ``ib config``: settings, without secrets."""
 
     values: dict[str, object]
 
@@ -21,7 +21,7 @@ class GatewayConfig:
 
 
 def gateway_config(settings: Settings) -> GatewayConfig:
-    """What is configured about the gateway and the loads. Passwords are left out; pacing rules are IB's and no settings."""
+    """Settings without passwords, and IB's pacing rules, which are not settings."""
     shown = GatewayResource.of(settings)
     return GatewayConfig({
         "host": settings.ib_host,

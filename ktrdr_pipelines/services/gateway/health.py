@@ -1,4 +1,4 @@
-"""Whether anything can be loaded now: each thing that a load needs is tried."""
+"""Checks everything that a load needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ktrdr_pipelines.universe.file import universe_of
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was tried."""
+    """One check and its outcome."""
 
     name: str
     ok: bool
@@ -32,12 +32,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class GatewayHealth:
-    """The answer of ``ib health``: everything was really tried just now."""
+    """The result of ``ib health``. Nothing in it is remembered from earlier."""
 
     asked_at: datetime
     checks: tuple[Check, ...]
     problem: Problem | None = None
-    """Of the first check that failed because of a known error."""
+    """The first known error."""
 
     @property
     def healthy(self) -> bool:
@@ -54,7 +54,7 @@ class GatewayHealth:
 
 
 def gateway_health(settings: Settings) -> GatewayHealth:
-    """Try what a load needs: the connection, the gateway's time, a contract, the farms, the ledger, the data folder."""
+    """Check what a load needs: the connection, the gateway's time, a contract, the farms, the ledger, the data folder."""
     address = quick_address(settings)
     checks: list[Check] = []
     problems: list[Problem] = []
@@ -70,41 +70,42 @@ def gateway_health(settings: Settings) -> GatewayHealth:
         return ok
 
     with IBHistory(address) as history:
-        if check("connection", lambda: _say_connected(history.connect(), history, address)):
+        if check("connection", lambda: _describe_connection(history.connect(), history, address)):
             client = history.connect()
             check("gateway time", lambda: format_instant(client.probe()))
-            check("contract lookup", lambda: _look_up_something(client))
-            check("farms", lambda: _say_farms(client))
-        check("pacing ledger", lambda: _say_pacing(pacing_state(history)))
-    check("data folder", lambda: _try_data_folder(settings))
+            check("contract lookup", lambda: _look_up_contract(client))
+            check("farms", lambda: _check_farms(client))
+        check("pacing ledger", lambda: _describe_pacing(pacing_state(history)))
+    check("data folder", lambda: _check_data_folder(settings))
     return GatewayHealth(datetime.now(UTC), tuple(checks), problems[0] if problems else None)
 
 
-def _say_connected(client: GatewayClient, history: IBHistory, address: GatewayAddress) -> str:
+def _describe_connection(client: GatewayClient, history: IBHistory, address: GatewayAddress) -> str:
     return f"{address.host}:{address.port} as client {client.client_id}, {history.source} account {client.account}"
 
 
-def _look_up_something(client: GatewayClient) -> str:
+def _look_up_contract(client: GatewayClient) -> str:
     found = client.contract_details(forex("EURUSD"), timeout_s=QUICK_S)
-    return found[0].describe() if found else "answered; this gateway knows no EURUSD"
+    return found[0].describe() if found else "answered; this gateway has no EURUSD"
 
 
-def _say_farms(client: GatewayClient) -> str:
+def _check_farms(client: GatewayClient) -> str:
     if client.outages.kinds:
         raise TransientError(
-            f"the gateway says it is down: {client.outages.describe()}",
-            advice="Wait: IB mends it, and loads wait for it.",
+            f"the gateway reports an outage: {client.outages.describe()}",
+            advice="Wait until IB ends it; loads wait too.",
         )
     return (
-        ", ".join(f"{farm.kind} {farm.name} {farm.state}" for farm in read_farms(client.notices)) or "nothing is down"
+        ", ".join(f"{farm.kind} {farm.name} {farm.state}" for farm in read_farms(client.notices))
+        or "no outage reported"
     )
 
 
-def _say_pacing(state: PacingState) -> str:
+def _describe_pacing(state: PacingState) -> str:
     return f"{state.used} of {state.limit} used, next free {format_instant(state.next_free_at)}"
 
 
-def _try_data_folder(settings: Settings) -> str:
+def _check_data_folder(settings: Settings) -> str:
     universe_of(settings)
     check_folder(settings.data_dir)
-    return f"{settings.data_dir} can be written"
+    return f"{settings.data_dir} is writable"

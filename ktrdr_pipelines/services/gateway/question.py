@@ -1,4 +1,4 @@
-"""How a question that somebody waits for is put to the gateway, and how its trouble is told."""
+"""What the queries share: the gateway with short time-outs, and an error as a plain value."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.settings import Settings
 
 QUICK_S = 5.0
-"""Longest wait for the gateway's greeting, and for one answer to a question that a person waits for."""
+"""Longest wait for the connection, and for one answer, while a user waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why something did not work, as `errors.py` says it."""
+    """An error of `errors.py` as plain values."""
 
     kind: str
     message: str
@@ -27,8 +27,7 @@ class Problem:
 
 
 def quick_address(settings: Settings) -> GatewayAddress:
-    """The gateway, asked by somebody who waits for the answer: no retries, short time-outs, no waiting for a
-    link that is down."""
+    """The gateway for a query that a user waits for: short time-outs, no retries, no wait for the end of an outage."""
     address = GatewayResource.of(settings).address()
     return replace(
         address,

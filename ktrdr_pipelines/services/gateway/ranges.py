@@ -1,4 +1,4 @@
-"""Where the history of instruments begins by IB's head timestamps, where it ends, and what is held of it."""
+"""Where IB's history of series begins (head timestamps) and ends, and what is held."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.universe.file import universe_of
 
 RANGES_AT_ONCE = 20
-"""Most instruments whose start of history is asked for at once: each takes a unit of a budget of 60 in ten minutes."""
+"""Most instruments in one query: each may cost one of the 60 requests in ten minutes."""
 RANGES_PATIENCE_S = 30.0
-TURN_PATIENCE_S = 5.0
+PACING_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class DataRange:
-    """Of one series: what IB has, as far as it tells, and what is held. Times are bar opens, both ends included.
+    """What IB has of one series, and what is held. Times are bar opens, both ends included.
 
-    ``earliest`` is IB's head timestamp: a hint, at times too early or too late. None with no ``problem``: IB tells none.
+    ``earliest`` is IB's head timestamp: a hint, sometimes too early or too late. None without ``problem``: IB has none.
     """
 
     symbol: str
     timeframe: str
     earliest: datetime | None
     latest: datetime | None
-    """The last bar that is complete by the calendar."""
+    """The last complete bar, by the calendar."""
     held_first: datetime | None = None
     held_last: datetime | None = None
     problem: Problem | None = None
@@ -59,7 +59,7 @@ class DataRange:
 
 @dataclass(frozen=True, slots=True)
 class DataRanges:
-    """The answer of ``ib ranges``."""
+    """The result of ``ib ranges``."""
 
     asked_at: datetime
     ranges: tuple[DataRange, ...]
@@ -77,14 +77,14 @@ class DataRanges:
 def data_ranges(
     settings: Settings, symbols: Sequence[str] | None = None, timeframes: Sequence[str] | None = None
 ) -> DataRanges:
-    """Where the history of ``symbols`` begins by IB's head timestamps, and where it ends; without symbols those of the
-    universe, without timeframes those that the universe lists (1d for a symbol that it does not name).
+    """The ranges of ``symbols`` at ``timeframes``. Default: the symbols of the universe, at the timeframes listed there (1d for
+    a symbol that is not in it).
 
-    A head timestamp that was told a while ago is remembered (`known_symbols.HEAD_KEPT`). Each other one is a history request
-    and counts; one that has to wait long for its turn is told as a pacing problem of its series instead of being waited for.
+    A head timestamp is remembered for a while (`ib.symbol_cache.HEAD_KEPT`). Each other one is a history request and counts; if
+    its pacing wait is long, it is not waited for and reported as a problem of the series.
 
     Raises:
-        InputError: no such symbol or timeframe, or more than `RANGES_AT_ONCE` instruments.
+        InputError: invalid symbol or timeframe, or more than `RANGES_AT_ONCE` instruments.
     """
     wanted = _choose_series(settings, symbols, timeframes)
     now = datetime.now(UTC)
@@ -96,11 +96,13 @@ def data_ranges(
         for symbol, (instrument, names) in wanted.items():
             pinned, head, problem = instrument, None, gone
             if time.monotonic() > deadline:
-                problem = problem or Problem("timeout", "not asked: the others took too long", "Ask for fewer symbols.")
+                problem = problem or Problem(
+                    "timeout", "not requested: the other symbols took too long", "Name fewer symbols."
+                )
             if problem is None:
                 pinned, head, problem = _find_head(history, symbol, instrument, deadline)
                 if problem is not None and problem.kind == GatewayUnreachable.family:
-                    gone = problem  # the others would wait for the same
+                    gone = problem  # the other symbols need not try
             for timeframe in names:
                 if pinned is None:
                     found.append(DataRange(symbol, timeframe.name, None, None, problem=problem))
@@ -132,7 +134,7 @@ def data_ranges(
 def _choose_series(
     settings: Settings, symbols: Sequence[str] | None, timeframes: Sequence[str] | None
 ) -> dict[str, tuple[Instrument | None, list[Timeframe]]]:
-    """By symbol as asked for: the instrument (None: not in the universe) and the timeframes."""
+    """By symbol: the instrument (None: not in the universe) and the timeframes."""
     chosen = list(dict.fromkeys(parse_timeframe(name) for name in timeframes)) if timeframes else None
     universe = universe_of(settings)
     listed: dict[str, list[Timeframe]] = {}
@@ -149,8 +151,8 @@ def _choose_series(
     if len(wanted) > RANGES_AT_ONCE:
         raise InputError(
             f"{len(wanted)} instruments at once",
-            doing="asking where histories begin",
-            advice=f"Name at most {RANGES_AT_ONCE} symbols: each takes one of {pacing.WINDOW_UNITS} requests in ten minutes.",
+            doing="finding the first bars at IB",
+            advice=f"Name at most {RANGES_AT_ONCE} symbols: each costs one of {pacing.WINDOW_UNITS} requests in ten minutes.",
         )
     return wanted
 
@@ -158,7 +160,7 @@ def _choose_series(
 def _find_head(
     history: IBHistory, symbol: str, instrument: Instrument | None, deadline: float
 ) -> tuple[Instrument | None, datetime | None, Problem | None]:
-    """Instrument as pinned, its head timestamp, and what went wrong. A failure is never told as "there is none"."""
+    """The pinned instrument, its head timestamp, and the problem. A failure is never reported as "no head timestamp"."""
     pinned: Instrument | None = instrument
     try:
         pinned = history.pin(instrument) if instrument else discover(symbol, history=history).instrument
@@ -167,7 +169,9 @@ def _find_head(
             return pinned, before.head, None
         client = history.connect()
         history.wait_for_outages(client, frozenset((Outage.LINK, Outage.HISTORY)))
-        with _take_turn(history, describe_head(pinned), min(deadline, time.monotonic() + TURN_PATIENCE_S)) as grant:
+        with _acquire_grant(
+            history, describe_head(pinned), min(deadline, time.monotonic() + PACING_PATIENCE_S)
+        ) as grant:
             try:
                 head = client.head_timestamp(pinned, timeout_s=QUICK_S, sending=grant.sending)
             except KtrdrError as error:
@@ -178,22 +182,22 @@ def _find_head(
                 history.requests_made += grant.sent_at_s is not None
     except KtrdrError as error:
         return pinned, None, Problem.of(error)
-    if head is not None and head <= history.now():  # discovery believes none of the future
+    if head is not None and head <= history.now():  # one in the future is not remembered
         known.remember_head(pinned, head)
     return pinned, head, None
 
 
-def _take_turn(history: IBHistory, ask: pacing.Ask, deadline: float) -> Grant:
-    """Leave to send ``ask``, waited for until ``deadline`` (of the monotonic clock)."""
-    told: list[str] = []
+def _acquire_grant(history: IBHistory, ask: pacing.Ask, deadline: float) -> Grant:
+    """The grant of the pacing ledger to send ``ask``, waited for until ``deadline`` (of the monotonic clock)."""
+    waits: list[str] = []
 
     def remember(_seconds: float, rule: pacing.Rule, until_s: float) -> None:
-        told.append(f"the next request may go at {format_instant(datetime.fromtimestamp(until_s, UTC))} ({rule})")
+        waits.append(f"the next request may be sent at {format_instant(datetime.fromtimestamp(until_s, UTC))} ({rule})")
 
     try:
-        return history.ledger.acquire(ask, on_wait=remember, cancel=lambda: bool(told) and time.monotonic() > deadline)
+        return history.ledger.acquire(ask, on_wait=remember, cancel=lambda: bool(waits) and time.monotonic() > deadline)
     except WaitCancelled:
-        raise PacingError(told[-1], advice="Ask again then.") from None
+        raise PacingError(waits[-1], advice="Try again then.") from None
 
 
 def _last_complete(series: Series, now: datetime) -> datetime | None:

@@ -1,4 +1,4 @@
-"""The connection, client ids in use, the pacing budget, the data farms: as they are at this moment."""
+"""The connection, client ids in use, the pacing budget and the data farms, now."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FARM_CODES = {
     2103: ("quotes", "broken"), 2104: ("quotes", "ok"), 2108: ("quotes", "idle"), 2119: ("quotes", "connecting"),
     2105: ("history", "broken"), 2106: ("history", "ok"), 2107: ("history", "idle"),
     2157: ("contracts", "broken"), 2158: ("contracts", "ok"),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Farm:
-    """One of IB's data farms as the gateway last spoke of it. ``kind``: quotes, history or contracts."""
+    """One of IB's data farms, in the state last reported. ``kind``: quotes, history or contracts."""
 
     name: str
     kind: str
@@ -33,7 +33,7 @@ class Farm:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A connection that was made for the question and closed after it."""
+    """A connection that was opened for the query and closed after it."""
 
     host: str
     port: int
@@ -45,7 +45,7 @@ class Link:
     gateway_time: datetime | None = None
     clock_lag_s: float = 0.0
     link_to_ib: bool | None = None
-    """False while the gateway says that it has lost IB's servers; None without a connection."""
+    """False while the gateway reports that its link to IB is lost; None without a connection."""
     farms: tuple[Farm, ...] = ()
     problem: Problem | None = None
 
@@ -58,15 +58,15 @@ class PacingState:
     limit: int
     next_free_at: datetime
     waiting: int
-    """Requests that wait for their turn now."""
+    """Requests in a pacing wait now."""
     unanswered: int
     pauses: tuple[tuple[datetime, str], ...]
-    """Pauses of everything: until when, and why."""
+    """Pauses of all requests: until when, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayStatus:
-    """The answer of ``ib status``. ``pacing`` is None, and ``pacing_problem`` says why, when the ledger cannot be read."""
+    """The result of ``ib status``. ``pacing`` is None and ``pacing_problem`` set if the ledger cannot be read."""
 
     asked_at: datetime
     connection: Link
@@ -86,9 +86,9 @@ class GatewayStatus:
 
 
 def gateway_status(settings: Settings) -> GatewayStatus:
-    """Connection, client ids in use, pacing, farms. Connects for a moment; an unreachable gateway is part of the answer."""
+    """Connection, client ids in use, pacing, farms. Connects for a moment; an unreachable gateway is part of the result."""
     address = quick_address(settings)
-    before = tuple(in_use(address.leases_dir))  # without the one that this question takes
+    before = tuple(in_use(address.leases_dir))  # without the id that this query takes
     with IBHistory(address) as history:
         try:
             link = _look_at(history, address)
@@ -103,7 +103,7 @@ def gateway_status(settings: Settings) -> GatewayStatus:
 
 def _look_at(history: IBHistory, address: GatewayAddress) -> Link:
     client = history.connect()
-    told = client.probe()  # what the gateway had to say of its farms has come before this answer
+    now = client.probe()  # the gateway reports its farms before it answers
     return Link(
         host=address.host,
         port=address.port,
@@ -111,7 +111,7 @@ def _look_at(history: IBHistory, address: GatewayAddress) -> Link:
         account=client.account,
         source=history.source,
         client_id=client.client_id,
-        gateway_time=told,
+        gateway_time=now,
         clock_lag_s=client.clock_lag_s,
         link_to_ib=Outage.LINK not in client.outages.kinds,
         farms=tuple(read_farms(client.notices)),
@@ -119,7 +119,7 @@ def _look_at(history: IBHistory, address: GatewayAddress) -> Link:
 
 
 def read_farms(notices: Iterable[str]) -> list[Farm]:
-    """The farms that the gateway's ``notices`` ("2106 HMDS data farm connection is OK:ushmds") speak of, each as last said."""
+    """The farms in the gateway's ``notices`` ("2106 HMDS data farm connection is OK:ushmds"), each in its last state."""
     found: dict[tuple[str, str], Farm] = {}
     for notice in notices:
         number, _, text = notice.partition(" ")

@@ -1,4 +1,4 @@
-"""What a symbol means to IB: the one instrument, everything it may mean, and what was found before."""
+"""The contracts of a symbol at IB: the one that a load would take, all of them, and those found before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ktrdr_pipelines.universe.file import universe_of
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The contracts that IB knows for a bare symbol, in the order in which they were tried."""
+    """The contracts that IB has for a symbol, in the order in which they were tried."""
 
     symbol: str
     contracts: tuple[ContractInfo, ...]
@@ -34,16 +34,16 @@ class Found:
 
 
 def list_discovered(settings: Settings) -> list[Instrument]:
-    """Instruments that IB was asked for a while ago and that are still remembered; nobody is asked."""
+    """Instruments that were found at IB and are still remembered; sends no request."""
     with IBHistory(quick_address(settings)) as history:
         return [known.instrument for known in symbols_file(history).list_found() if known.instrument is not None]
 
 
 def discover_symbol(settings: Settings, symbol: str, choice: Choice = NO_CHOICE) -> Instrument:
-    """What ``symbol`` means: with no ``choice`` the instrument that the universe calls so, else what IB finds; with its conId.
+    """The instrument ``symbol``, with its conId: without ``choice`` from the universe, else the contract that IB finds.
 
     Raises:
-        InputError: no symbol, or several contracts fit. PermanentError: IB knows none. TransientError: IB did not answer.
+        InputError: invalid symbol, or several contracts fit. PermanentError: IB has none. TransientError: IB did not answer.
     """
     file_symbol(symbol)
     universe = universe_of(settings)
@@ -53,10 +53,10 @@ def discover_symbol(settings: Settings, symbol: str, choice: Choice = NO_CHOICE)
 
 
 def look_up(settings: Settings, symbol: str) -> Found:
-    """Every contract that IB knows for a bare ``symbol``, tried as a load tries it; nothing is kept.
+    """Every contract that IB has for ``symbol``, in the order of a load; nothing is remembered.
 
     Raises:
-        PermanentError: IB knows none. GatewayUnreachable: nobody to ask.
+        PermanentError: IB has none. GatewayUnreachable: no gateway.
     """
     file_symbol(symbol)
     contracts: dict[int, ContractInfo] = {}
