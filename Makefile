@@ -1,5 +1,6 @@
 # make demo   real bars from a simulated gateway into checked CSV files, compared with their source
 # make test   linters, types, tests
+# make test-all   the same on every Python this project supports, each in an environment of its own
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
 # make bench  measurements, as ratios within one run
 # make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
@@ -9,13 +10,15 @@
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
 
 PYTHON ?= python3
-VENV := .venv
+# Minor versions of Python that `make test-all` runs, oldest first.
+PYTHONS ?= 3.11 3.12 3.13
+VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test ui bench soak matrix kills lint quick-lint lock clients clean
+.PHONY: demo test test-all ui bench soak matrix kills lint quick-lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -31,6 +34,14 @@ endif
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
 	  $(BIN)/python -m pytest -n 3 --dist worksteal $(if $(INITDB),,-m "not postgres"); tests=$$?; \
 	  wait $$types; types=$$?; echo "mypy:"; cat $(VENV)/mypy.log; exit $$((tests || types))
+
+test-all:
+	@found=""; for version in $(PYTHONS); do \
+	  if python=$$(tools/find_python.sh $$version); then found="$$found $$version=$$python"; \
+	  else echo "No Python $$version on this machine: leaving out its tests."; fi; done; \
+	if [ -z "$$found" ]; then echo "None of Python $(PYTHONS) found."; exit 1; fi; \
+	for each in $$found; do \
+	  echo "== Python $${each%%=*}"; $(MAKE) test PYTHON="$${each#*=}" VENV=.venv-$${each%%=*} || exit 1; done
 
 lint: quick-lint
 	$(BIN)/mypy
@@ -73,4 +84,4 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venvs demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .venvs demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

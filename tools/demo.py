@@ -186,7 +186,7 @@ def report() -> int:
 @contextmanager
 def only_user_of_the_demo() -> Iterator[None]:
     """One demo or UI at a time: a demo makes the folders anew, which would pull them away from under an open UI."""
-    with (ROOT / ".venv" / ".demo.lock").open("w") as file:
+    with Path(__file__).open() as file:  # the lock needs a file, not a new one
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
