@@ -32,7 +32,7 @@ from ktrdr_pipelines.store.store import Store
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 AAPL_1M = Series(stock("AAPL"), parse_timeframe("1m"))
-WORKER = Path(__file__).with_name("scenarios/crash_worker.py")
+WORKER = Path(__file__).with_name("crash_worker.py")
 
 
 def make_bars(minutes: range, value: float = 100.0) -> pd.DataFrame:
