@@ -6,7 +6,9 @@
 # make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
 # make matrix every fault in every mode and timeframe, as a table (minutes)
 # make kills  two hundred loads killed at random instants (the tests kill a few)
-# make lint   ruff, mypy, import arrows
+# make mutants   changes in the core packages that no test notices (minutes; MUTANTS="--minutes 20 --seed 2")
+# make reference   docs/reference.md from the code
+# make lint   ruff, mypy, import contracts
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test test-all ui bench soak matrix kills lint quick-lint lock clients clean
+.PHONY: demo test test-all ui bench soak matrix kills mutants reference lint quick-lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -63,6 +65,12 @@ matrix: $(READY)
 kills: $(READY)
 	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/scenarios/test_kills.py -k random_instants
 
+mutants: $(READY)
+	@$(BIN)/python tools/mutants.py $(MUTANTS)
+
+reference: $(READY)
+	@$(BIN)/python tools/make_reference.py
+
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)
 	@$(BIN)/python tools/make_client_envs.py
@@ -84,4 +92,4 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .venv-* .venvs demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .venvs mutants demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -209,7 +209,7 @@ def _text(pattern: str) -> re.Pattern[str]:
 _DOC = "IBKR's message codes page"
 _LIMITS = "IBKR's historical data limitations page"
 _THREADS = "public issue threads"
-_FACTS = "project facts, section 8"
+_FACTS = "docs/ib_facts.md, 8"
 
 _SLOW_DOWN = (
     "All processes of this login now wait; nothing to do. Look for another program on the same login if it repeats."
