@@ -28,7 +28,7 @@ from ktrdr_pipelines.errors import InputError
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 DEFAULT_PARTITION_STARTS: dict[str, date] = {
-    # Bars of 30 s and less reach back six months only (ib_facts.md, 5); the rest as far as people commonly ask.
+    # Bars of 30 s and less reach back six months only (docs/ib_facts.md, 5); the rest as far as people commonly ask.
     **{name: date(2024, 1, 1) for name, t in TIMEFRAMES.items() if t.seconds <= 30},
     **{name: date(2004, 1, 1) for name, t in TIMEFRAMES.items() if 30 < t.seconds < 86400},
     **{name: date(1980, 1, 1) for name, t in TIMEFRAMES.items() if t.seconds >= 86400},

@@ -1,4 +1,4 @@
-"""Documents and code agree: what documents name exists, what code cites exists, and `docs/reference.md` is what the code makes."""
+"""Documents and code agree: what they cite exists, and `docs/reference.md` is what the code makes."""
 
 from __future__ import annotations
 
@@ -84,10 +84,15 @@ MARKDOWN = re.compile(r"(?<![\w./-])((?:[\w.-]+/)*\w[\w-]*\.md)\b")
 MODULE = re.compile(r"`((?:[\w.-]+/)*\w+\.py)(?:`|::)|(?<![\w./`-])((?:[\w-]+/)+\w+\.py)\b")
 FOLDER = re.compile(r"`((?:[\w-]+/)+)`")
 LOOSE = re.compile(
-    r"\b(?:ib_facts|dagster_facts|dependency_facts)\b(?!\.md)|\bdependency_facts\.md|\bproject facts\b|\bissue \d+\b"
-    r"|\bdesign, section \d|\.\./shared|\blayout_map\b|\banchors\.md"
+    r"\b(?:ib_facts|dagster_facts|dependency_facts)\b(?!\.md)|\bdependency_facts\.md|\bproject facts\b"
+    r"|(?<!/\w{4} )(?<!/\w{5} )\bissue \d+\b|\bdesign, section \d|\.\./shared|\blayout_map\b|\banchors\.md"
 )
-"""Sources that a reader cannot find: a name without its file, or a file outside the repository."""
+"""Sources that a reader cannot find: a name without its file, a file outside the repository, an issue of an unnamed repository
+(`owner/name issue 5` is one that can be found)."""
+MEMBER = re.compile(r"`{1,2}([a-z_]+)\.(?:[a-z_]+\.)*?(?:([a-z_]+)\.)?([A-Z]\w*)")
+ELSEWHERE = {"ib_insync", "ib_async", "ibapi"}
+"""Other programs whose files are named."""
+ALIASES = {"dg", "np", "pa", "pd", "sa"}
 STATE = {"data", "demo", "dagster_home", "dist", "mutants", "source"}
 """Folders whose content is made by running the program."""
 
@@ -142,6 +147,8 @@ def modules() -> dict[str, list[Path]]:
 
 def module_exists(name: str, path: Path) -> bool:
     """Whether ``name`` (``module.py``, ``package/module.py``) is a module of the repository, seen from ``path``."""
+    if name.split("/")[0] in ELSEWHERE:
+        return True
     if "/" not in name:
         # A bare name is a neighbour, or a name that only one place has.
         return (path.parent / name).exists() or name in modules()
@@ -161,7 +168,38 @@ def headings(path: Path) -> tuple[str, ...]:
     return tuple(re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def wrong_sections(path: Path, text: str) -> Iterator[str]:
+@cache
+def members(name: str) -> set[str]:
+    """What the modules of that base name define at top level."""
+    found: set[str] = set()
+    for path in modules().get(f"{name}.py", ()):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.ClassDef() | ast.FunctionDef():
+                    found.add(node.name)
+                case ast.Assign():
+                    found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+                case ast.AnnAssign(target=ast.Name(id=name_)):
+                    found.add(name_)
+                case _:
+                    pass
+    return found
+
+
+def wrong_members(text: str) -> Iterator[str]:
+    """Classes and constants named with their module (``timeframes.TIMEFRAMES``) that it does not have."""
+    for module, inner, name in MEMBER.findall(text):
+        holder = inner or module
+        if holder in ALIASES or module in ALIASES:
+            continue
+        if f"{holder}.py" in modules():
+            if name not in members(holder):
+                yield f"{holder}.{name}"
+        elif importlib.util.find_spec(module) is None:
+            yield f"{holder}.{name}"
+
+
+def wrong_sections(text: str) -> Iterator[str]:
     """Citations like ``docs/ib_facts.md, 3`` or ``docs/guide.md, "Universe"`` without such a section."""
     for name, numbers in SECTIONED.findall(text):
         if (target := documents().get(name)) is not None:
@@ -175,8 +213,10 @@ def wrong_sections(path: Path, text: str) -> Iterator[str]:
 def wrong_paths(path: Path, text: str) -> Iterator[str]:
     """Documents, modules and folders that do not exist."""
     for name in MARKDOWN.findall(text):
-        if name.split("/")[0] not in STATE and not any(
-            (base / name).exists() for base in (PROJECT_ROOT, path.parent)
+        if (
+            name.split("/")[0] not in STATE
+            and name not in documents()
+            and not any((base / name).exists() for base in (PROJECT_ROOT, path.parent))
         ):
             yield name
     for name in (quoted or plain for quoted, plain in MODULE.findall(text)):
@@ -184,7 +224,11 @@ def wrong_paths(path: Path, text: str) -> Iterator[str]:
             yield name
     for name in FOLDER.findall(text):
         places = (PROJECT_ROOT, path.parent, PACKAGE, TESTS, *PACKAGE.glob("*/"))
-        if name.split("/")[0] not in STATE and not name.startswith("docs/") and not any((p / name).is_dir() for p in places):
+        if (
+            name.split("/")[0] not in STATE
+            and not name.startswith("docs/")
+            and not any((p / name).is_dir() for p in places)
+        ):
             yield name
 
 
@@ -194,7 +238,7 @@ def test_every_citation_leads_somewhere() -> None:
     for path, text in prose():
         line = as_line(text)
         if path != Path(__file__).resolve():
-            found = {*wrong_sections(path, line), *wrong_paths(path, line), *LOOSE.findall(line)}
+            found = {*wrong_sections(line), *wrong_paths(path, line), *wrong_members(line), *LOOSE.findall(line)}
             wrong += [f"{path.relative_to(PROJECT_ROOT)}: {name}" for name in sorted(found)]
     assert not wrong, "\n" + "\n".join(wrong)
 
@@ -207,9 +251,10 @@ def test_every_citation_leads_somewhere() -> None:
         ('see `docs/guide.md`, "No such title"', ['guide.md, "No such title"']),
         ("see `docs/none.md`", ["docs/none.md"]),
         ("see `nowhere.py` and `planning/nowhere.py`", ["nowhere.py", "planning/nowhere.py"]),
+        ("see `load.Load` and `timeframes.TIMEFRAMES` and `timeframes.NONE`", ["load.Load", "timeframes.NONE"]),
         ("see `planning/requests.py`, `nowhere/`, (docs/ib_facts.md, 5).", ["nowhere/"]),
     ],
 )
 def test_a_wrong_citation_is_found(text: str, expected: list[str]) -> None:
     """Each kind of citation, once wrong."""
-    assert [*wrong_sections(TESTS, text), *wrong_paths(TESTS, text)] == expected
+    assert [*wrong_sections(text), *wrong_paths(TESTS, text), *wrong_members(text)] == expected

@@ -1,6 +1,6 @@
 """`make reference`: write `docs/reference.md` from the code: commands, settings, exit codes, timeframes, REST routes, IB's codes.
 
-With ``--check`` nothing is written; exit code 1 if the file differs from the code. `ktrdr_pipelines_tests/test_docs.py` checks it too.
+With ``--check`` nothing is written; exit code 1 if the file differs from the code. A test checks the same.
 """
 
 from __future__ import annotations
@@ -101,16 +101,15 @@ def describe_exit_codes() -> str:
             rows.setdefault(family.exit_code, []).append(f"{first_sentence(family)} (`{family.family}`)")
     listed = [(code, " ".join(meanings)) for code, meanings in sorted(rows.items())]
     return (
-        "## Exit codes\n\nA load of which some windows failed ends with the code of the first failure; the other windows are loaded. "
+        "## Exit codes\n\nA load of which some windows failed ends with the code of the first failure; the others are loaded. "
         "In brackets the `kind` of the error in REST answers.\n\n" + table(("code", "meaning"), listed)
     )
 
 
 def describe_timeframes() -> str:
     rows = [(f"`{t.name}`", t.ib_bar_size, t.partition, t.classic, t.current) for t in TIMEFRAMES.values()]
-    return (
-        "## Timeframes\n\n`1M` is read as `1mo`. The longest request depends on `KTRDR_HISTORY_LIMITS`.\n\n"
-        + table(("timeframe", "IB bar size", "partition", "longest request, classic", "current"), rows)
+    return "## Timeframes\n\n`1M` is read as `1mo`. The longest request depends on `KTRDR_HISTORY_LIMITS`.\n\n" + table(
+        ("timeframe", "IB bar size", "partition", "longest request, classic", "current"), rows
     )
 
 
@@ -143,14 +142,21 @@ def describe_codes() -> str:
         for row in CODES
     ]
     return (
-        "## IB's message codes\n\nRows of one code are tried in order; an error without a row is a failure that may be retried.\n\n"
+        "## IB's message codes\n\nRows of one code are tried in order; an error without a row may be retried.\n\n"
         + table(("code", "text", "meaning", "error", "advice", "source"), rows)
     )
 
 
 def make_reference() -> str:
     """The whole document."""
-    parts = (describe_commands, describe_settings, describe_exit_codes, describe_timeframes, describe_routes, describe_codes)
+    parts = (
+        describe_commands,
+        describe_settings,
+        describe_exit_codes,
+        describe_timeframes,
+        describe_routes,
+        describe_codes,
+    )
     return "\n\n".join([HEAD.strip(), *(part() for part in parts)]) + "\n"
 
 

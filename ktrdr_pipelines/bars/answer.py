@@ -15,7 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Answer(Protocol):
-    """Bars of one request as IB sent them; see `ib.client.RawBars`."""
+    """Bars of one request as IB sent them; see `ib.wire.decoding.RawBars`."""
 
     @property
     def opens_s(self) -> IntArray: ...

@@ -2,8 +2,8 @@
 
 A bars table is a pandas DataFrame with the columns `COLUMNS`: ``timestamp`` (``datetime64[us, UTC]``, the bar's open), the
 four prices and the volume (``float64``), and a RangeIndex. Pure: no files, no network, no clock (callers pass ``now_s``).
-How the table is kept on disk is in `series_store.py`; which opens there should be, in `calendars.py`. Why stamps and forming bars
-need care: ``ib_facts``, sections 3 and 10.
+How the table is kept on disk is in `store/csv_format.py`; which opens there should be, in `calendars/expected.py`. Why
+stamps and forming bars need care: `docs/ib_facts.md`, 3 and 10.
 """
 
 from __future__ import annotations

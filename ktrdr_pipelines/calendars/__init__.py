@@ -2,7 +2,7 @@
 
 `exchanges.py` says which calendar an instrument follows, `session_tables.py` when its sessions trade, `ib_schedule.py` what
 IB's own schedule puts right in them, `sessions.py` keeps both and answers questions, `expected.py` says which bars that
-promises. What the store holds and what to ask IB for is in `planning/requests.py`. Words: design, section 2.
+promises. What the store holds and what to ask IB for is in `planning/requests.py`. Words: docs/design.md, 3.
 """
 
 from __future__ import annotations

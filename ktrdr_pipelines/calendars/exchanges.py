@@ -12,7 +12,7 @@ from ktrdr_pipelines.domain.instruments import Instrument
 from ktrdr_pipelines.errors import InputError
 
 FOREX = "FOREX"
-"""IB's own forex week (`ib_facts.md`, 3), not the calendar of that name in pandas_market_calendars."""
+"""IB's own forex week (`docs/ib_facts.md`, 3), not the calendar of that name in pandas_market_calendars."""
 
 ROUND_THE_CLOCK = "24/7"
 """Every day, midnight to midnight UTC."""

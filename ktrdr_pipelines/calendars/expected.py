@@ -1,6 +1,6 @@
 """The bars that trading sessions promise: their opens, when each is complete, and which of them held stamps satisfy.
 
-Sessions are in `sessions.py`; what to ask for missing bars in `planning/requests.py`. Labels follow IB (`ib_facts.md`, 3): a
+Sessions are in `sessions.py`; what to ask for missing bars in `planning/requests.py`. Labels follow IB (`docs/ib_facts.md`, 3): a
 bar is stamped with its start, daily and longer bars with a session date. Where IB and this module disagree, IB wins: bars that
 were not expected are kept.
 

@@ -1,7 +1,7 @@
 """What IB's own schedule says about a calendar: the sessions in which both differ, and a table with them put right.
 
 Pure. Asking IB is in `ib/history.py`, keeping the corrections in `store/schedule_overrides.py`, the order of things in
-`services/calendar_check.py`. IB's SCHEDULE lists real sessions, holidays and half days included (`ib_facts.md`, 4).
+`services/calendar_check.py`. IB's SCHEDULE lists real sessions, holidays and half days included (`docs/ib_facts.md`, 4).
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ kept like all unexpected bars."""
 
 
 def _build_forex() -> SessionTable:
-    """Sessions dated Monday to Friday, from 17:15 New York on the day before to 17:00 on the date (`ib_facts.md`, 3)."""
+    """Sessions dated Monday to Friday, from 17:15 New York on the day before to 17:00 on the date (`docs/ib_facts.md`, 3)."""
     import pandas as pd
 
     days = _all_days()

@@ -56,7 +56,7 @@ def serve_ui(host: str, port: int) -> int:
     # Before the child starts: one that inherits ignored signals (a shell's background job) could never be stopped.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (dagster_facts.md, 1).
+    # Started in the home: a `.env` in the current directory would override DAGSTER_HOME (docs/dagster_facts.md, 1).
     child = subprocess.Popen(command, env=environment, cwd=settings.dagster_home, start_new_session=True)
     if _wait_until_ready(child, f"{url}/server_info"):
         click.echo(f"Dagster UI at {url}/assets (Ctrl-C ends it)")

@@ -86,7 +86,7 @@ class Instrument:
     ``symbol`` is the project's name for it and the stem of its files (``AAPL``, ``EURUSD``, ``ESZ4``); ``ib_symbol`` and
     ``currency`` are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until IB has told it. ``what_to_show`` uses IB's words.
     ``last_trade_date`` (``20241220``) is what IB said of a future, empty until then. ``calendar`` names the exchange calendar
-    where ``exchange`` does not tell it (see `calendars.py`).
+    where ``exchange`` does not tell it (see `calendars/exchanges.py`).
     """
 
     symbol: str

@@ -1,7 +1,7 @@
 """Partition keys and windows of each timeframe, as pure functions.
 
 `orchestration/partition_definitions.py` builds Dagster's definitions for the same grid, and a test holds the two together; here
-lives what the store and the load need without importing Dagster. All partitions are UTC. Source: design, section 3.
+lives what the store and the load need without importing Dagster. All partitions are UTC. Source: docs/design.md, 4.
 """
 
 from __future__ import annotations

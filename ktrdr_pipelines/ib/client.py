@@ -108,7 +108,7 @@ class GatewayClient(Conversation):
             KtrdrError: whatever else IB answered, by `codes.py`.
         """
         contract = self._contract(instrument)
-        # The dash form is UTC by definition; without a zone the gateway would assume its own (ib_facts.md, 3).
+        # The dash form is UTC by definition; without a zone the gateway would assume its own (docs/ib_facts.md, 3).
         end_text = "" if end is None else _round_up(require_utc(end, "end")).strftime("%Y%m%d-%H:%M:%S")
 
         def send(req_id: int) -> None:
@@ -178,8 +178,8 @@ class GatewayClient(Conversation):
     ) -> datetime | None:
         """When IB believes that the instrument's history starts: a hint, too early or too late at times.
 
-        None when IB knows none for this contract. Cancelled after use: uncancelled ones pile up and hang (ib_facts.md, 5). A hint
-        is waited for no longer than bars are.
+        None when IB knows none for this contract. Cancelled after use: uncancelled ones pile up and hang (docs/ib_facts.md, 5).
+        A hint is waited for no longer than bars are.
         """
         contract = self._contract(instrument)
 

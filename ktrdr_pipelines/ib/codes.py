@@ -196,7 +196,7 @@ _RESET_FROM, _RESET_TO = time(23, 45), time(0, 45)
 def in_nightly_reset(now: datetime) -> bool:
     """True from 23:45 to 00:45 New York, end not included: IB restarts its servers and valid contracts are unknown.
 
-    Source: IBKR's system status page and public threads ("about"; ``ib_facts`` section 8). Raises ValueError if naive.
+    Source: IBKR's system status page and public threads ("about"; `docs/ib_facts.md`, 8). Raises ValueError if naive.
     """
     local = require_utc(now, "now").astimezone(_NEW_YORK).time()
     return local >= _RESET_FROM or local < _RESET_TO

@@ -34,7 +34,7 @@ from ktrdr_pipelines.universe.file import Universe
 log = logging.getLogger(__name__)
 
 SHORT_BAR_HISTORY = timedelta(days=183)
-"""IB keeps bars of 30 seconds and less for six months (ib_facts.md, 5)."""
+"""IB keeps bars of 30 seconds and less for six months (docs/ib_facts.md, 5)."""
 
 
 def kept_from(timeframe: Timeframe, now: datetime) -> datetime | None:

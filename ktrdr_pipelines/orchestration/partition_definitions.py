@@ -1,7 +1,7 @@
 """Dagster's partition definitions: one per timeframe, shared by all series.
 
 The grid itself (keys, windows) is `ktrdr_pipelines/domain/partitions.py`; a test holds the two together. Shared because assets
-with equal definitions can be materialized in one run: 50 ms a series instead of 6 s a run (dagster_facts.md, 6).
+with equal definitions can be materialized in one run: 50 ms a series instead of 6 s a run (docs/dagster_facts.md, 6).
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def look_at(series: Series, store: Store, now: datetime) -> Listed:
 def add_to_universe(
     symbol: str, timeframes: Sequence[str], said: Mapping[str, object] | None = None, settings: Settings | None = None
 ) -> Change:
-    """Add ``symbol`` at ``timeframes``. What a person ``said`` of it are fields of `universe.Entry`.
+    """Add ``symbol`` at ``timeframes``. What a person ``said`` of it are fields of `universe.file.Entry`.
 
     IB is asked only about a symbol that the universe does not name and of which nobody said which contract is meant.
 

@@ -39,7 +39,7 @@ WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", 
 _WITHOUT_TRADES = ("CASH", "CFD", "CRYPTO")
 _SMALL_BARS_S = 30
 _SMALL_BARS_KEPT_S = 183 * DAY_S
-"""Bars of 30 seconds or less are kept for six months (`ib_facts.md`, section 5)."""
+"""Bars of 30 seconds or less are kept for six months (`docs/ib_facts.md`, 5)."""
 
 
 MAX_BARS = 200_000

@@ -1,7 +1,7 @@
 """Whether history requests come too fast, by the specification's rules. Pure: every call is told the time.
 
 The loader's own ledger (`ib/pacing/rules.py`) is written by somebody else from the same rules; this one judges it.
-Source: the specification, "Pacing Limits", and `ib_facts.md`, section 6.
+Source: the specification, "Pacing Limits", and `docs/ib_facts.md`, 6.
 """
 
 from __future__ import annotations

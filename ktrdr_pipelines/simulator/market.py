@@ -1,6 +1,6 @@
 """What every simulated market is made of: listings, bar sizes, bars as arrays, and the cutting of bars into longer ones.
 
-No prices are invented here (`synthetic.py`, `replay.py`) and nothing of the wire is known. Stamps follow `ib_facts.md`,
+No prices are invented here (`synthetic.py`, `replay.py`) and nothing of the wire is known. Stamps follow `docs/ib_facts.md`,
 section 3: a bar carries the time it opens; daily and longer bars a session date, weeks and months the date of their last.
 """
 
@@ -241,7 +241,7 @@ class Market(Protocol):
 
 _EXPIRY_FREE = ("STK", "CASH", "IND", "CRYPTO", "CONTFUT")
 _EXPIRED_KEPT_DAYS = 731
-"""Futures are known for two years after their expiry (`ib_facts.md`, section 5)."""
+"""Futures are known for two years after their expiry (`docs/ib_facts.md`, 5)."""
 
 
 def find_listings(market: Market, query: ContractQuery, now_s: float) -> list[Listing]:

@@ -1,7 +1,7 @@
 """The fields of each message, by the protocol version negotiated: parsers of what clients send, builders of what they get.
 
-Layouts were learned from the clients (ib_insync 0.9.86 and ib_async 2.1.0 ``client.py`` and ``decoder.py``, versions 157 to
-178; ibapi 9.81 for those below). Which message may follow which is in `client_session.py`; framing in `wire.py`.
+Layouts were learned from the clients (ib_insync 0.9.86 and ib_async 2.1.0 ``client.py``, ``ib_insync/decoder.py``, versions 157
+to 178; ibapi 9.81 for those below). Which message may follow which is in `client_session.py`; framing in `wire.py`.
 """
 
 from __future__ import annotations

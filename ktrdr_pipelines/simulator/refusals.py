@@ -1,6 +1,6 @@
 """What the gateway answers when it refuses a history request: IB's codes and wordings in one place.
 
-Sources: `ib_facts.md` sections 1, 6 and 8; wordings as quoted in public issue threads of ib_insync, ib_async, rust-ibapi and
+Sources: `docs/ib_facts.md`, 1, 6 and 8; wordings as quoted in public issue threads of ib_insync, ib_async, rust-ibapi and
 ezibpy; codes from IBKR's message-code pages. Where no wording is public the sentence is ours and the code IB's.
 """
 

@@ -1,6 +1,6 @@
 """How far back a request reaches: end times and durations, in IB's notation, to epoch seconds.
 
-Which bars lie in the window is `market.py`'s matter. Rules: `ib_facts.md`, sections 1 to 3. D, W and M count trading
+Which bars lie in the window is `market.py`'s matter. Rules: `docs/ib_facts.md`, 1 to 3. D, W and M count trading
 sessions; how exactly is not documented, so `DurationRule` offers the readings that other gateways may have.
 """
 

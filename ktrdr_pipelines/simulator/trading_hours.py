@@ -1,7 +1,7 @@
 """When a simulated instrument trades: one row per session with its extended and regular hours, as epoch seconds.
 
 Deliberately independent of `ktrdr_pipelines.calendars`, so that the loader and the gateway it is tried on cannot be wrong
-together: US stocks from pandas_market_calendars, forex and Globex futures from the rules in `ib_facts` (section 3).
+together: US stocks from pandas_market_calendars, forex and Globex futures from the rules in `docs/ib_facts.md` (section 3).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ REFUSED = [
     (_case({**AAPL, "symbol": "NOPE"}, "", "1 D", "1 hour"), 200, "No security definition has been found"),
     (_case({**AAPL, "symbol": "AMBG"}, "", "1 D", "1 hour"), 200, "ambiguous"),
 ]
-# ib_async takes 321 for a warning and would wait for ever (`dependency_facts.md`).
+# ib_async takes 321 for a warning and would wait for ever (`docs/dependencies.md`).
 NOT_ENDED_BY = {"ib_async": (321,)}
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".venvs"

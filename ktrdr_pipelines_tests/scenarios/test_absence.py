@@ -99,7 +99,8 @@ SERIES = {name: Series(forex("EURUSD") if name == "5m" else stock("AAPL"), TIMEF
 
 def draw_truth(data: st.DataObject, name: str, span: Window, margin: timedelta, *, cut: str = "") -> IntArray:
     """What exists: all but some single bars, some runs and perhaps everything before or after a day. Every n-th bar of a series
-    that lacks a fifth of its bars anyway is no row that can be told from chance (`holes.LONGEST_ROW`): there less is lacking."""
+    that lacks a fifth of its bars anyway is no row that can be told from chance (`evidence.LONGEST_ROW`): there less is
+    lacking."""
     around = expected_bars(SERIES[name], Window(span.start - margin, span.end + margin)).opens
     inside = np.flatnonzero((around >= span.start_s) & (around < span.end_s))
     exists = np.ones(len(around), np.bool_)

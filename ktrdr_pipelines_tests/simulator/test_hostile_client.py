@@ -1,6 +1,6 @@
 """Clients that send whatever they like: the simulated gateway serves the others correctly, holds little, leaves nothing.
 
-Messages are made from seeds; a failing case names its seed. What sane clients may do is in `test_session.py` and
+Messages are made from seeds; a failing case names its seed. What sane clients may do is in `test_client_session.py` and
 `test_server.py`.
 """
 

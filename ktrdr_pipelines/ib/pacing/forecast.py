@@ -1,4 +1,4 @@
-"""When planned requests could go out under the pacing budget as it stands: `pacing.decide`, replayed with a moving clock.
+"""When planned requests could go out under the pacing budget as it stands: `rules.decide`, replayed with a moving clock.
 
 Pure: the caller brings the requests, the ledger's entries and now. What is asked for is decided in `planning/requests.py`,
 who really waits in `ib/pacing/ledger.py`. The answer is the earliest time, not a promise: answers are taken to need no time,

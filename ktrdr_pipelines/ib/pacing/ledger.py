@@ -1,6 +1,6 @@
 """The pacing ledger: who may send the next history request, decided once for every process of one gateway login.
 
-`pacing.decide` holds the rules, `ledger_rows.py` the past, `backends.py` the file; here are the transactions in which the
+`rules.decide` holds the rules, `ledger_rows.py` the past, `backends.py` the file; here are the transactions in which the
 three meet. A request is granted, written to the socket, stamped, and finished when answered; from the grant to the stamp it
 counts as sent at this very moment, so that whatever delays its process in between breaks no rule.
 
@@ -65,7 +65,7 @@ class PauseOfAll:
 class Budget:
     """The ledger for people. ``used`` of ``limit`` units are taken; ``next_free_at_s`` (seconds since 1970) is when the next
     plain request could go, not counting the ``waiting`` ones; ``open`` requests are unanswered; ``past`` and ``hold_until_s``
-    serve `pacing.decide`."""
+    serve `rules.decide`."""
 
     now_s: float
     used: int
@@ -223,7 +223,7 @@ class Ledger:
         """IB said that requests come too fast (or that all must pause): nobody sends for ``seconds``; returns how long.
 
         Without ``seconds`` it is 15 s, and longer for each that follows within twenty minutes, up to ten minutes
-        (`pacing.PENALTIES_S`). Further complaints during such a pause are about requests sent before it and change nothing.
+        (`rules.PENALTIES_S`). Further complaints during such a pause are about requests sent before it and change nothing.
         """
 
         def body(tx: Transaction) -> float:

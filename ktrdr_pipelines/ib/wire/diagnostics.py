@@ -1,6 +1,6 @@
 """Why no connection came about, in words that say what to change: which port answers, which setting to look at.
 
-No protocol here: plain connections that are closed at once. Ports: IBKR's API documentation (project facts, section 9).
+No protocol here: plain connections that are closed at once. Ports: IBKR's API documentation (docs/ib_facts.md, 9).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A thread with an asyncio event loop of its own, for a library that wants one loop for its whole life.
 
 Blocking callers hand it coroutines. Why not the caller's loop: Dagster and notebooks have loops of their own, and plain
-threads have none (dagster_facts.md, 7).
+threads have none (docs/dagster_facts.md, 7).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 importer of ib_insync.
 
 A thread of its own with its own event loop owns the connection, and the library is imported inside that thread: in
-others it finds no event loop, or the wrong one (dagster_facts.md, 7). Calls from any thread block until the answer, an
+others it finds no event loop, or the wrong one (docs/dagster_facts.md, 7). Calls from any thread block until the answer, an
 error of `errors.py`, or the time-out. What can be asked is in `client.py`, how answers are read in `decoding.py`, what is down in
 `outages.py`, what a code means in `codes.py`, which alone decides whether a message ends a request.
 

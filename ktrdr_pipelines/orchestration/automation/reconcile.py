@@ -35,12 +35,12 @@ from ktrdr_pipelines.store.store import Store
 MAX_BLOCK = 366
 """Partitions of one run that asks again: Dagster needs about 10 ms for each before the run starts."""
 MAX_REQUESTS = 10
-"""Runs asked for in one tick: each takes the daemon about a second (dagster_facts.md, 4)."""
+"""Runs asked for in one tick: each takes the daemon about a second (docs/dagster_facts.md, 4)."""
 REPORT_BUDGET_S = 20.0
 """How long a person who adopted a file waits for its partitions to be reported; 10 ms each, so some 2,000."""
 
 MAX_REPORTS = 1000
-"""Partitions reported in one tick, at 10 to 15 ms each (dagster_facts.md, 4)."""
+"""Partitions reported in one tick, at 10 to 15 ms each (docs/dagster_facts.md, 4)."""
 TICK_BUDGET_S = 25.0
 """After this a tick stops and the next one goes on; Dagster gives up after 60 s."""
 _LOCK_TIMEOUT_S = 2.0

@@ -2,7 +2,7 @@
 
 No gateway, no Dagster, no clock: held ends come from the store, the newest complete bar from the calendar, now is passed
 in. Turning the decision into run requests, and keeping off runs that are still going, is `sensors.py`'s. Why one run for
-all series of a timeframe: a run costs five seconds, a further series in it 50 ms (dagster_facts.md, 3 and 6).
+all series of a timeframe: a run costs five seconds, a further series in it 50 ms (docs/dagster_facts.md, 3 and 6).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SETTLING_S = 10
 """A bar is due this long after its close: IB needs a moment to finish it."""
 
 SHORT_BARS_REACH = timedelta(days=180)
-"""Bars of 30 s and less are not available when older than six months (ib_facts.md, 5)."""
+"""Bars of 30 s and less are not available when older than six months (docs/ib_facts.md, 5)."""
 
 MAX_UNNEEDED = 2_000
 """Partitions of series that do not need them, in one run. Dagster writes an event of about 10 ms for each partition of each

@@ -1,7 +1,7 @@
 """Runs whose process was killed: they are marked as failed and their pool slots freed, as soon as anybody looks.
 
 Dagster notices the death of workers that its daemon launched, and of no others: a killed `ktrdr ib-load` or `dagster asset
-materialize` would stay STARTED and keep its pool slot for ever (dagster_facts.md, 5). So each run carries a tag that says
+materialize` would stay STARTED and keep its pool slot for ever (docs/dagster_facts.md, 5). So each run carries a tag that says
 which process executes it, and shows a sign of life that other containers see too (`liveness.py`). Who looks: every process that
 executes a run, at its start and while it runs (it may be waiting for the very slot), the sensors, and `ktrdr ui`.
 """

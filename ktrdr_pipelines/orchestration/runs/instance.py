@@ -1,7 +1,7 @@
 """Dagster's instance for doors of our own: found without environment variables, initialised once.
 
 A fresh home must be initialised by one process alone: four at once leave two alembic heads in it, for ever
-(dagster_facts.md, 1).
+(docs/dagster_facts.md, 1).
 """
 
 from __future__ import annotations

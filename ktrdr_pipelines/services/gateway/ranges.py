@@ -80,7 +80,7 @@ def data_ranges(
     """Where the history of ``symbols`` begins by IB's head timestamps, and where it ends; without symbols those of the
     universe, without timeframes those that the universe lists (1d for a symbol that it does not name).
 
-    A head timestamp that was told a while ago is remembered (`known_symbols.HEAD_KEPT`). Each other one is a history request
+    A head timestamp that was told a while ago is remembered (`symbol_cache.HEAD_KEPT`). Each other one is a history request
     and counts; one that has to wait long for its turn is told as a pacing problem of its series instead of being waited for.
 
     Raises:
