@@ -1,7 +1,7 @@
 """Typed settings. The only reader of the environment and of `.env`; everything below receives values.
 
 Names: `IB_…` for the gateway, `KTRDR_…` for the rest; the environment wins over `.env` in the current directory, and
-that over the project's own `.env`. Each setting is described here and listed in README; a test holds the two together.
+that over the project's own `.env`. Each setting is described here; `docs/reference.md` is made from it.
 IB's pacing rules are not settings.
 """
 

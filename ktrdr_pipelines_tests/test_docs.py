@@ -80,6 +80,7 @@ def test_every_fault_and_habit_of_the_simulator_is_in_the_guide() -> None:
 
 SECTIONED = re.compile(r"\b(\w+\.md)`{0,2}\)?,\s+(?:sections?\s+)?((?:\d+(?:,\s*|,?\s+and\s+|\s+to\s+)?)+)")
 TITLED = re.compile(r"\b(\w+\.md)`{0,2},\s+[\"“]([^\"”]+)[\"”]")
+IN_README = re.compile(r"\bREADME, ([A-Z][\w ]+)")
 MARKDOWN = re.compile(r"(?<![\w./-])((?:[\w.-]+/)*\w[\w-]*\.md)\b")
 MODULE = re.compile(r"`((?:[\w.-]+/)*\w+\.py)(?:`|::)|(?<![\w./`-])((?:[\w-]+/)+\w+\.py)\b")
 FOLDER = re.compile(r"`((?:[\w-]+/)+)`")
@@ -208,6 +209,9 @@ def wrong_sections(text: str) -> Iterator[str]:
     for name, title in TITLED.findall(text):
         if (target := documents().get(name)) is not None and not any(title in heading for heading in headings(target)):
             yield f'{name}, "{title}"'
+    for title in IN_README.findall(text):
+        if not any(title.startswith(heading) for heading in headings(PROJECT_ROOT / "README.md")):
+            yield f"README, {title}"
 
 
 def wrong_paths(path: Path, text: str) -> Iterator[str]:

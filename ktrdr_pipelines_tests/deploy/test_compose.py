@@ -175,10 +175,12 @@ def test_a_package_without_its_project_brings_what_a_home_and_the_ui_need(tmp_pa
     assert [path.is_relative_to(tmp_path) for path in brought] == [True, True], found.stderr
     for path, ours in zip(brought, ("workspace.yaml", "dagster_home/dagster.yaml"), strict=True):
         assert yaml.safe_load(path.read_text()) == yaml.safe_load((ROOT / ours).read_text())
-    (pattern,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "ktrdr_pipelines"
     ]
-    assert set(brought) == set((tmp_path / "site" / "ktrdr_pipelines").glob(pattern))
+    package = tmp_path / "site" / "ktrdr_pipelines"
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert packed == {*brought, package / "py.typed"}
 
 
 def test_no_secret_and_no_data_can_get_into_the_image() -> None:
