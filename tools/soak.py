@@ -52,7 +52,7 @@ def load(port: int, state: Path, numbers: range) -> None:
 
 
 def most_units(sent: list[tuple[float, int]], span_s: float) -> int:
-    """The most units that any closed stretch of ``span_s`` holds."""
+    """The most units that any closed stretch of ``span_s`` contains."""
     return max(sum(units for at, units in sent if begin <= at <= begin + span_s) for begin, _ in sent)
 
 
