@@ -28,6 +28,7 @@ GUIDE = (PROJECT_ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 # -- what users read
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_code_makes() -> None:
     """`make reference` would change nothing."""
     spec = importlib.util.spec_from_file_location("make_reference", PROJECT_ROOT / "tools" / "make_reference.py")
@@ -236,6 +237,7 @@ def wrong_paths(path: Path, text: str) -> Iterator[str]:
             yield name
 
 
+@pytest.mark.slow
 def test_every_citation_leads_somewhere() -> None:
     """Every document, section, module and package that a docstring, comment, message or document names is in the repository."""
     wrong = []

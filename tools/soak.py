@@ -33,7 +33,8 @@ def load(port: int, state: Path, numbers: range) -> None:
     from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
     from ktrdr_pipelines.domain.time import Window
     from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
-    from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
+    from ktrdr_pipelines.ib.endpoint import GatewayAddress
+    from ktrdr_pipelines.ib.history import IBHistory, Waiting
     from ktrdr_pipelines.planning.requests import Request
 
     def tell(waiting: Waiting) -> None:
