@@ -19,12 +19,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MUTMUT = Path(sys.executable).with_name("mutmut")
 NO_MUTANT = "no mutant has this name"
+BEGINS = "Running mutation testing"
 SHARE_OF_ESTIMATE = 0.4
 """Measured: what a mutant costs of the estimate, which is the time of all tests that reach it. The first failure ends it."""
 OVERHEAD_S = 1.0
@@ -41,22 +43,25 @@ MEANING = {
 
 
 def mutmut(*arguments: str, seconds: float | None = None) -> str:
-    """What mutmut prints, run in the project's folder; after ``seconds`` it is interrupted and prints what it has found."""
+    """What mutmut prints, run in the project's folder. After ``seconds`` of testing mutants it is interrupted, and prints what
+    it has found until then."""
     # Without PYTHONPATH: mutmut puts the copy first on the path, and nothing else of the project may be there.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    child = subprocess.Popen(
-        [str(MUTMUT), *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        return child.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGINT)
-        return child.communicate()[0]
+    command = [str(MUTMUT), *arguments]
+    timer = None
+    printed: list[str] = []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            printed.append(line)
+            if seconds is not None and line.startswith(BEGINS):
+                timer = threading.Timer(seconds, child.send_signal, [signal.SIGINT])
+                timer.start()
+    if timer is not None:
+        timer.cancel()
+    return "".join(printed)
 
 
 def list_mutants() -> tuple[dict[str, float], list[str]]:
@@ -109,7 +114,7 @@ def main() -> int:
     print(
         f"{len(timed) + len(unreached)} mutants; trying {len(drawn)} of the {len(timed)} that tests reach", flush=True
     )
-    found = mutmut("run", "--max-children", str(workers), *drawn, seconds=options.minutes * 60 * 2)
+    found = mutmut("run", "--max-children", str(workers), *drawn, seconds=options.minutes * 60 * 1.5)
     report = found.split("Mutant results")[-1]
     results = {name: MEANING.get(sign, sign) for sign, name in RESULT.findall(report) if name in timed}
     if not results:
