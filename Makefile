@@ -1,22 +1,27 @@
 # make demo   real bars from a simulated gateway into checked CSV files, compared with their source
 # make test   linters, types, tests
 # make test-ib-async  the tests of the gateway client, with ib_async in place of ib_insync (part of make test)
+# make test-all   the same on every Python this project supports, each in an environment of its own
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
 # make bench  measurements, as ratios within one run
 # make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
 # make matrix every fault in every mode and timeframe, as a table (minutes)
 # make kills  two hundred loads killed at random instants (the tests kill a few)
-# make lint   ruff, mypy, import arrows
+# make mutants   changes in the core packages that no test notices (minutes; MUTANTS="--minutes 20 --seed 2")
+# make reference   docs/reference.md from the code
+# make lint   ruff, mypy, import contracts
 # Needs Python 3.11 to 3.13 and make; everything else is installed into .venv from requirements.lock.
 
 PYTHON ?= python3
-VENV := .venv
+# Minor versions of Python that `make test-all` runs, oldest first.
+PYTHONS ?= 3.11 3.12 3.13
+VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INITDB := $(firstword $(wildcard /usr/lib/postgresql/*/bin/initdb) $(shell command -v initdb))
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo test test-ib-async ui bench soak matrix kills lint quick-lint lock clients clean
+.PHONY: demo test test-ib-async test-all ui bench soak matrix kills mutants reference lint quick-lint lock clients clean
 
 demo: $(READY)
 	@$(BIN)/python tools/demo.py
@@ -37,6 +42,14 @@ endif
 test-ib-async: clients
 	IB_LIBRARY=ib_async .venvs/ib_async/bin/python -m pytest -n 3 --dist worksteal ktrdr_pipelines_tests/ib --ignore ktrdr_pipelines_tests/ib/pacing
 
+test-all:
+	@found=""; for version in $(PYTHONS); do \
+	  if python=$$(tools/find_python.sh $$version); then found="$$found $$version=$$python"; \
+	  else echo "No Python $$version on this machine: leaving out its tests."; fi; done; \
+	if [ -z "$$found" ]; then echo "None of Python $(PYTHONS) found."; exit 1; fi; \
+	for each in $$found; do \
+	  echo "== Python $${each%%=*}"; $(MAKE) test PYTHON="$${each#*=}" VENV=.venv-$${each%%=*} || exit 1; done
+
 lint: quick-lint
 	$(BIN)/mypy
 
@@ -56,6 +69,12 @@ matrix: $(READY)
 
 kills: $(READY)
 	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/scenarios/test_kills.py -k random_instants
+
+mutants: $(READY)
+	@$(BIN)/python tools/mutants.py $(MUTANTS)
+
+reference: $(READY)
+	@$(BIN)/python tools/make_reference.py
 
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)
@@ -78,4 +97,4 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venvs demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* .venvs mutants demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,7 +28,7 @@ DEMO = ROOT / "demo"
 SOURCE, DATA, HOME, LOG = DEMO / "source", DEMO / "data", DEMO / "dagster_home", DEMO / "gateway.jsonl"
 BIN = Path(sys.executable).parent
 SERIES = {"EURUSD_1h": "EURUSD.csv", "GOOG_1d": "GOOG.csv"}
-# The package does not say which zone EURUSD's hours are in; they are taken as UTC, here and in the comparison.
+# The zone of EURUSD's hours is not documented in the package; they are taken as UTC, here and in the comparison.
 
 
 def package_file(name: str) -> Path:
@@ -144,7 +144,7 @@ def compare(series: str) -> tuple[int, list[str]]:
 
 
 def count_partitions() -> dict[str, int]:
-    """Materialized partitions by series, as Dagster itself tells."""
+    """Materialized partitions by series, as Dagster reports them."""
     code = (
         "import dagster as dg, json, sys\n"
         "with dg.DagsterInstance.from_config(sys.argv[1]) as i:\n"
@@ -186,7 +186,7 @@ def report() -> int:
 @contextmanager
 def only_user_of_the_demo() -> Iterator[None]:
     """One demo or UI at a time: a demo makes the folders anew, which would pull them away from under an open UI."""
-    with (ROOT / ".venv" / ".demo.lock").open("w") as file:
+    with Path(__file__).open() as file:  # the lock needs a file, not a new one
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

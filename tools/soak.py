@@ -33,7 +33,8 @@ def load(port: int, state: Path, numbers: range) -> None:
     from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
     from ktrdr_pipelines.domain.time import Window
     from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
-    from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
+    from ktrdr_pipelines.ib.endpoint import GatewayAddress
+    from ktrdr_pipelines.ib.history import IBHistory, Waiting
     from ktrdr_pipelines.planning.requests import Request
 
     def tell(waiting: Waiting) -> None:
@@ -52,7 +53,7 @@ def load(port: int, state: Path, numbers: range) -> None:
 
 
 def most_units(sent: list[tuple[float, int]], span_s: float) -> int:
-    """The most units that any closed stretch of ``span_s`` holds."""
+    """The most units that any closed stretch of ``span_s`` contains."""
     return max(sum(units for at, units in sent if begin <= at <= begin + span_s) for begin, _ in sent)
 
 

@@ -35,7 +35,7 @@ _END_OF_TIME_S = 253_402_300_800
 
 
 class Answer(Protocol):
-    """Bars of one request as IB sent them; see `ib.client.RawBars`."""
+    """Bars of one request as IB sent them; see `ib.wire.decoding.RawBars`."""
 
     @property
     def opens_s(self) -> IntArray: ...

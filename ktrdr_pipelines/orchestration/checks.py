@@ -1,7 +1,8 @@
 """Asset checks: is every bar well formed (schema), is every expected bar there (completeness).
 
 They are evaluated by the asset itself, at the end of its run: a separate check would never execute, because the asset
-yields no output (dagster_facts.md, 3). The rules are `bars/schema.py`'s and the calendar's; here they become Dagster's words.
+yields no output (docs/dagster_facts.md, 3). The rules are `bars/schema.py`'s and the calendar's;
+here they become Dagster's words.
 """
 
 import dagster as dg

@@ -100,7 +100,7 @@ class PartitionState:
 
     @property
     def is_complete(self) -> bool:
-        """As `load.Load` judges it."""
+        """As `series_load.Load` judges it."""
         return self.missing == 0
 
 

@@ -1,7 +1,7 @@
 """How far back one request reaches: IB's duration strings, how gateways read them, and what the limits allow.
 
 Pure arithmetic on epoch seconds. Which requests are made is in `requests.py`; the limits of each bar size are in
-`series.TIMEFRAMES`; facts and their sources in `ib_facts.md`, 1 and 2.
+`timeframes.TIMEFRAMES`; facts and their sources in `docs/ib_facts.md`, 1 and 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNIT_MATRIX: dict[DurationUnit, tuple[int, int, int]] = {
     "Y": (60, 86400, 68),
 }
 """Shortest and longest bar (seconds) that each unit is accepted with, and its largest count. Outside it the gateway answers
-error 321. Source: IBKR's "Historical Data Limitations" page (`ib_facts.md`, 1)."""
+error 321. Source: IBKR's "Historical Data Limitations" page (`docs/ib_facts.md`, 1)."""
 
 NOMINAL_S: dict[DurationUnit, int] = {"S": 1, "D": _DAY_S, "W": 7 * _DAY_S, "M": 30 * _DAY_S, "Y": 365 * _DAY_S}
 """Length of each unit when durations of different units are compared with a limit."""

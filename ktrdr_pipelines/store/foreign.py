@@ -1,7 +1,7 @@
 """Reading a CSV that something else made: which columns, which way of writing time, which rows are good.
 
 Pure: bytes in, bars and the list of dropped rows out. `store.py` keeps the original and writes the result. Layouts seen in
-the wild: ``ib_facts``, section 10, and issue 3. Read line by line with the standard csv module and not with
+the wild: `docs/ib_facts.md`, 10. Read line by line with the standard csv module and not with
 pandas.read_csv, which guesses zones and number formats and cannot say which line was bad.
 """
 

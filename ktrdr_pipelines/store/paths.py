@@ -2,7 +2,7 @@
 
 Shared by `store.py` (reads and writes) and `settle.py` (what others did to the files). What is in the files is described
 in `csv_format.py` and `sidecar.py`. Locks: filelock, which times out right and is free at once after kill -9
-(``dependency_facts``).
+(`docs/dependencies.md`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Pinned instrument, source, start of history, answered windows, proven-empty ranges, and per partition rows and checksum.
 Pure: `store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
-withdrawn. See design, section 4.
+withdrawn. See docs/design.md, 4.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Putting new rows into the middle of a large sorted CSV, and marking its partitions.
 
-Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `disk.Disk`; who
+Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `atomic.Disk`; who
 may write, and what is remembered about it, is in `store.py`. Why not pandas or polars: reading, merging and writing a
-file of two million rows takes them 1 to 12 s and 0.6 to 1 GB (``dependency_facts``; `benchmarks/bench_splice.py` measures it).
+file of two million rows takes them 1 to 12 s and 0.6 to 1 GB (`docs/dependencies.md`; `benchmarks/bench_splice.py` measures it).
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class Stack:
             if condition():
                 return
             threading.Event().wait(0.2)  # the processes waited for need the processor
-        raise AssertionError(f"waited in vain for {what}\n{self.logs()}")
+        raise AssertionError(f"timed out waiting for {what}\n{self.logs()}")
 
     def logs(self) -> str:
         return "\n".join(f"== {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.here.base.glob("*.log")))

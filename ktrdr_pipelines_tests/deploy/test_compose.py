@@ -68,7 +68,7 @@ def test_a_missing_secret_ends_the_command_with_a_word_of_what_it_is(name: str) 
 
 
 def test_secrets_reach_only_the_services_that_need_them(services: dict[str, Any]) -> None:
-    """The database's password its users, the token the API, the log-in the gateway; no command and no URL holds one."""
+    """The database's password its users, the token the API, the log-in the gateway; no command and no URL contains one."""
     marked = interpolate(read_compose(), {name: f"<{name}>" for name in NEEDED})["services"]
     holders = {
         name: {service for service, said in marked.items() if f"<{name}>" in said.get("environment", {}).values()}
@@ -113,7 +113,7 @@ def test_nothing_is_open_to_other_machines_unless_asked_for(services: dict[str, 
 
 
 def test_every_service_comes_back_and_waits_for_what_it_needs(services: dict[str, Any]) -> None:
-    """Restart policies, health checks, and an order by health; nobody waits for the gateway, which waits for people."""
+    """Restart policies, health checks, and an order by health; no service waits for the gateway, which waits for a log-in."""
     lasting = {name: said for name, said in services.items() if name != "migrate"}
     assert {said["restart"] for said in lasting.values()} == {"unless-stopped"}
     assert [name for name, said in lasting.items() if not said["healthcheck"].get("test")] == []
@@ -175,10 +175,12 @@ def test_a_package_without_its_project_brings_what_a_home_and_the_ui_need(tmp_pa
     assert [path.is_relative_to(tmp_path) for path in brought] == [True, True], found.stderr
     for path, ours in zip(brought, ("workspace.yaml", "dagster_home/dagster.yaml"), strict=True):
         assert yaml.safe_load(path.read_text()) == yaml.safe_load((ROOT / ours).read_text())
-    (pattern,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "ktrdr_pipelines"
     ]
-    assert set(brought) == set((tmp_path / "site" / "ktrdr_pipelines").glob(pattern))
+    package = tmp_path / "site" / "ktrdr_pipelines"
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert packed == {*brought, package / "py.typed"}
 
 
 def test_no_secret_and_no_data_can_get_into_the_image() -> None:

@@ -28,7 +28,7 @@ RELOAD = 'mutation { reloadRepositoryLocation(repositoryLocationName: "ktrdr_pip
 
 
 def variables(gateway: GatewayThread) -> dict[str, str]:
-    """What a person sets before `docker compose up`."""
+    """What a user sets before `docker compose up`."""
     return {
         "POSTGRES_PASSWORD": "of no use to a server that trusts",
         "KTRDR_API_TOKEN": "t" * 40,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 0xFFFFFF
-"""IBKR's own clients take no longer message (ibapi ``common.py``, MAX_MSG_LEN); a year of 5-minute bars needs a third of it."""
+"""IBKR's own clients take no longer message (``ibapi/common.py``, MAX_MSG_LEN); a year of 5-minute bars needs a third of it."""
 MAX_GREETING_BYTES = 1 << 16
 """Before the handshake is over: a version, accounts, notices."""
 

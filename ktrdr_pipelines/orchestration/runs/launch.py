@@ -26,7 +26,7 @@ from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_
 from ktrdr_pipelines.settings import Settings
 
 _one_run_at_a_time = threading.Lock()
-"""Concurrent in-process runs in threads of one process deadlock on SQLite (dagster_facts.md, 8)."""
+"""Concurrent in-process runs in threads of one process deadlock on SQLite (docs/dagster_facts.md, 8)."""
 
 
 def execute_load(
