@@ -1,5 +1,4 @@
-"""What one request costs the store on a long file: everything `loading/asking.py` asks of it for one answered day, without
-the gateway.
+"""What one request costs the store on a long file: the one write of an answered day with its claim, without the gateway.
 
 The file is twenty years of minutes with a recorded sidecar; every 20th day is missing and arrives, one day a request. Beside it
 the same with sidecars parsed anew each time. Run by `make bench`, or: ``python benchmarks/bench_request.py [rows]``.
@@ -41,15 +40,8 @@ def window_of(number: int) -> Window:
 
 
 def settle_request(store: Store, number: int) -> None:
-    """The calls of one request that brings a whole day, in the load's order."""
-    window = window_of(number)
-    store.extent(SERIES)
-    store.write(SERIES, make_day(number), answered=None, source="simulator", now=NOW)
-    store.held_opens(SERIES, window)
-    assert not store.read_sidecar(SERIES).sparse
-    store.write(SERIES, empty_bars(), answered=window, source="simulator", now=NOW)
-    store.held_opens(SERIES, window)
-    store.read_bars(SERIES, window)
+    """The write of one request that brings a whole day."""
+    store.write(SERIES, make_day(number), answered=window_of(number), source="simulator", now=NOW)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ For notebooks and scripts:
     bars = ktrdr.read_bars("AAPL", "1h", "2024-01-01")      # a DataFrame
 
 `load` and `read_bars` are in `notebook.py` and imported when they are first used, so that `ktrdr --help` stays quick. To read
-the code, start at `domain/instruments.py` (the nouns) and `loading/series_load.py` (the use case).
+the code, start at `domain/` (the nouns) and `loading/machine.py` (what a load decides).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
 """What a load tells: events while it runs, and the report at its end, with the specification's result fields.
 
-Plain values, no behaviour beyond turning them into JSON. `series_load.py` makes them; doors and Dagster show them.
+Plain values, no behaviour beyond turning them into JSON. `machine.py` makes them; doors and Dagster show them.
 """
 
 from __future__ import annotations

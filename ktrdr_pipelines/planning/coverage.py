@@ -100,7 +100,7 @@ class PartitionState:
 
     @property
     def is_complete(self) -> bool:
-        """As `series_load.Load` judges it."""
+        """As `loading/machine.py` judges it."""
         return self.missing == 0
 
 

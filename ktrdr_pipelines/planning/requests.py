@@ -1,7 +1,7 @@
 """Decide what to ask Interactive Brokers for: expected bars minus held minus proven empty, as the fewest requests.
 
 No files, no network, no clock: callers pass what is expected (`calendars`), what is held, and now. How far one request
-reaches, and how that is written, is in `durations.py`. What happens with the answers is in `loading/series_load.py`.
+reaches, and how that is written, is in `durations.py`. What happens with the answers is in `loading/machine.py`.
 
 Why greedy is enough: if one request can cover a run of missing bars, it can cover any part of the run. So taking as many
 bars as possible from the oldest one on, again and again, needs the fewest requests (the tests compare it with exhaustive
