@@ -84,11 +84,12 @@ async def drive(task):
     schedule = await attempt(ib.reqHistoricalScheduleAsync(as_contract(task["stock"]), 3))
     out["schedule"] = [[s.startDateTime, s.endDateTime, s.refDate] for s in schedule.sessions]
 
+    last_id = ib.client.getReqId()
     silent = asyncio.ensure_future(
         ib.reqHistoricalDataAsync(as_contract(task["silent"]), "", "1 D", "1 hour", "TRADES", True, timeout=0)
     )
     await asyncio.sleep(0)  # lets the request go out first
-    ib.client.cancelHistoricalData(ib.client._reqIdSeq - 1)
+    ib.client.cancelHistoricalData(last_id + 1)
     out["cancelled"] = await attempt(silent)
 
     out["farms"] = sorted(code for req_id, code, _ in notices if req_id == -1)

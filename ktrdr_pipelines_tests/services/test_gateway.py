@@ -196,7 +196,7 @@ def test_while_the_link_is_down_questions_fail_at_once(
             ask()
     (found,) = data_ranges(settings, ["KO"], ["1d"]).ranges
     assert found.problem is not None
-    assert "is down" in found.problem.message
+    assert "reports an outage" in found.problem.message
     assert gateway_status(settings).connection.link_to_ib is False
 
 
