@@ -1,21 +1,21 @@
-"""The exception tree. Each family says whether a retry can help, who has to act, and with which exit code a command ends.
+"""The exception tree. A family determines whether a retry may help, who has to act, and the exit code of a command.
 
 ```
 KtrdrError
-├── InputError            what a person typed or configured is wrong             exit 2
-│   └── ConfigurationError    it stands in a file: whoever asks over REST is not to blame
-├── PermanentError        IB refuses, and will again: no such contract, no permission     3
-├── TransientError        IB or the way to it is in trouble; a retry may help             4
+├── InputError            invalid input or configuration                         exit 2
+│   └── ConfigurationError    an invalid file or setting: not the fault of a REST client
+├── PermanentError        IB rejects it, also next time: no such contract, no permission  3
+├── TransientError        IB or the connection to it has failed; a retry may help         4
 │   ├── GatewayUnreachable    nothing usable answers at the configured host and port      5
-│   ├── PacingError           IB says that we ask too fast
+│   ├── PacingError           IB reports too many requests
 │   └── RequestTimeout        no answer in time; a failure, never "no data"
 ├── DataError             IB's answer, or a file, breaks the rules for bars               6
 ├── StoreError            the disk refuses: read-only, full, locked                       7
 └── BugError              our own request was malformed; report it, retries stop          70
 ```
 
-Exit 1 is left to unforeseen exceptions (a traceback: a bug), 130 to Ctrl-C. A load of which some windows failed ends with the
-code of its first failure. No messages of IB are interpreted here: see `ib/codes.py`.
+Exit 1 is an unexpected exception (a traceback: a bug), 130 is Ctrl-C. A load with failed windows ends with the code of its first
+failure. `ib/codes.py` classifies the messages of IB.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import ClassVar, Self
 
 
 class KtrdrError(Exception):
-    """A failure with the four facts a person needs: what was being done, for what, what came back, what to do.
+    """A failure with what a user needs: what was being done, for which series and window, what came back, what to do.
 
-    ``doing`` names the activity with its series and window ("loading AAPL 5m 2024-03-11..2024-03-12"), ``observed`` what
-    happened, ``advice`` what to do next. Each is kept as an attribute so that no caller parses text.
+    ``doing``: the activity with its series and window ("loading AAPL 5m 2024-03-11..2024-03-12"). ``observed``: what happened.
+    ``advice``: what to do next. They are attributes, so that no caller parses text.
     """
 
     retry_helps: ClassVar[bool] = False
@@ -40,19 +40,19 @@ class KtrdrError(Exception):
         self.doing = doing
         self.advice = advice
         self.code = code
-        """IB's error code, when the failure came from IB."""
+        """IB's error code, if IB sent one."""
         self.pauses_login = False
-        """True if every process of the login has to wait now (pacing, another session of the same login)."""
+        """True if all processes of the login must wait now (pacing, another session of the same login)."""
 
     def while_doing(self, doing: str) -> Self:
-        """Say what was being done, once: the innermost, most precise description stays."""
+        """Set ``doing`` unless it is set: the innermost description is the most precise one."""
         if not self.doing:
             self.doing = doing
         return self
 
     @property
     def message(self) -> str:
-        """What happened while what was being done; the advice is told apart."""
+        """``doing`` and ``observed``, without the advice."""
         return f"{self.doing}: {self.observed}" if self.doing else self.observed
 
     def __str__(self) -> str:
@@ -62,27 +62,27 @@ class KtrdrError(Exception):
 
 
 class InputError(KtrdrError):
-    """What a person typed or configured cannot be meant. Nothing was asked of IB, nothing was written."""
+    """Invalid input or configuration. No request was sent, nothing was written."""
 
     exit_code = 2
     family = "input"
 
 
 class ConfigurationError(InputError):
-    """What the program is configured with cannot be meant: a person has to mend it, and not whoever asked."""
+    """An invalid file or setting: the user who runs the program must correct it, not the client that sent a request."""
 
     family = "configuration"
 
 
 class PermanentError(KtrdrError):
-    """IB refuses and will refuse again: unknown contract, missing permission, expired instrument."""
+    """IB rejects the request and will reject it again: unknown contract, missing permission, expired instrument."""
 
     exit_code = 3
     family = "permanent"
 
 
 class TransientError(KtrdrError):
-    """IB or the way to it is in trouble; the same request may succeed later."""
+    """IB or the connection to it has failed; the same request may succeed later."""
 
     retry_helps = True
     exit_code = 4
@@ -97,19 +97,19 @@ class GatewayUnreachable(TransientError):
 
 
 class PacingError(TransientError):
-    """IB answered that requests come too fast. Every process of this login has to wait."""
+    """IB reports a pacing violation. All processes of the login must wait."""
 
     family = "pacing"
 
 
 class RequestTimeout(TransientError):
-    """A request was not answered in time and was cancelled. Says nothing about whether there is data."""
+    """A request was not answered in time and was cancelled. No evidence about data."""
 
     family = "timeout"
 
 
 class DataError(KtrdrError):
-    """Bars break the rules (`bars/schema.py`). ``rows`` shows them as text; what was on disk before stays there."""
+    """Bars break the rules (`bars/schema.py`). ``rows`` shows them as text; the files are unchanged."""
 
     exit_code = 6
     family = "data"
@@ -122,21 +122,21 @@ class DataError(KtrdrError):
 
 
 class StoreError(KtrdrError):
-    """The disk refuses: read-only, full, or locked by another process for too long. Files are as before."""
+    """The disk refuses: read-only, full, or locked by another process for too long. The files are unchanged."""
 
     exit_code = 7
     family = "store"
 
 
 class BugError(KtrdrError):
-    """Something this program made itself is wrong (a malformed request, a broken invariant). Never retried."""
+    """A defect of this program (a malformed request, a broken invariant). Never retried."""
 
     exit_code = 70
     family = "bug"
 
 
 def exit_code_of(family: str) -> int:
-    """The exit code of a family by its name (``transient``): for answers that tell of a failure without raising it."""
+    """The exit code of a family by its name (``transient``), for results that report a failure without raising it."""
     found = [KtrdrError]
     for kind in found:
         if kind.family == family:

@@ -1,8 +1,7 @@
-"""Which bar opens a series should have, and when its market is open. Pure given the installed calendar data.
+"""The bar opens that a series should have, and the hours of its market. Pure given the installed calendar data.
 
-`exchanges.py` says which calendar an instrument follows, `session_tables.py` when its sessions trade, `ib_schedule.py` what
-IB's own schedule puts right in them, `sessions.py` keeps both and answers questions, `expected.py` says which bars that
-promises. What the store holds and what to ask IB for is in `planning/requests.py`. Words: design, section 2.
+`exchanges.py` finds the calendar of an instrument, `session_tables.py` builds its sessions, `ib_schedule.py` corrects them by
+IB's schedule, `sessions.py` caches and queries them, `expected.py` derives the expected bars.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which trading calendar an instrument follows: tables from IB's exchange codes to calendar names, and the lookup.
+"""The trading calendar of an instrument: tables from IB's exchange codes to calendar names, and the lookup.
 
 No session times here, see `sessions.py`. Names are those of pandas_market_calendars (a name like XPAR is the market's
-ISO 10383 code), besides two of our own: `FOREX` and `24/7`. Exchange codes are IB's, as its exchange listings write them.
+ISO 10383 code), plus two of our own: `FOREX` and `24/7`. Exchange codes are IB's, as in its exchange listings.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from ktrdr_pipelines.domain.instruments import Instrument
 from ktrdr_pipelines.errors import InputError
 
 FOREX = "FOREX"
-"""IB's own forex week (`ib_facts.md`, 3), not the calendar of that name in pandas_market_calendars."""
+"""IB's own forex week (docs/ib_facts.md, 3), not the calendar of that name in pandas_market_calendars."""
 
 ROUND_THE_CLOCK = "24/7"
 """Every day, midnight to midnight UTC."""
 
-# Where pandas_market_calendars has two calendars of a market, the fuller one: HKEX lacks the half days that XHKG has, TASE
-# the move to Monday to Friday in 2026 that XTAE has, XASX the closing auction that ASX has.
+# Of two calendars of one market in pandas_market_calendars the more complete one: XHKG (not HKEX) has half days, XTAE (not
+# TASE) the move to Monday to Friday in 2026, ASX (not XASX) the closing auction.
 BY_EXCHANGE: dict[str, str] = {
     # United States: one timetable, whatever the venue.
     **dict.fromkeys(
@@ -50,16 +50,16 @@ BY_CURRENCY: dict[str, str] = {
     "HUF": "XBUD", "CZK": "XPRA", "JPY": "JPX", "HKD": "XHKG", "CNH": "SSE", "AUD": "ASX", "SGD": "XSES", "KRW": "XKRX",
     "INR": "NSE", "TWD": "XTAI", "MXN": "XMEX", "ZAR": "XJSE", "ILS": "XTAE",
 }  # fmt: skip
-"""Calendar of a stock routed by SMART whose primary exchange is not known. EUR is missing on purpose: its exchanges keep
-different holidays, and a guessed one would lose the days between."""
+"""Calendar of a stock routed by SMART whose primary exchange is not known. EUR is missing on purpose: its exchanges have
+different holidays, and the wrong ones would lose bars."""
 
 FUTURES_BY_EXCHANGE: dict[str, str] = {
     "CME": "CME Globex Equity", "GLOBEX": "CME Globex Equity", "CBOT": "CME Globex Equity", "ECBOT": "CME Globex Equity",
     "NYMEX": "CMEGlobex_EnergyAndMetals", "COMEX": "CMEGlobex_EnergyAndMetals", "CFE": "CME Globex Equity",
     "EUREX": "EUREX", "DTB": "EUREX", "ICEUS": "ICEUS", "NYBOT": "ICEUS",
 }  # fmt: skip
-"""Calendar of a future by exchange, for products that `FUTURES_BY_PRODUCT` does not name. The calendar CFE knows the day hours
-only; VIX futures trade the hours of CME's index futures, but for a few holidays."""
+"""Calendar of a future by exchange, for products that `FUTURES_BY_PRODUCT` does not name. The calendar CFE has only
+the day hours; VIX futures trade the hours of CME's index futures, except on a few holidays."""
 
 FUTURES_BY_PRODUCT: dict[str, str] = {
     **dict.fromkeys(["EUR", "GBP", "JPY", "AUD", "CAD", "CHF", "NZD", "MXP", "M6E", "M6B", "M6A", "MJY", "MCD", "E7"],
@@ -79,7 +79,7 @@ _CURRENCIES = frozenset({*BY_CURRENCY, "EUR", "NZD", "TRY", "RUB", "CNY"})
 
 @lru_cache(maxsize=1)
 def list_calendars() -> frozenset[str]:
-    """Every name that `calendar:` in the universe file may hold."""
+    """Every valid name for `calendar:` in the universe file."""
     # Imported here: it takes 0.4 s, and most commands need one known calendar or none.
     import pandas_market_calendars
 
@@ -90,12 +90,12 @@ def list_calendars() -> frozenset[str]:
 def calendar_of(instrument: Instrument) -> str:
     """The name of the calendar that ``instrument`` follows.
 
-    A name in ``instrument.calendar`` wins. Then forex pairs and crypto by their kind, futures by product and exchange,
-    everything else by primary exchange, exchange, and for SMART by currency.
+    ``instrument.calendar`` comes first. Then forex pairs and crypto by their kind, futures by product and exchange, everything
+    else by primary exchange, exchange, and for SMART by currency.
 
     Raises:
-        InputError: nothing in the tables fits, or ``instrument.calendar`` is not a calendar. A guess is never made: a
-            wrong calendar would lose bars on the days it takes for holidays.
+        InputError: the tables have no calendar for it, or ``instrument.calendar`` is not a calendar. There is no guess: a wrong
+            calendar would lose the bars of its holidays.
     """
     if instrument.calendar:
         if instrument.calendar not in list_calendars():
@@ -109,7 +109,7 @@ def calendar_of(instrument: Instrument) -> str:
     if name is None:
         where = instrument.primary_exchange or instrument.exchange
         raise InputError(
-            f"{instrument.symbol}: no trading calendar known for {instrument.sec_type} on {where} in {instrument.currency}",
+            f"{instrument.symbol}: no trading calendar for {instrument.sec_type} on {where} in {instrument.currency}",
             advice="Name its primary exchange, or write `calendar:` in the universe file, for instance NYSE, LSE, XETR, "
             "XPAR, 24/7.",
         )

@@ -1,13 +1,12 @@
-"""The bars that trading sessions promise: their opens, when each is complete, and which of them held stamps satisfy.
+"""The expected bars of trading sessions: their opens, when each is complete, and which held bars match them.
 
-Sessions are in `sessions.py`; what to ask for missing bars in `planning/requests.py`. Labels follow IB (`ib_facts.md`, 3): a
-bar is stamped with its start, daily and longer bars with a session date. Where IB and this module disagree, IB wins: bars that
-were not expected are kept.
+Stamps follow IB (docs/ib_facts.md, 3): a bar has its start, daily and longer bars a session date. If IB and this module
+disagree, IB is right: bars that were not expected are kept.
 
-How intraday bars lie: the first bar of a segment (a session, or its part before or after a lunch break) starts with it,
-the next ones at multiples of the bar length on the exchange's own clock, counted from local midnight. So an hourly
-series of a US stock has 09:30, then 10:00 to 15:00, and forex has 17:15, then 18:00. Of bars above one hour IB's
-alignment is not documented; the same rule is used.
+Intraday alignment: the first bar of a segment (a session, or its part before or after a lunch break) opens with the segment,
+the next ones at multiples of the bar length on the exchange's own clock, counted from local midnight. So an hourly series of a
+US stock has 09:30, then 10:00 to 15:00, and forex has 17:15, then 18:00. For bars above one hour IB documents no alignment; the
+same rule is used.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ _DAY_S = 86400
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpectedBars:
-    """Bars that should exist, oldest first. All arrays are int64 and equally long; instants are epoch seconds.
+    """Expected bars, oldest first. All arrays are int64 and equally long; instants are epoch seconds.
 
     ``opens``: the stamps, strictly increasing (for daily and longer bars a session date at 00:00 UTC; a week or month
-    carries the date of its last session). ``closes``: when each bar is complete, never decreasing. ``sessions``: number
-    of the trading session within its calendar, for a week or month that of the last one. ``aliases``: another stamp
-    that is accepted for the bar, else the stamp itself. ``begins``: when trading of the bar begins or its stamp, whichever
+    has the date of its last session). ``closes``: when each bar is complete, never decreasing. ``sessions``: number
+    of the trading session within its calendar, for a week or month that of the last one. ``aliases``: another
+    accepted stamp of the bar, else the stamp itself. ``begins``: when trading of the bar begins or its stamp, whichever
     is earlier (a daily forex bar begins on the evening before its date). ``sessions_per_week``: 5, or 7 round the clock.
     """
 
@@ -51,7 +50,7 @@ class ExpectedBars:
         return len(self.opens)
 
     def take(self, which: slice | NDArray[np.bool_] | IntArray) -> ExpectedBars:
-        """The bars chosen by a slice (views, no copies), a mask or ascending indices."""
+        """The bars selected by a slice (views, no copies), a mask or ascending indices."""
         return ExpectedBars(
             self.opens[which],
             self.closes[which],
@@ -66,11 +65,11 @@ def expected_bars(series: Series, window: Window, *, complete_at_s: int | None =
     """The bars of ``series`` whose stamp lies in the half-open ``window``.
 
     With ``complete_at_s`` (epoch seconds, the caller's now) only those complete by then: closed at or before it. A half
-    day yields fewer bars, a holiday none, a future that has expired none (`Instrument.trades_until`). Two million bars take
+    day has fewer bars, a holiday none, an expired future none (`Instrument.trades_until`). Two million bars take
     about 30 ms, a day of them about 0.1 ms; the arrays may be shared with other callers and are read-only.
 
     Raises:
-        InputError: no calendar is known for the instrument, or ``window`` is outside the years of `check_years`.
+        InputError: no calendar for the instrument, or ``window`` is outside the years of `check_years`.
     """
     check_years(window)
     table = table_of(series.instrument)
@@ -87,8 +86,8 @@ def expected_bars(series: Series, window: Window, *, complete_at_s: int | None =
 
 
 def _last_session(series: Series, table: SessionTable) -> int | None:
-    """The session of ``table`` that the last bar of ``series`` may belong to; None: there is always another one. A week or month
-    is numbered by its last session, even if the instrument expires within it."""
+    """The last session of ``table`` that a bar of ``series`` may belong to; None without expiry. A week or month has the
+    number of its last session, even if the instrument expires within it."""
     until = series.instrument.trades_until
     if until is None:
         return None
@@ -101,10 +100,10 @@ def _last_session(series: Series, table: SessionTable) -> int | None:
 
 
 def next_complete(series: Series, after: datetime) -> datetime | None:
-    """When the next bar of ``series`` is complete: the earliest close after ``after`` (aware). In UTC. None: it has expired.
+    """When the next bar of ``series`` is complete: the earliest close after ``after`` (aware). In UTC. None if it has expired.
 
     Raises:
-        InputError: no calendar is known, or there is no later bar in the years that calendars cover.
+        InputError: no calendar, or no later bar in the years that calendars cover.
     """
     after_s = int(require_utc(after).timestamp() // 1)
     table = table_of(series.instrument)
@@ -123,11 +122,10 @@ def next_complete(series: Series, after: datetime) -> datetime | None:
 
 
 def period_keys(timeframe: Timeframe, stamps: IntArray) -> IntArray:
-    """What must be equal for two stamps (epoch seconds) to label the same bar.
+    """Keys that are equal for two stamps (epoch seconds) of the same bar.
 
-    Weekly: the week, Monday to Sunday, UTC dates. Monthly: the calendar month. Everything else: the stamp itself. IB was
-    seen to stamp weeks and months with their last session, and a forming one with the present day; other gateways
-    with the first day.
+    Weekly: the week, Monday to Sunday, UTC dates. Monthly: the calendar month. Everything else: the stamp itself. IB
+    stamps weeks and months with their last session, a forming one with the current day; other gateways with the first day.
     """
     stamps = np.asarray(stamps, dtype=np.int64)
     if timeframe.name == "1w":
@@ -138,10 +136,10 @@ def period_keys(timeframe: Timeframe, stamps: IntArray) -> IntArray:
 
 
 def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> NDArray[np.bool_]:
-    """True for each expected bar that ``held_opens`` (sorted epoch seconds) satisfies.
+    """True for each expected bar that is in ``held_opens`` (sorted epoch seconds).
 
-    By the same stamp; for a first bar off the clock grid (17:15) also by the grid point before it (17:00) when nothing
-    trades there; for a week or month by any stamp within it.
+    A bar matches the same stamp; a first bar off the clock grid (17:15) also the grid point before it (17:00) if the market is
+    closed there; a week or month any stamp within it.
     """
     held = period_keys(timeframe, held_opens)
     keys = period_keys(timeframe, expected.opens)
@@ -154,7 +152,7 @@ def match_held(expected: ExpectedBars, held_opens: IntArray, timeframe: Timefram
 
 
 def find_unexpected(expected: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> NDArray[np.bool_]:
-    """True for each of ``held_opens`` (sorted epoch seconds) that satisfies no bar of ``expected``: to be reported, kept."""
+    """True for each of ``held_opens`` (sorted epoch seconds) that matches no bar of ``expected``. Such bars are kept."""
     held = period_keys(timeframe, held_opens)
     known = _is_in(held, period_keys(timeframe, expected.opens))
     off_grid = expected.aliases[expected.aliases != expected.opens]
@@ -181,8 +179,8 @@ def _freeze(*arrays: IntArray) -> None:
 # --- intraday --------------------------------------------------------------------------------------------------------
 
 
-class _KeptBars:
-    """The large blocks of bars last built: at most one a table and bar length, ``limit`` bars together, oldest dropped."""
+class _BlockCache:
+    """The last large blocks of bars: at most one for each table and bar length, ``limit`` bars in total, oldest dropped."""
 
     def __init__(self, smallest: int, limit: int) -> None:
         self._smallest, self._limit = smallest, limit
@@ -190,13 +188,13 @@ class _KeptBars:
         self._lock = threading.Lock()
 
     def find(self, table: SessionTable, step: int, lo: int, hi: int) -> ExpectedBars | None:
-        """A block that holds the segments ``lo`` to ``hi`` (excluded), or None."""
+        """A block that contains the segments ``lo`` to ``hi`` (excluded), or None."""
         block = self._blocks.get((table, step))
         return block[2] if block and block[0] <= lo and hi <= block[1] else None
 
     def keep(self, table: SessionTable, step: int, lo: int, hi: int, bars: ExpectedBars) -> None:
         if not self._smallest <= len(bars) <= self._limit:
-            return  # built again faster than it is worth keeping, or too large
+            return  # quick to build again, or too large
         with self._lock:
             self._blocks.pop((table, step), None)
             self._blocks[table, step] = (lo, hi, bars)
@@ -205,17 +203,17 @@ class _KeptBars:
 
 
 # 2.5 million bars are 60 MB: twenty years of minutes in regular hours.
-_kept = _KeptBars(smallest=20_000, limit=2_500_000)
+_blocks = _BlockCache(smallest=20_000, limit=2_500_000)
 
 
 def _make_intraday(table: SessionTable, step: int, start_s: int, end_s: int) -> ExpectedBars:
     """Bars of (at least) every segment that shares an instant with [start_s, end_s)."""
     lo = int(np.searchsorted(table.ends, start_s, side="right"))
     hi = max(lo, int(np.searchsorted(table.starts, end_s, side="left")))
-    bars = _kept.find(table, step, lo, hi)
+    bars = _blocks.find(table, step, lo, hi)
     if bars is None:
         bars = _fill_segments(table, step, lo, hi)
-        _kept.keep(table, step, lo, hi, bars)
+        _blocks.keep(table, step, lo, hi, bars)
     return bars
 
 
@@ -245,7 +243,7 @@ def _fill_segments(table: SessionTable, step: int, lo: int, hi: int) -> Expected
     aliases = opens
     before = first_grid - step
     shut = np.concatenate([table.ends[lo - 1 : lo] if lo else starts[:1] - _DAY_S, ends[:-1]])
-    # Only where the market is shut at the grid point: else that stamp is another bar's (a two-hour forex bar from 16:00).
+    # Only if the market is closed at the grid point: else it is the stamp of another bar (a two-hour forex bar from 16:00).
     odd = (before != starts) & (before >= shut)
     if odd.any():
         aliases = opens.copy()
@@ -259,7 +257,7 @@ def _fill_segments(table: SessionTable, step: int, lo: int, hi: int) -> Expected
 
 @lru_cache(maxsize=64)
 def _make_by_date(table: SessionTable, timeframe_name: str) -> ExpectedBars:
-    """Every bar of the table: one a session, week or month. Complete at the close of its last session."""
+    """Every bar of the table: one for each session, week or month, complete at the close of its last session."""
     ids = np.arange(len(table.dates), dtype=np.int64)
     if timeframe_name == "1d":
         begins = np.minimum(table.dates, table.opens)

@@ -1,7 +1,7 @@
-"""What IB's own schedule says about a calendar: the sessions in which both differ, and a table with them put right.
+"""IB's schedule against a calendar: the sessions that differ, and the table corrected by them. Pure.
 
-Pure. Asking IB is in `ib/history.py`, keeping the corrections in `store/schedule_overrides.py`, the order of things in
-`services/calendar_check.py`. IB's SCHEDULE lists real sessions, holidays and half days included (`ib_facts.md`, 4).
+`ib/history.py` requests the schedule, `store/schedule_overrides.py` saves corrections, `services/calendar_check.py` uses both.
+IB's SCHEDULE lists real sessions, with holidays and half days (docs/ib_facts.md, 4).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.errors import DataError
 
 Segments = tuple[tuple[int, int], ...]
-"""When one session trades: start and end (excluded) of each part, epoch seconds, oldest first. Empty: not at all."""
+"""The trading times of one session: start and end (excluded) of each part, epoch seconds, oldest first. Empty: closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session as IB or a correction describes it. ``date_s``: its date at 00:00 UTC; ``zone``: the exchange's zone, whose
-    clock the bars of a day are counted on."""
+    """A session as IB or a correction describes it. ``date_s``: its date at 00:00 UTC; ``zone``: the exchange's zone,
+    whose local midnight the alignment of bars counts from."""
 
     date_s: int
     segments: Segments
@@ -39,20 +39,20 @@ class Difference:
 
     @property
     def kind(self) -> Literal["added", "removed", "changed"]:
-        """What IB's schedule does to ours."""
+        """The effect of IB's schedule on the calendar."""
         if not self.ours:
             return "added"
         return "changed" if self.session.segments else "removed"
 
     @property
     def loses_time(self) -> bool:
-        """True if the calendar would expect bars no longer that it expects now: two answers have to agree about that."""
+        """True if the calendar would expect fewer bars than now: two answers must agree on that."""
         covered = self.session.segments
         return not all(any(start <= a and b <= end for start, end in covered) for a, b in self.ours)
 
 
 def compare(table: SessionTable, schedule: Iterable[Session], span: Window) -> list[Difference]:
-    """Where ``schedule`` (IB's) and ``table`` differ, for session dates in ``span``, oldest first."""
+    """The differences between ``schedule`` (IB's) and ``table`` for session dates in ``span``, oldest first."""
     theirs = {session.date_s: session for session in schedule}
     ours = _segments_of(table, span)
     zone = next(iter(theirs.values())).zone if theirs else "UTC"
@@ -68,10 +68,10 @@ def count_sessions(table: SessionTable, span: Window) -> int:
 
 
 def correct(table: SessionTable, corrections: Sequence[Session]) -> SessionTable:
-    """``table`` with the sessions of ``corrections`` in place of its own of the same date.
+    """``table`` with its sessions replaced by those of ``corrections`` with the same date.
 
     Raises:
-        DataError: the sessions would overlap, which no market's do.
+        DataError: the sessions would overlap.
     """
     if not corrections:
         return table
@@ -96,7 +96,7 @@ def correct(table: SessionTable, corrections: Sequence[Session]) -> SessionTable
     if (starts >= ends).any() or (ends[:-1] > starts[1:]).any() or (np.diff(of_date) < 0).any():
         raise DataError(
             "the corrected calendar has sessions that overlap",
-            advice="IB's schedule counts its sessions in another way than this calendar; nothing was changed.",
+            advice="IB's schedule divides its sessions in another way than this calendar; nothing was changed.",
         )
     ids = np.searchsorted(dates, of_date).astype(np.int64)
     return SessionTable(dates, opens, closes, starts, ends, ids, offsets[by_start], table.sessions_per_week)

@@ -1,8 +1,7 @@
-"""Tables of a calendar's sessions, built from the installed calendar data: when each session of 120 years trades.
+"""Tables of a calendar's sessions in 120 years, built from the installed calendar data.
 
 Session times come from pandas_market_calendars. Its FOREX opens on Saturday and is replaced by our own; a few others are
-patched (`_PATCHES`). exchange_calendars was tried too: its CMES misses the daily break and it has no extended hours. What IB's
-own schedule corrects is in `ib_schedule.py`; the cache and the questions are in `sessions.py`.
+patched (`_PATCHES`). exchange_calendars has no extended hours, and its CMES misses the daily break.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 IntArray = NDArray[np.int64]
 
 FIRST_YEAR, LAST_YEAR = 1950, 2069
-"""The years a table covers, both included. Future holidays follow the rules known at the time of the installed data."""
+"""The years of a table, both included. Future holidays follow the rules in the installed data."""
 
 _DAY_S = 86400
 
@@ -33,7 +32,7 @@ class SessionTable:
 
     Per session, in order: ``dates`` (the session date at 00:00 UTC), ``opens`` and ``closes``. Per segment (a lunch break
     makes two of one session), in order and never overlapping: ``starts``, ``ends``, ``session_ids`` (index of the session)
-    and ``offsets`` (what local time is ahead of UTC). All int64 seconds, instants since 1970-01-01 UTC, ends excluded.
+    and ``offsets`` (of local time ahead of UTC). All int64 seconds, instants since 1970-01-01 UTC, ends excluded.
     """
 
     dates: IntArray
@@ -60,7 +59,7 @@ def _seconds(times: pd.DatetimeIndex) -> IntArray:
 
 
 def local_offsets(instants_s: IntArray, zone: object) -> IntArray:
-    """How far the local time of ``zone`` is ahead of UTC at each instant, in seconds."""
+    """The offset of local time in ``zone`` from UTC at each instant, in seconds."""
     import pandas as pd
 
     local = pd.to_datetime(instants_s, unit="s", utc=True).tz_convert(str(zone)).tz_localize(None)
@@ -80,12 +79,12 @@ def _build_round_the_clock() -> SessionTable:
 
 FOREX_HOLIDAYS = ((12, 25), (1, 1))
 """Session dates (month, day) on which forex does not trade: the session that ends on 25 December and on 1 January at 17:00
-New York. Seen in hourly quotes of December 2017 and January 2018; IB publishes no rule. Bars that IB does send then are
+New York. Source: hourly quotes of December 2017 and January 2018; IB publishes no rule. Bars that IB sends for them are
 kept like all unexpected bars."""
 
 
 def _build_forex() -> SessionTable:
-    """Sessions dated Monday to Friday, from 17:15 New York on the day before to 17:00 on the date (`ib_facts.md`, 3)."""
+    """Sessions dated Monday to Friday, from 17:15 New York on the day before to 17:00 on the date (docs/ib_facts.md, 3)."""
     import pandas as pd
 
     days = _all_days()
@@ -104,7 +103,7 @@ def _build_forex() -> SessionTable:
 
 @dataclass(frozen=True, slots=True)
 class _Patch:
-    """What the calendar data lacks. Times are minutes of the exchange's own day; dates are session dates.
+    """A correction of the calendar data. Times are minutes of the exchange's own day; dates are session dates.
 
     ``halt``: start and end of a daily halt that was in force before ``halt_until``. ``open_at``: when sessions open from
     ``open_since`` on. ``closed``: dates on which there was no session.
@@ -136,7 +135,7 @@ def _build_exchange(calendar: str, extended: bool) -> SessionTable:
     import pandas_market_calendars
 
     with warnings.catch_warnings():
-        # Its use of deprecated pandas names is not ours to mend.
+        # It uses deprecated pandas names.
         warnings.simplefilter("ignore")
         source = pandas_market_calendars.get_calendar(calendar)
         schedule = source.schedule(f"{FIRST_YEAR}-01-01", f"{LAST_YEAR}-12-31", market_times="all")
@@ -149,7 +148,7 @@ def _build_exchange(calendar: str, extended: bool) -> SessionTable:
     opens = column("pre", "market_open") if extended else column("market_open")
     closes = column("post", "market_close") if extended else column("market_close")
     if "break_start" in schedule.columns:
-        # Days without a break hold NaT, or equal ends, or ends outside the session.
+        # A day without a break has NaT, equal ends, or ends outside the session.
         pauses, resumes = column("break_start"), column("break_end")
         split = (opens < pauses) & (pauses < resumes) & (resumes < closes)
     else:

@@ -1,8 +1,4 @@
-"""When the market of an instrument trades: its sessions, kept once per calendar and hours, and questions about them.
-
-Which instrument follows which calendar is in `exchanges.py`; how a table is built in `session_tables.py`, what IB's schedule
-puts right in it in `ib_schedule.py`; which bars a session promises in `expected.py`.
-"""
+"""The trading sessions of an instrument, cached by calendar and hours, and queries about them."""
 
 from __future__ import annotations
 
@@ -24,15 +20,15 @@ from ktrdr_pipelines.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class CalendarKey:
-    """What a table is kept by: the calendar's name, and whether it holds regular or all hours."""
+    """Identifies a table: the calendar's name, and regular or all hours."""
 
     name: str
     hours: Hours
 
     @classmethod
     def of(cls, instrument: Instrument) -> CalendarKey:
-        """Only stocks have a choice of hours; everything else holds all there are. An index is calculated while its stocks trade
-        regularly. Raises InputError, see `calendar_of`."""
+        """Stocks have a choice of hours, an index the regular hours of its stocks, all others all hours. Raises InputError, see
+        `calendar_of`."""
         is_regular = instrument.use_rth or instrument.sec_type == "IND"
         return cls(calendar_of(instrument), Hours.REGULAR if is_regular else Hours.EXTENDED)
 
@@ -44,7 +40,7 @@ _lock = threading.Lock()
 
 
 def use_corrections(corrections: Mapping[CalendarKey, Sequence[Session]]) -> None:
-    """From now on, in this process, the sessions of ``corrections`` stand in place of the installed ones of the same date."""
+    """Replace, in this process, the installed sessions by those of ``corrections`` with the same date."""
     global _corrections
     with _lock:
         changed = {key for key in {*corrections, *_corrections} if corrections.get(key) != _corrections.get(key)}
@@ -64,7 +60,7 @@ def table_of(instrument: Instrument) -> SessionTable:
     """The sessions of ``instrument``, cached per calendar and hours (never per symbol).
 
     Raises:
-        InputError: no calendar is known for it, see `calendar_of`.
+        InputError: no calendar, see `calendar_of`.
     """
     key = CalendarKey.of(instrument)
     table = _tables.get(key)
@@ -82,8 +78,8 @@ def _find_installed(key: CalendarKey) -> SessionTable:
 
 
 def session_starts_off(instrument: Instrument, step_s: int) -> tuple[int, ...]:
-    """When trading of ``instrument`` starts at no whole multiple of ``step_s`` seconds since 1970: epoch seconds, oldest first.
-    Raises InputError for an unknown calendar."""
+    """Starts of trading that are not multiples of ``step_s`` seconds since 1970: epoch seconds, oldest first. Raises InputError
+    for an unknown calendar."""
     return _starts_off(table_of(instrument), step_s)
 
 
@@ -93,7 +89,7 @@ def _starts_off(table: SessionTable, step_s: int) -> tuple[int, ...]:
 
 
 def check_years(window: Window) -> None:
-    """Raise InputError when ``window`` leaves the years that calendars cover."""
+    """Raise InputError if ``window`` is outside the years that calendars cover."""
     if window.start.year < FIRST_YEAR or window.end > datetime(LAST_YEAR + 1, 1, 1, tzinfo=UTC):
         raise InputError(
             f"{window} is outside the years {FIRST_YEAR} to {LAST_YEAR} that trading calendars cover",
@@ -104,7 +100,7 @@ def check_years(window: Window) -> None:
 def session_windows(instrument: Instrument, window: Window) -> list[Window]:
     """From open to close of each session that trades at some instant of ``window``, oldest first, not cut to it.
 
-    A lunch break lies inside its session. Raises InputError for an unknown calendar or years out of range.
+    A lunch break is inside its session. Raises InputError for an unknown calendar or years out of range.
     """
     check_years(window)
     table = table_of(instrument)

@@ -1,6 +1,6 @@
-"""Instruments and series: what is traded, its symbol and kind, and the names of its files and asset. Pure values.
+"""Instruments and series: symbol, kind, what to show, and the names of files and assets. Pure values.
 
-Which bars a series should have is in `calendars/expected.py`; what IB's contract objects look like in `ib/contracts.py`.
+`calendars/expected.py` has the bars of a series, `ib/contracts.py` the contract objects of IB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ktrdr_pipelines.errors import InputError
 
 
 class Hours(StrEnum):
-    """Which hours a series holds. IB's ``useRTH`` is 1 for regular, else 0. Only stocks have a choice."""
+    """The trading hours of a series. IB's ``useRTH`` is 1 for regular, else 0. Only stocks have a choice."""
 
     REGULAR = "regular"
     EXTENDED = "extended"
@@ -24,10 +24,10 @@ class Hours(StrEnum):
 SECURITY_TYPES = ("STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD")
 
 DEFAULT_WHAT_TO_SHOW = {"CASH": "MIDPOINT", "CFD": "MIDPOINT", "CRYPTO": "AGGTRADES"}
-"""What to show of a kind where nothing is said; of all others TRADES."""
+"""Default what to show by kind; TRADES for all others."""
 
 DEFAULT_EXCHANGES = {"STK": "SMART", "CASH": "IDEALPRO", "CRYPTO": "PAXOS", "CFD": "SMART"}
-"""Where a kind is asked for when nothing is said; futures and indices need an exchange."""
+"""Default exchange by kind; futures and indices have none."""
 
 _FUTURE_CODE = re.compile(r"([A-Z0-9]{1,5}?)([FGHJKMNQUVXZ])([0-9]{1,2})")
 
@@ -38,7 +38,7 @@ def is_future_code(symbol: str) -> bool:
 
 
 def future_product(symbol: str) -> str:
-    """``ES`` of ``ESZ4``. Raises InputError when ``symbol`` is no such code."""
+    """``ES`` of ``ESZ4``. Raises InputError if ``symbol`` is not such a code."""
     found = _FUTURE_CODE.fullmatch(symbol)
     if found is None:
         raise InputError(f"{symbol!r} is not the code of a future", advice="Write it like ESZ4.")
@@ -55,11 +55,11 @@ ASSET_ROOT = "ohlcv"
 
 
 def file_symbol(symbol: str) -> str:
-    """``symbol`` as it stands in file names and asset keys: letters and digits as they are, a space as ``_``, any other
+    """``symbol`` as in file names and asset keys: letters and digits unchanged, a space as ``_``, any other
     character as its two-digit hexadecimal code between underscores. ``BRK B`` -> ``BRK_B``, ``EUR.USD`` -> ``EUR_2E_USD``.
 
-    `symbol_from_file` reverses it; ``file_symbol`` raises InputError for what is not a symbol. (``_2E_`` cannot be mistaken:
-    symbols hold no double spaces around a lone pair of hexadecimal digits, which is checked here.)
+    `symbol_from_file` reverses it. Raises InputError if ``symbol`` is not valid or not reversible (two hexadecimal digits between
+    spaces would read as a code).
     """
     if not _SYMBOL.fullmatch(symbol) or symbol != symbol.strip() or "  " in symbol:
         raise InputError(
@@ -81,12 +81,12 @@ def symbol_from_file(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """What is traded, as asked of IB and as pinned in the sidecar.
+    """A contract and the kind of bars, as requested from IB and as pinned in the sidecar.
 
-    ``symbol`` is the project's name for it and the stem of its files (``AAPL``, ``EURUSD``, ``ESZ4``); ``ib_symbol`` and
-    ``currency`` are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until IB has told it. ``what_to_show`` uses IB's words.
-    ``last_trade_date`` (``20241220``) is what IB said of a future, empty until then. ``calendar`` names the exchange calendar
-    where ``exchange`` does not tell it (see `calendars.py`).
+    ``symbol`` is the project's name and the stem of the files (``AAPL``, ``EURUSD``, ``ESZ4``); ``ib_symbol`` and ``currency``
+    are IB's (``EUR`` and ``USD``). ``con_id`` is 0 until the contract is resolved. ``what_to_show`` has IB's values.
+    ``last_trade_date`` (``20241220``) is IB's for a future, empty until it is resolved. ``calendar`` names the exchange
+    calendar if ``exchange`` does not determine it (see `calendars/exchanges.py`).
     """
 
     symbol: str
@@ -115,20 +115,20 @@ class Instrument:
 
     @property
     def use_rth(self) -> bool:
-        """IB's ``useRTH``: regular trading hours only. Stocks have a choice; of everything else all hours are held."""
+        """IB's ``useRTH``: regular trading hours only. Stocks have a choice, all others have all hours."""
         return self.sec_type == "STK" and self.hours is Hours.REGULAR
 
     @property
     def ends_now(self) -> bool:
-        """True where IB takes no end date: continuous futures and adjusted prices are told up to now, in one request."""
+        """True if IB accepts no end date: it serves continuous futures and adjusted prices only up to now, in one request."""
         return self.sec_type == "CONTFUT" or self.refreshes_whole
 
     @property
     def trades_until(self) -> date | None:
-        """The last date on which a future may still trade; None for what has no expiry, or where nobody said which.
+        """The last date on which a future may still trade; None for other kinds, and if the expiry is unknown.
 
-        A contract month is no date: a three-month rate future trades for a quarter beyond its own, none for longer. A week is
-        added to a date, since closed exchanges move it.
+        A contract month is not a date: a three-month rate future trades for a quarter after it, no future for longer. A date gets
+        a week more, since holidays move it.
         """
         if self.sec_type != "FUT" or not re.fullmatch(r"[0-9]{6}([0-9]{2})?", self.expiry):
             return None
@@ -140,12 +140,12 @@ class Instrument:
 
     @property
     def refreshes_whole(self) -> bool:
-        """True where a dividend or split restates every bar, so that held bars and new ones never go together."""
+        """True if a dividend or split restates every bar, so that held and new bars must not be mixed."""
         return self.what_to_show == "ADJUSTED_LAST"
 
     @property
     def has_volume(self) -> bool:
-        """False where IB sends -1 for the volume (anything but trades)."""
+        """False if IB sends -1 as volume (everything but trades)."""
         return self.what_to_show in ("TRADES", "ADJUSTED_LAST", "AGGTRADES") and self.sec_type not in (
             "IND",
             "CASH",
@@ -161,7 +161,7 @@ def stock(
     primary_exchange: str = "",
     hours: Hours = Hours.REGULAR,
 ) -> Instrument:
-    """A stock or ETF, TRADES, regular hours unless ``hours`` says otherwise."""
+    """A stock or ETF, TRADES, regular hours by default."""
     return Instrument(symbol, "STK", exchange, currency, primary_exchange=primary_exchange, hours=hours)
 
 

@@ -1,7 +1,7 @@
 """Partition keys and windows of each timeframe, as pure functions.
 
-`orchestration/partition_definitions.py` builds Dagster's definitions for the same grid, and a test holds the two together; here
-lives what the store and the load need without importing Dagster. All partitions are UTC. Source: design, section 3.
+`orchestration/partition_definitions.py` builds Dagster's definitions of the same grid; a test compares the two. Store and load
+need the grid without Dagster. All partitions are UTC (docs/design.md, 4).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FORMAT: dict[PartitionUnit, str] = {"day": "%Y-%m-%d", "week": "%Y-%m-%d", "mon
 class Partition:
     """One partition: Dagster's key (``2024-03-05``, for a year ``2024``) and its window.
 
-    Friday's window of a weekday grid runs to Monday 00:00 UTC, so that no partition is for ever empty; weeks start on
+    Friday's window of a weekday grid runs to Monday 00:00 UTC, so that no partition is always empty; weeks start on
     Sunday.
     """
 
@@ -31,7 +31,7 @@ class Partition:
 
 
 class Recorded(StrEnum):
-    """What Dagster recorded of a partition; partitions of which nothing is recorded are left out of mappings."""
+    """Dagster's record of a partition; a partition without record is left out of mappings."""
 
     COMPLETE = "complete"
     FAILED = "failed"
@@ -64,7 +64,7 @@ def _partition(unit: PartitionUnit, start: datetime) -> Partition:
 
 
 def partition_at(timeframe: Timeframe, instant: datetime) -> Partition:
-    """The partition that holds ``instant`` (aware)."""
+    """The partition that contains ``instant`` (aware)."""
     return _partition(timeframe.partition, _floor(timeframe.partition, require_utc(instant)))
 
 
@@ -79,7 +79,7 @@ def partitions_in(timeframe: Timeframe, window: Window) -> Iterator[Partition]:
 
 
 def partition_from_key(timeframe: Timeframe, key: str) -> Partition:
-    """The partition called ``key``.
+    """The partition with the key ``key``.
 
     Raises:
         InputError: not a key of this timeframe's grid (a Saturday, say, or a month key that is not the 1st).

@@ -16,13 +16,12 @@ def require_utc(instant: datetime, what: str = "time") -> datetime:
 
 
 def format_instant(instant: datetime) -> str:
-    """``2024-01-02T14:30:00Z``: how instants are written in files, messages and answers; bare date at midnight is not
-    abbreviated here (see ``Window.__str__``)."""
+    """``2024-01-02T14:30:00Z``, as in files, messages and results. Midnight is not shortened, unlike in ``Window.__str__``."""
     return require_utc(instant).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_instant(text: str, what: str) -> datetime:
-    """An instant as a person writes it: ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC.
+    """An instant from user input: ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC.
 
     Raises:
         InputError: not a date, or a year before 1970 or after 2100.
@@ -46,10 +45,10 @@ def parse_instant(text: str, what: str) -> datetime:
 def parse_range(
     start: str | None, end: str | None, *, now: datetime | None = None
 ) -> tuple[datetime | None, datetime | None]:
-    """Start (included) and end (not included) as people write them on every door; None where they wrote nothing.
+    """Start (included) and end (not included) from the input of every entry point; None for missing ones.
 
     Raises:
-        InputError: one is no date, start is not before end, or (with ``now``) start lies in the future.
+        InputError: one is not a date, start is not before end, or (with ``now``) start lies in the future.
     """
     first = parse_instant(start, "start") if start is not None else None
     last = parse_instant(end, "end") if end is not None else None
@@ -91,12 +90,12 @@ class Window:
 
     @property
     def start_s(self) -> int:
-        """Start in whole seconds since 1970-01-01 UTC, rounded up: no bar open before ``start`` slips in."""
+        """Start in whole seconds since 1970-01-01 UTC, rounded up: excludes every bar open before ``start``."""
         return -int(-self.start.timestamp() // 1)
 
     @property
     def end_s(self) -> int:
-        """End in whole seconds since 1970-01-01 UTC, rounded up: a bar open just before ``end`` stays in."""
+        """End in whole seconds since 1970-01-01 UTC, rounded up: includes a bar open just before ``end``."""
         return -int(-self.end.timestamp() // 1)
 
     @property
@@ -111,10 +110,10 @@ class Window:
         return self.start <= other.start and other.end <= self.end
 
     def intersect(self, other: Window) -> Window | None:
-        """The common part, or None when there is none (touching windows share nothing)."""
+        """The common part, or None if there is none (adjacent windows share nothing)."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return Window(start, end) if start < end else None
 
     def __str__(self) -> str:
-        """``2024-03-11..2024-03-12``; the time of day is written where it is not midnight UTC."""
+        """``2024-03-11..2024-03-12``; the time of day is left out at midnight UTC."""
         return f"{_short(self.start)}..{_short(self.end)}"

@@ -14,7 +14,7 @@ from ktrdr_pipelines.errors import InputError
 
 
 class HistoryLimits(StrEnum):
-    """Which table bounds one request: the specification's (default) or IBKR's present, far larger one."""
+    """The table of longest requests: the specification's (default), or IBKR's current, much larger one."""
 
     CLASSIC = "classic"
     CURRENT = "current"
@@ -25,10 +25,10 @@ DurationUnit = Literal["S", "D", "W", "M", "Y"]
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """How far back a request reaches, in IB's own notation: ``str(Duration(1, "M")) == "1 M"``.
+    """How far back a request reaches, in IB's notation: ``str(Duration(1, "M")) == "1 M"``.
 
-    S counts clock seconds; D, W and M count trading sessions in practice (a request may reach further back than the
-    calendar says, never less far when counted in calendar days and rounded up). Hour is not a unit of IB's.
+    S counts clock seconds; D, W and M count trading sessions in practice: a request may reach further back than calendar days,
+    but never less far if these are rounded up. IB has no unit for hours.
     """
 
     count: int
@@ -45,8 +45,8 @@ PartitionUnit = Literal["day", "week", "month", "year"]
 class Timeframe:
     """One row of `TIMEFRAMES`.
 
-    ``seconds`` is the bar's nominal length (1mo: 31 days), for intraday bars the exact grid. ``ib_bar_size`` is IB's own
-    wording. ``classic`` and ``current`` are the longest durations of one request under each table of limits.
+    ``seconds`` is the bar's nominal length (1mo: 31 days), for intraday bars the exact grid. ``ib_bar_size`` is IB's
+    string. ``classic`` and ``current`` are the longest durations of one request under each table of limits.
     """
 
     name: str
@@ -98,14 +98,14 @@ def _rows() -> dict[str, Timeframe]:
 
 
 TIMEFRAMES: dict[str, Timeframe] = _rows()
-"""Every timeframe by name, shortest first. Current limits stay well below IBKR's maxima where large answers were seen to
-be slow (1 min: 1 M takes 9 to 24 s, 2 M a minute)."""
+"""Every timeframe by name, shortest first. Current limits are well below IBKR's maxima where large answers are slow (1 min:
+1 M takes 9 to 24 s, 2 M a minute)."""
 
 _TIMEFRAME_ALIASES = {"1M": "1mo"}
 
 
 def parse_timeframe(text: str) -> Timeframe:
-    """The timeframe called ``text``. ``1M`` (one month) is accepted and becomes ``1mo``: on some file systems
+    """The timeframe with the name ``text``. ``1M`` (one month) is accepted and becomes ``1mo``: on some file systems
     ``X_1m.csv`` and ``X_1M.csv`` are one file.
 
     Raises:
