@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from ktrdr_pipelines.settings import Settings
 
 _QUOTES = ("MIDPOINT", "BID", "ASK", "BID_ASK")
-_SHOWN_OF = {
+SHOWN_OF = {
     "STK": ("TRADES", *_QUOTES, "ADJUSTED_LAST"),
     "CASH": _QUOTES,
     "FUT": ("TRADES", *_QUOTES),
@@ -59,7 +59,6 @@ _SHOWN_OF = {
 }
 """What to show, by kind; IB rejects everything else with error 162 or 321."""
 
-WHAT_TO_SHOW = ("TRADES", "MIDPOINT", "BID", "ASK", "BID_ASK", "ADJUSTED_LAST", "AGGTRADES")
 _PAIR = re.compile("([A-Z]{3})[./]([A-Z]{3})")
 _DEFAULT_TIMEFRAMES = ("1m", "5m", "1h", "1d")
 
@@ -104,15 +103,10 @@ class Entry(BaseModel):
             )
         if self.expiry:
             _check_expiry(self.symbol, self.expiry)
-        if self.what_to_show is not None and self.what_to_show not in WHAT_TO_SHOW:
+        if self.what_to_show is not None and self.what_to_show not in SHOWN_OF[self.sec_type]:
             raise InputError(
-                f"{self.symbol}: unknown what_to_show {self.what_to_show!r}",
-                advice=f"Use one of {', '.join(WHAT_TO_SHOW)}.",
-            )
-        if self.what_to_show is not None and self.what_to_show not in _SHOWN_OF[self.sec_type]:
-            raise InputError(
-                f"{self.symbol}: IB has no {self.what_to_show} for {self.sec_type}",
-                advice=f"It has {', '.join(_SHOWN_OF[self.sec_type])}.",
+                f"{self.symbol}: IB has no what_to_show {self.what_to_show!r} for {self.sec_type}",
+                advice=f"It has {', '.join(SHOWN_OF[self.sec_type])}.",
             )
         return Instrument(
             symbol=symbol,

@@ -24,7 +24,7 @@ from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.domain.instruments import SECURITY_TYPES, Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.universe.file import WHAT_TO_SHOW, add_series, read_universe
+from ktrdr_pipelines.universe.file import SHOWN_OF, add_series, read_universe
 from ktrdr_pipelines_tests.cli.test_bad_input import Say, every_command, say
 from ktrdr_pipelines_tests.conftest import StartGateway
 
@@ -66,7 +66,7 @@ def test_each_command_shows_an_example_and_its_output(command: click.Command) ->
 def test_choices_that_help_names_are_those_that_exist() -> None:
     """They are written twice, since their modules are too heavy for a help page."""
     assert universe_commands.SECURITY_TYPES == SECURITY_TYPES
-    assert universe_commands.WHAT_TO_SHOW == WHAT_TO_SHOW
+    assert set(universe_commands.WHAT_TO_SHOW) == {what for shown in SHOWN_OF.values() for what in shown}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -362,7 +362,7 @@ def test_a_series_added_while_the_ui_runs_appears_there_and_sensors_see_it(tmp_p
             'mutation{sensorDryRun(selectorData:{repositoryName:"__repository__",repositoryLocationName:"ktrdr_pipelines",'
             'sensorName:"tail_fill"},cursor:""){... on DryRunInstigationTick{evaluationResult{skipReason error{message}}}}}',
         )
-        assert "2h: nothing held yet of 1 series" in tick["sensorDryRun"]["evaluationResult"]["skipReason"]
+        assert "2h: 1 series need a first load" in tick["sensorDryRun"]["evaluationResult"]["skipReason"]
         # What Dagster told last comes a moment before ours.
         assert wait_for(lambda: "+TSLA 2h" in (tmp_path / "ui.log").read_text(), running, 30)
     finally:

@@ -91,7 +91,7 @@ class ReconcileTick:
     reported: int = 0
     looked_at: int = 0
     unchanged: int = 0
-    going: int = 0
+    in_runs: int = 0
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     cursor: str = ""
@@ -100,8 +100,8 @@ class ReconcileTick:
         """One line for the tick's page."""
         parts = [f"{self.looked_at} series compared with their files, {self.unchanged} unchanged since"]
         parts.append(f"{self.reported} partitions reported" if self.reported else "nothing to load again")
-        if self.going:
-            parts.append(f"{self.going} in an unfinished run")
+        if self.in_runs:
+            parts.append(f"{self.in_runs} in an unfinished run")
         if self.problems:
             parts.append(f"{len(self.problems)} cannot be read, see the log")
         if self.cursor:
@@ -165,7 +165,7 @@ class Reconciler:
     ) -> bool:
         """Compare one series, report and request. False if the tick ended before all of it was reported or requested."""
         if active.find(series):
-            tick.going += 1
+            tick.in_runs += 1
             return True
         # A new store, because a store caches every sidecar it reads.
         store = Store(self._settings.data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
@@ -185,19 +185,7 @@ class Reconciler:
             if is_settled:
                 self._agreed[series.name] = (_mark(store, series), record)
             return True
-        for state in drift.to_report:
-            if tick.reported >= MAX_REPORTS or clock() > until:
-                return False
-            instance.report_runless_asset_event(_describe(series, state))
-            tick.reported += 1
-        for block in drift.to_request:
-            if len(tick.requests) >= MAX_REQUESTS:
-                return False
-            first, last = block[0], block[-1]
-            key = f"reconcile:{first.key}:{last.key}:{int(now.timestamp()) // 60}"
-            tick.requests.append(request_run([series], first, last, Mode.FULL, origin="reconcile", run_key=key))
-            tick.notices.append(f"{series}: {first.key} to {last.key} lost bars and is loaded again")
-        return True
+        return _act(series, drift, instance, now, tick, lambda: clock() > until)
 
     def find_drift(
         self, series: Series, store: Store, instance: dg.DagsterInstance, now: datetime, tick: ReconcileTick
@@ -232,6 +220,30 @@ class Reconciler:
         if timeframe not in self._definitions:
             self._definitions[timeframe] = define_partitions(timeframe, self._settings)
         return self._definitions[timeframe]
+
+
+def _act(
+    series: Series,
+    drift: Drift,
+    instance: dg.DagsterInstance,
+    now: datetime,
+    tick: ReconcileTick,
+    is_over: Callable[[], bool],
+) -> bool:
+    """Report and request. False if the tick ended before all of ``drift``."""
+    for state in drift.to_report:
+        if tick.reported >= MAX_REPORTS or is_over():
+            return False
+        instance.report_runless_asset_event(_describe(series, state))
+        tick.reported += 1
+    for block in drift.to_request:
+        if len(tick.requests) >= MAX_REQUESTS:
+            return False
+        first, last = block[0], block[-1]
+        key = f"reconcile:{first.key}:{last.key}:{int(now.timestamp()) // 60}"
+        tick.requests.append(request_run([series], first, last, Mode.FULL, origin="reconcile", run_key=key))
+        tick.notices.append(f"{series}: {first.key} to {last.key} lost bars and is loaded again")
+    return True
 
 
 def report_held(

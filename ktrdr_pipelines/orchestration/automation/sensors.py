@@ -7,7 +7,7 @@ runs are enough. Timeframes with a schedule (`schedules.py`) are not handled her
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -66,69 +66,83 @@ def decide_tail(
     for series in universe:
         by_timeframe.setdefault(series.timeframe.name, []).append(series)
     for name in sorted(by_timeframe, key=list(TIMEFRAMES).index):
-        _decide_timeframe(name, by_timeframe[name], tails, active, now, attempts or {}, origin, tick)
+        found = _Found()
+        for series in by_timeframe[name]:
+            _judge(series, tails, active, now, (attempts or {}).get(series.name), found, tick)
+        tick.requests += _request_runs(name, found.due, now, origin)
+        if not found.due:
+            tick.reasons.append(f"{name}: {found.describe(tails)}")
     tick.notices, held.notices = held.notices, []
     return tick
 
 
-def _decide_timeframe(
-    name: str,
-    universe: Sequence[Series],
+@dataclass
+class _Found:
+    """The series of one timeframe, by what is to be done."""
+
+    due: list[Due] = field(default_factory=list)
+    complete: list[Series] = field(default_factory=list)
+    waiting: list[Attempt] = field(default_factory=list)
+    run_ids: set[str] = field(default_factory=set)
+    never_loaded: int = 0
+    unreadable: int = 0
+
+    def describe(self, tails: Tails) -> str:
+        """Why no run is requested."""
+        reasons = []
+        if self.run_ids:
+            reasons.append(f"in an unfinished run ({', '.join(sorted(self.run_ids)[:_SHOWN])})")
+        if self.waiting:
+            at = format_instant(datetime.fromtimestamp(min(a.next_at_s for a in self.waiting), UTC))
+            reasons.append(f"{max(a.tries for a in self.waiting)} requests brought nothing, the next one is at {at}")
+        if self.complete:
+            reasons.append(_describe_complete(self.complete, tails))
+        if self.never_loaded:
+            reasons.append(f"{self.never_loaded} series need a first load")
+        if self.unreadable:
+            reasons.append(f"{self.unreadable} series cannot be read, see the log")
+        return "; ".join(reasons)
+
+
+def _judge(
+    series: Series,
     tails: Tails,
     active: ActiveRuns,
     now: datetime,
-    attempts: dict[str, Attempt],
-    origin: str,
+    before: Attempt | None,
+    found: _Found,
     tick: TailTick,
 ) -> None:
-    due: list[Due] = []
-    complete: list[Series] = []
-    going: set[str] = set()
-    waiting: list[Attempt] = []
-    unheld = unreadable = 0
-    for series in universe:
-        try:
-            last_held_s = tails.last_held_s(series)
-            found = tails.find_due(series, last_held_s) if last_held_s is not None else None
-        except KtrdrError as error:
-            unreadable += 1
-            tick.problems.append(f"{series}: {error}")
-            continue
-        before = attempts.get(series.name)
-        if last_held_s is None:
-            unheld += 1
-        elif found is None:
-            complete.append(series)
-        elif run_id := active.find(series):
-            going.add(run_id)
-            if before is not None:
-                tick.attempts[series.name] = before
-        elif before is not None and before.last_held_s == last_held_s and now.timestamp() < before.next_at_s:
-            waiting.append(before)
+    """Add ``series`` to ``found``, and its attempt, if bars are still missing, to ``tick``."""
+    try:
+        last_held_s = tails.last_held_s(series)
+        due = tails.find_due(series, last_held_s) if last_held_s is not None else None
+    except KtrdrError as error:
+        found.unreadable += 1
+        tick.problems.append(f"{series}: {error}")
+        return
+    if last_held_s is None:
+        found.never_loaded += 1
+    elif due is None:
+        found.complete.append(series)
+    elif run_id := active.find(series):
+        found.run_ids.add(run_id)
+        if before is not None:
             tick.attempts[series.name] = before
-        else:
-            due.append(found)
-            tick.attempts[series.name] = note_attempt(before, found, now)
+    elif before is not None and before.last_held_s == last_held_s and now.timestamp() < before.next_at_s:
+        found.waiting.append(before)
+        tick.attempts[series.name] = before
+    else:
+        found.due.append(due)
+        tick.attempts[series.name] = note_attempt(before, due, now)
+
+
+def _request_runs(name: str, due: Sequence[Due], now: datetime, origin: str) -> Iterator[dg.RunRequest]:
     slot = int(now.timestamp()) // TAIL_INTERVAL_S
     for run in group_due(due):
         close = format_instant(datetime.fromtimestamp(run.newest_close_s, UTC))
         key = f"tail:{name}:{close}:{slot}"
-        tick.requests.append(request_run(run.series, run.first, run.last, Mode.TAIL, origin=origin, run_key=key))
-    if due:
-        return
-    said = []
-    if going:
-        said.append(f"a run of this timeframe is still going ({', '.join(sorted(going)[:_SHOWN])}), no overlap")
-    if waiting:
-        at = format_instant(datetime.fromtimestamp(min(a.next_at_s for a in waiting), UTC))
-        said.append(f"{max(a.tries for a in waiting)} tries brought nothing, the next one is at {at}")
-    if complete:
-        said.append(_describe_complete(complete, tails))
-    if unheld:
-        said.append(f"nothing held yet of {unheld} series, which a first load has to bring")
-    if unreadable:
-        said.append(f"{unreadable} series cannot be judged, see the log")
-    tick.reasons.append(f"{name}: {'; '.join(said)}")
+        yield request_run(run.series, run.first, run.last, Mode.TAIL, origin=origin, run_key=key)
 
 
 def _describe_complete(complete: Iterable[Series], tails: Tails) -> str:

@@ -333,7 +333,7 @@ def test_a_series_in_a_run_is_left_to_it(settings: Settings, instance: dg.Dagste
         job, status=dg.DagsterRunStatus.STARTED, asset_selection=frozenset([asset_key(AAPL_1H)])
     )
     tick = reconcile(settings, instance)
-    assert (tick.going, tick.looked_at, tick.requests) == (1, 0, [])
+    assert (tick.in_runs, tick.looked_at, tick.requests) == (1, 0, [])
 
 
 def test_a_series_that_agrees_is_not_read_again_until_something_changes(

@@ -63,10 +63,10 @@ def tick(settings: Settings, universe: list[Series], now: datetime, **more: obje
 
 
 def test_a_series_without_a_file_is_not_due_and_the_reason_says_so(offline: Settings) -> None:
-    """The first load is a person's decision."""
+    """The user decides on the first load."""
     found = tick(offline, [AAPL_1H], TUESDAY)
     assert found.requests == []
-    assert found.reasons == ["1h: nothing held yet of 1 series, which a first load has to bring"]
+    assert found.reasons == ["1h: 1 series need a first load"]
 
 
 def test_a_complete_tail_asks_for_nothing_until_the_next_bar(offline: Settings) -> None:
@@ -226,7 +226,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(offline: Settings) 
     assert [r.asset_selection for r in found.requests] == [[asset_key(AAPL_1H)]]
     (problem,) = found.problems
     assert problem.startswith("MSFT 1h: ")
-    assert tick(offline, [MSFT_1H], TUESDAY).reasons == ["1h: 1 series cannot be judged, see the log"]
+    assert tick(offline, [MSFT_1H], TUESDAY).reasons == ["1h: 1 series cannot be read, see the log"]
 
 
 def test_an_instrument_without_a_calendar_does_not_stop_the_others(offline: Settings) -> None:
@@ -319,7 +319,7 @@ def test_what_brings_nothing_is_tried_again_after_growing_waits(offline: Setting
         if found.requests:
             tried.append(minutes)
         else:
-            assert "tries brought nothing, the next one is at 2024-03-05T" in found.reasons[0]
+            assert "brought nothing, the next one is at 2024-03-05T" in found.reasons[0]
     assert tried == [0, 5, 15, 35, 65, 95, 125]
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY + timedelta(hours=1))
     found = tick(offline, [AAPL_1H], began + timedelta(minutes=150), attempts=attempts)
@@ -345,7 +345,7 @@ def test_a_series_in_a_run_that_is_still_going_is_left_out(offline: Settings, in
     active = find_active_runs(instance)
     found = decide_tail(offline, [AAPL_1H], held, active, later)
     assert found.requests == []
-    assert found.reasons == [f"1h: a run of this timeframe is still going ({run.run_id}), no overlap"]
+    assert found.reasons == [f"1h: in an unfinished run ({run.run_id})"]
     both = decide_tail(offline, [AAPL_1H, MSFT_1H], held, active, later)
     assert [r.asset_selection for r in both.requests] == [[asset_key(MSFT_1H)]]
     instance.report_run_failed(run)
