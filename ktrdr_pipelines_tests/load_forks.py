@@ -170,7 +170,7 @@ def run_load(job: Mapping[str, Any]) -> int:
     from ktrdr_pipelines.domain.timeframes import parse_timeframe
     from ktrdr_pipelines.ib.history import IBHistory
     from ktrdr_pipelines.orchestration.resources import GatewayResource
-    from ktrdr_pipelines.orchestration.runs.door import Door
+    from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
     from ktrdr_pipelines.orchestration.runs.instance import open_instance
     from ktrdr_pipelines.orchestration.runs.launch import execute_load
     from ktrdr_pipelines.settings import load_settings
@@ -195,7 +195,7 @@ def run_load(job: Mapping[str, Any]) -> int:
             instance,
             series,
             window(job["start"], job["end"]),
-            door=Door(history=history),
+            entry_point=EntryPoint(history=history),
             origin="cli",
             mode=job.get("mode", "full"),
         )

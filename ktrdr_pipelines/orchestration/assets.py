@@ -24,7 +24,7 @@ from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.orchestration.runs.door import current_door
+from ktrdr_pipelines.orchestration.runs.entry_points import current_entry_point
 from ktrdr_pipelines.planning.modes import Held, Mode, narrow_window
 from ktrdr_pipelines.store.locks import taking_turn
 
@@ -109,8 +109,8 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         chosen = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
         store = storage.store()
         report = LoadReport(series, chosen, merged_file=str(store.csv_path(series)))
-        door = current_door()
-        door.reports.append(report)
+        entry_point = current_entry_point()
+        entry_point.reports.append(report)
         try:
             with taking_turn(store.data_dir, series, on_wait=partial(_tell_of_another_load, context, series)):
                 now = datetime.now(UTC)
@@ -128,7 +128,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     report=report,
                 )
                 for event in load.run():
-                    door.on_event(series, event)
+                    entry_point.on_event(series, event)
                     _log_event(context, series, event)
                     if isinstance(event, Completed):
                         closes = store.read_bars(series, event.partition.window)["close"].tolist()
@@ -169,7 +169,7 @@ def _tell_of_another_load(context: dg.AssetExecutionContext, series: Series, loc
     """Another load of the series goes on, and this one waits for its turn."""
     reason = f"another load of {series} goes on; `fuser {lock}` tells which process it is"
     context.log.info(f"waiting: {reason}")
-    current_door().on_wait(Waiting(reason, math.inf, None))
+    current_entry_point().on_wait(Waiting(reason, math.inf, None))
 
 
 def _log_event(context: dg.AssetExecutionContext, series: Series, event: Event) -> None:

@@ -15,7 +15,7 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.ib.client_ids import ClientIds
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.runs.door import current_door
+from ktrdr_pipelines.orchestration.runs.entry_points import current_entry_point
 from ktrdr_pipelines.orchestration.runs.liveness import may_end, show_life
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
@@ -88,12 +88,12 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             self._history = None
 
     def history(self) -> IBHistory:
-        """The connection of this run: the one its door lent, else one of its own, made at the first request."""
-        door = current_door()
-        if door.history is not None:
-            return door.history
+        """The connection of this run: the one its entry point lent, else one of its own, made at the first request."""
+        entry_point = current_entry_point()
+        if entry_point.history is not None:
+            return entry_point.history
         if self._history is None:
-            self._history = IBHistory(self.address(), on_wait=door.on_wait)
+            self._history = IBHistory(self.address(), on_wait=entry_point.on_wait)
         return self._history
 
 

@@ -13,7 +13,7 @@ from ktrdr_pipelines.ib.discovery import NO_CHOICE
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.orchestration.resources import GatewayResource
-from ktrdr_pipelines.orchestration.runs.door import Door
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
 from ktrdr_pipelines.services.load_inputs import read_wanted
@@ -79,13 +79,13 @@ def load_series(
             add_series(settings.universe_path, series)
         asked_before = history.requests_made
         with open_instance(settings) as instance:
-            door = Door(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
+            entry_point = EntryPoint(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
             report, run_id = execute_load(
                 settings,
                 instance,
                 series,
                 window,
-                door=door,
+                entry_point=entry_point,
                 origin=origin,
                 mode=mode,
                 run_id=run_id,

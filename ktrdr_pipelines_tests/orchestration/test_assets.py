@@ -24,7 +24,7 @@ from ktrdr_pipelines.ib.history import IBHistory, Waiting
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource
-from ktrdr_pipelines.orchestration.runs.door import Door, lend
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
 from ktrdr_pipelines.settings import Settings
@@ -104,7 +104,7 @@ def test_a_range_is_one_run_whose_failed_partitions_show_as_failed(
     settings = make_settings(gateway.port)
     clock = MovingClock()  # retries repeat the request, which pacing allows every 15 seconds only
     history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
-    with history, lend(Door(history=history)):
+    with history, lend(EntryPoint(history=history)):
         _check_a_failing_range(settings, instance, gateway)
 
 
@@ -177,7 +177,13 @@ def test_execute_load_tags_its_run_and_returns_the_report(
     """A load of the command line is a Dagster run like every other."""
     settings = make_settings(start_gateway().port)
     report, run_id = execute_load(
-        settings, instance, AAPL_1H, window("2024-01-10", "2024-03-05"), door=Door(), origin="cli", mode="full"
+        settings,
+        instance,
+        AAPL_1H,
+        window("2024-01-10", "2024-03-05"),
+        entry_point=EntryPoint(),
+        origin="cli",
+        mode="full",
     )
     assert report.status == "success"
     assert sorted(report.completed) == ["2024-02-01"]
@@ -262,7 +268,7 @@ def test_waits_show_in_the_run_log_and_in_the_metadata(
     settings = make_settings(gateway.port, dagster_home=tmp_path / "fresh home", ib_retry_waits_s=(2.0,))
     clock = MovingClock()
     history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
-    with open_instance(settings) as instance, history, lend(Door(history=history)):
+    with open_instance(settings) as instance, history, lend(EntryPoint(history=history)):
         result = materialize(settings, instance, "2024-03-01")
         log = [entry.user_message for entry in instance.all_logs(result.run_id)]
     assert any("try 2 of 2 in 2 s" in line and "odd" in line for line in log)
@@ -288,7 +294,7 @@ def test_a_run_waits_while_another_load_of_its_series_goes_on_and_says_so(
             waits.append(waiting)
             another_load.close()
 
-        with lend(Door(on_wait=end_the_other)):
+        with lend(EntryPoint(on_wait=end_the_other)):
             result = materialize(settings, instance, "2024-03-01")
     assert result.success
     (waiting,) = waits

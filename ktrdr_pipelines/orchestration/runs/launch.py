@@ -20,7 +20,7 @@ from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
 from ktrdr_pipelines.orchestration.build import build_definitions
 from ktrdr_pipelines.orchestration.runs.dead_runs import owner_tag, reaping
-from ktrdr_pipelines.orchestration.runs.door import Door, lend
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG, explain_database
 from ktrdr_pipelines.settings import Settings
 
@@ -34,7 +34,7 @@ def execute_load(
     series: Series,
     window: Window,
     *,
-    door: Door,
+    entry_point: EntryPoint,
     origin: str,
     mode: str,
     run_id: str | None = None,
@@ -65,7 +65,7 @@ def execute_load(
         tags["dagster/asset_partition_range_end"] = last.key
     job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
     try:
-        with _one_run_at_a_time, lend(door), reaping(instance):
+        with _one_run_at_a_time, lend(entry_point), reaping(instance):
             result = job.execute_in_process(
                 instance=instance,
                 run_id=run_id,
@@ -83,9 +83,9 @@ def execute_load(
         raise explain_database(error, settings.dagster_home) from error
     if not result.success and any(_was_interrupted(e) for e in result.all_events):
         raise KeyboardInterrupt
-    if not door.reports or (not result.success and not door.reports[-1].failures):
+    if not entry_point.reports or (not result.success and not entry_point.reports[-1].failures):
         raise RuntimeError(f"run {result.run_id} failed:\n{_explain(result)}")
-    return door.reports[-1], result.run_id
+    return entry_point.reports[-1], result.run_id
 
 
 def _was_interrupted(event: dg.DagsterEvent) -> bool:
