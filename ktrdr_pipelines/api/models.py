@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from ktrdr_pipelines.domain.load_request import Choice, Mode
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.ib.contracts import Choice
 
 SYMBOL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .&/+'\-]{0,31}$"
 _LISTED = "^({0})(,({0}))*$"
@@ -71,14 +71,6 @@ class Range(BaseModel):
 
     first: str | None
     last: str | None
-
-
-class Mode(StrEnum):
-    """How far a load reaches."""
-
-    TAIL = "tail"
-    BACKFILL = "backfill"
-    FULL = "full"
 
 
 class ContractChoice(BaseModel):

@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any, TextIO
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import LoadRequest
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import KtrdrError
-from ktrdr_pipelines.ib.contracts import Choice
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.report import Event, Failure, Fetched, Planned
 from ktrdr_pipelines.services.load import load_series
@@ -92,17 +92,7 @@ def _load(command: dict[str, Any], teller: Teller, is_ending: threading.Event) -
     if is_ending.is_set():
         raise KeyboardInterrupt
     try:
-        result = load_series(
-            command["symbol"],
-            command["timeframe"],
-            command["mode"],
-            start=command["start"],
-            end=command["end"],
-            choice=Choice(command["sec_type"], command["exchange"], command["currency"], command["con_id"]),
-            progress=teller,
-            origin="api",
-            run_id=command["run_id"],
-        )
+        result = load_series(LoadRequest.from_config(command), progress=teller, origin="api", run_id=command["run_id"])
     except KtrdrError as error:
         return "refused", _describe(error)
     except Exception:  # noqa: BLE001 - a bug in one load must not end the others

@@ -14,11 +14,11 @@ from datetime import datetime, timedelta
 
 from ktrdr_pipelines.calendars import calendar_of
 from ktrdr_pipelines.domain.instruments import Instrument, Series, file_symbol
+from ktrdr_pipelines.domain.load_request import NO_CHOICE, Choice
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, Timeframe
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.contracts import (
-    Choice,
     ContractInfo,
     NoContractTold,
     choose_contract,
@@ -49,9 +49,6 @@ def kept_from(timeframe: Timeframe, now: datetime) -> datetime | None:
 def say_kept(series: Series, kept: datetime) -> str:
     """That nothing older than ``kept`` can be had, as a sentence."""
     return f"IB keeps {series.timeframe} bars for six months: nothing before {kept:%Y-%m-%d} can be had, nor was asked"
-
-
-NO_CHOICE = Choice()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import dagster as dg
 from pydantic import Field
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, parse_instant
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.discovery import kept_from, say_kept
@@ -25,7 +26,7 @@ from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate
 from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.orchestration.runs.entry_points import current_entry_point
-from ktrdr_pipelines.planning.modes import Held, Mode, narrow_window
+from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.store.locks import taking_turn
 
 GATEWAY_POOL = "ib_gateway"
@@ -33,40 +34,46 @@ GATEWAY_POOL = "ib_gateway"
 
 
 class LoadConfig(dg.Config):
-    """Run config of one load. Without it everything missing in the partitions of the run is asked for."""
+    """Run config of one series: a `LoadRequest`. Without it everything missing in the partitions of the run is asked for."""
 
+    mode: str = Field(
+        default=Mode.FULL.value,
+        description="full: everything missing in the partitions of the run. tail: only from the last held bar on, which is "
+        "asked for again. backfill: only before the first held bar. A start wins over the mode.",
+    )
     start: str = Field(default="", description="Ask for nothing before this time (ISO 8601, UTC; included).")
     end: str = Field(default="", description="Ask for nothing from this time on (ISO 8601, UTC; not included).")
-    mode: str = Field(
-        default="full",
-        description="full: everything missing in the partitions of the run. tail: only from the last held bar on, which is "
-        "asked for again. backfill: only before the first held bar. A given start or end wins.",
+    oldest: str = Field(
+        default="",
+        description="Where the load begins unless start or mode say otherwise; empty: with the first partition of the run.",
     )
+    symbol: str = Field(default="", description="Empty, or the asset's.")
+    timeframe: str = Field(default="", description="Empty, or the asset's.")
+    sec_type: str = Field(default="", description="This and the next three: the choice of contract, for the record.")
+    exchange: str = ""
+    currency: str = ""
+    con_id: int = 0
 
-    def narrow(self, window: Window, held: Held | None) -> Window:
-        """``window`` without what this config leaves out; empty if the mode has nothing to do in it.
+    def request(self, series: Series) -> LoadRequest:
+        """The request, for ``series``.
 
         Raises:
-            InputError: a malformed time or mode, or start and end leave nothing of the window.
+            InputError: a malformed time or mode, or the request of another series.
         """
+        symbol, timeframe = series.instrument.symbol, series.timeframe
         try:
-            mode = Mode(self.mode)
-        except ValueError:
-            raise InputError(
-                f"unknown mode {self.mode!r}", doing="reading the run config", advice=f"Use {', '.join(Mode)}."
-            ) from None
-        start = max(window.start, parse_instant(self.start, "start")) if self.start else window.start
-        end = min(window.end, parse_instant(self.end, "end")) if self.end else window.end
-        if start >= end:
-            raise InputError(
-                f"start {self.start or window.start} and end {self.end or window.end} leave nothing of {window}",
-                doing="reading the run config",
-                advice="Widen them, or choose other partitions.",
+            request = LoadRequest.from_config(
+                {**self.model_dump(), "symbol": self.symbol or symbol, "timeframe": self.timeframe or timeframe.name}
             )
-        cut = Window(start, end)
-        if (self.start and mode is Mode.TAIL) or (self.end and mode is Mode.BACKFILL):
-            return cut
-        return narrow_window(mode, cut, held)
+        except InputError as error:
+            raise error.while_doing("reading the run config") from None
+        if (request.symbol, request.timeframe) != (symbol, timeframe):
+            raise InputError(
+                f"this is the request of {request.symbol} {request.timeframe}, not of {series}",
+                doing="reading the run config",
+                advice="Leave symbol and timeframe empty.",
+            )
+        return request
 
 
 def asset_key(series: Series) -> dg.AssetKey:
@@ -112,11 +119,12 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         entry_point = current_entry_point()
         entry_point.reports.append(report)
         try:
+            request = config.request(series)
             with taking_turn(store.data_dir, series, on_wait=partial(_tell_of_another_load, context, series)):
                 now = datetime.now(UTC)
                 report.notices += store.prepare(series, now=now).describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
-                report.window = _cut_to_kept(series, config.narrow(chosen, held), now, report)
+                report.window = _resolve(config, request, held, now, report)
                 load = Load(
                     series,
                     report.window,
@@ -124,7 +132,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     history=gateway.history,
                     limits=storage.history_limits,
                     now=lambda: datetime.now(UTC),
-                    recheck_last=config.mode == Mode.TAIL and held is not None,
+                    recheck_last=request.mode is Mode.TAIL and held is not None,
                     report=report,
                 )
                 for event in load.run():
@@ -148,6 +156,25 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             raise _failure(report)
 
     return bars
+
+
+def _resolve(config: LoadConfig, request: LoadRequest, held: Held | None, now: datetime, report: LoadReport) -> Window:
+    """The part of the run's partitions (``report.window``) that ``request`` means; empty where its mode has nothing to do.
+
+    Raises:
+        InputError: start and end leave nothing of the partitions. PermanentError: all of it is beyond IB's retention.
+    """
+    chosen = report.window
+    if max(request.start or chosen.start, chosen.start) >= min(request.end or chosen.end, chosen.end):
+        raise InputError(
+            f"start {config.start or '(none)'} and end {config.end or '(none)'} leave nothing of {chosen}",
+            doing="reading the run config",
+            advice="Widen them, or choose other partitions.",
+        )
+    oldest = parse_instant(config.oldest, "oldest") if config.oldest else chosen.start
+    window = resolve_window(request, held, until=min(now, chosen.end), oldest=oldest)
+    window = _cut_to_kept(report.series, window, now, report)
+    return window.intersect(chosen) or Window(chosen.start, chosen.start)
 
 
 def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadReport) -> Window:

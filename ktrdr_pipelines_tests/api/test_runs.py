@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import partition_from_key
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.orchestration.assets import asset_key
@@ -17,7 +18,6 @@ from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.build import build_definitions
 from ktrdr_pipelines.orchestration.runs.dead_runs import OWNER_TAG, owner_tag
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.services.load import load_series
 from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, settings_in
 from ktrdr_pipelines_tests.conftest import StartGateway
@@ -33,7 +33,7 @@ def test_runs_of_every_door_are_told(open_api: OpenApi, start_gateway: StartGate
     """A command's load; a sensor's run of two series, of which one failed; Dagster's own, of a process that is gone."""
     settings = settings_in(tmp_path, start_gateway().port)
     client = open_api(settings)
-    done = load_series("AAPL", "1d", "full", start="2022-01-01", end="2024-01-01", settings=settings)
+    done = load_series(LoadRequest.parse("AAPL", "1d", "full", start="2022-01-01", end="2024-01-01"), settings=settings)
     told = client.get(ROUTE + done.run_ids[0]).json()
     assert told["started_at"] and told["ended_at"] and told["accepted_at"]
     assert {k: v for k, v in told.items() if not k.endswith("_at")} == {

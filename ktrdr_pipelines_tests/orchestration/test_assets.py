@@ -17,6 +17,7 @@ from dagster._core.remote_representation.external_data import RepositorySnap
 
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import partition_at, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
@@ -27,6 +28,7 @@ from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
+from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
@@ -176,15 +178,10 @@ def test_execute_load_tags_its_run_and_returns_the_report(
 ) -> None:
     """A load of the command line is a Dagster run like every other."""
     settings = make_settings(start_gateway().port)
-    report, run_id = execute_load(
-        settings,
-        instance,
-        AAPL_1H,
-        window("2024-01-10", "2024-03-05"),
-        entry_point=EntryPoint(),
-        origin="cli",
-        mode="full",
-    )
+    span = window("2024-01-10", "2024-03-05")
+    request = LoadRequest("AAPL", AAPL_1H.timeframe, Mode.FULL, span.start, span.end)
+    run_of_load = LoadRun(AAPL_1H, request, span, None, "cli")
+    report, run_id = execute_load(settings, instance, run_of_load, entry_point=EntryPoint())
     assert report.status == "success"
     assert sorted(report.completed) == ["2024-02-01"]
     run = instance.get_run_by_id(run_id)

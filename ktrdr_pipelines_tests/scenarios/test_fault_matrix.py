@@ -13,10 +13,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.fakes import MovingClock

@@ -1,4 +1,4 @@
-"""What an entry point (a command, a notebook) lends to a run that it executes in its own process: its connection and its listeners.
+"""What an entry point (a command, a notebook) lends to a run that it executes in its own process: its connection and listeners.
 
 Dagster rebuilds resources from their configuration for every run, so an open connection or a progress display cannot
 travel in them; they travel in a context variable of the thread that executes the run. A run that Dagster's daemon starts finds

@@ -1,7 +1,6 @@
 """Execute one series' asset in this process, as a Dagster run like every other: visible in the UI, partitions and all.
 
-This is how the command line and the REST API load. Only the one asset is built, which keeps a command quick however large the
-universe.
+This is how commands and notebooks load. Only the one asset is built, which keeps a command quick however large the universe.
 """
 
 from __future__ import annotations
@@ -13,71 +12,50 @@ import uuid
 import dagster as dg
 from sqlalchemy.exc import DBAPIError
 
-from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.partitions import partitions_in
-from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.loading.report import LoadReport
-from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
+from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.build import build_definitions
 from ktrdr_pipelines.orchestration.runs.dead_runs import owner_tag, reaping
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
-from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG, explain_database
+from ktrdr_pipelines.orchestration.runs.instance import explain_database
+from ktrdr_pipelines.orchestration.runs.load_run import PARTITION_TAG, LoadRun
 from ktrdr_pipelines.settings import Settings
 
 _one_run_at_a_time = threading.Lock()
-"""Concurrent in-process runs in threads of one process deadlock on SQLite (dagster_facts.md, 8)."""
+"""Concurrent in-process runs in threads of one process deadlock on SQLite (docs/dagster_facts.md, 8)."""
 
 
 def execute_load(
     settings: Settings,
     instance: dg.DagsterInstance,
-    series: Series,
-    window: Window,
+    run: LoadRun,
     *,
     entry_point: EntryPoint,
-    origin: str,
-    mode: str,
     run_id: str | None = None,
 ) -> tuple[LoadReport, str]:
-    """Materialize the partitions that ``window`` touches, asking for nothing outside of it. Returns report and run id.
+    """Execute ``run``. Returns its report and its id.
 
     Failed windows are in the report, nothing is raised for them.
 
     Raises:
-        KeyboardInterrupt: a person stopped it; what was loaded is kept.
+        KeyboardInterrupt: the user interrupted it; what was loaded is kept.
         StoreError: Dagster's database refuses.
         RuntimeError: the run failed for a reason that is not in the report: a bug, with its traceback.
     """
-    partitions = list(partitions_in(series.timeframe, window))
-    first, last = partitions[0], partitions[-1]
-    config = LoadConfig(
-        start=format_instant(window.start),  # always: a given start is not narrowed by the mode
-        end=format_instant(window.end) if window.end < last.window.end else "",
-        mode=mode,
-    )
     run_id = run_id or str(uuid.uuid4())
-    tags = {ORIGIN_TAG: origin, **owner_tag(run_id), "ktrdr/mode": mode, "ktrdr/series": series.name}
-    if first == last:
-        where: dict[str, object] = {"partition_key": first.key}
-    else:
-        where = {}
-        tags["dagster/asset_partition_range_start"] = first.key
-        tags["dagster/asset_partition_range_end"] = last.key
-    job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
+    tags = {**run.tags(), **owner_tag(run_id)}
+    job = build_definitions(settings, [run.series]).resolve_implicit_global_asset_job_def()
     try:
         with _one_run_at_a_time, lend(entry_point), reaping(instance):
             result = job.execute_in_process(
                 instance=instance,
                 run_id=run_id,
-                asset_selection=[asset_key(series)],
+                asset_selection=[asset_key(run.series)],
                 raise_on_error=False,
+                partition_key=tags.pop(PARTITION_TAG, None),
                 tags=tags,
-                run_config={
-                    "ops": {op_name(series): {"config": config.model_dump()}},
-                    # People see progress and the report; Dagster's own log is in the UI.
-                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-                },
-                **where,  # type: ignore[arg-type]
+                # Users see progress and the report; Dagster's own log is in the UI.
+                run_config={**run.run_config(), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
     except DBAPIError as error:
         raise explain_database(error, settings.dagster_home) from error

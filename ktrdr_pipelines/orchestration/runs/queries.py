@@ -14,11 +14,11 @@ from typing import Any
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import ASSET_ROOT, symbol_from_file
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.orchestration.automation.run_requests import MODE_TAG, RANGE_END_TAG, RANGE_START_TAG
 from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import ORIGIN_TAG, open_instance
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 
 _Status = dg.DagsterRunStatus
