@@ -1,4 +1,4 @@
-"""Questions that cost a connection or minutes of a processor: few at a time, and one answer for all who ask the same at once."""
+"""Questions that cost a connection or seconds of a processor: few at a time, and one answer for all who ask the same at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from ktrdr_pipelines.api.loads import RETRY_AFTER_S, QueueFull
+from ktrdr_pipelines.errors import TransientError
 
 T = TypeVar("T")
 
+RETRY_AFTER_S = 10
+
+
+class QueueFull(TransientError):
+    """So many questions or loads wait that another one is not accepted."""
+
+    family = "busy"
+
 
 class Turnstile:
-    """Runs blocking questions in threads, ``width`` at a time; at most ``waiting`` more wait for their turn."""
+    """Runs blocking questions in threads, ``width`` at a time; at most ``waiting`` more wait."""
 
     def __init__(self, width: int, waiting: int) -> None:
         self._places = asyncio.Semaphore(width)

@@ -137,8 +137,8 @@ class LoadResult(Answer):
     gaps_analyzed: int
     segments_fetched: int
     ib_requests_made: int
-    run_id: str
-    run_ids: list[str] = Field(description="Its Dagster runs; none when there was nothing to load.")
+    run_id: str | None = Field(description="Its Dagster run; null when there was nothing to load.")
+    run_ids: list[str] = Field(description="All its runs: two where the process of the first was killed.")
     failures: list[dict[str, Any]]
 
 

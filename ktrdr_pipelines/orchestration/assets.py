@@ -23,9 +23,16 @@ from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
-from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
+from ktrdr_pipelines.orchestration.metadata import (
+    COLUMN_SCHEMA,
+    REPORT,
+    describe_asset,
+    describe_partition,
+    observe_load,
+)
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.orchestration.runs.entry_points import current_entry_point
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, current_entry_point
+from ktrdr_pipelines.orchestration.runs.progress_tag import follow_in_tag
 from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.store.locks import taking_turn
 
@@ -47,6 +54,7 @@ class LoadConfig(dg.Config):
         default="",
         description="Where the load begins unless start or mode say otherwise; empty: with the first partition of the run.",
     )
+    notice: str = Field(default="", description="For the report: what the user should know of the chosen partitions.")
     symbol: str = Field(default="", description="Empty, or the asset's.")
     timeframe: str = Field(default="", description="Empty, or the asset's.")
     sec_type: str = Field(default="", description="This and the next three: the choice of contract, for the record.")
@@ -116,11 +124,11 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         chosen = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
         store = storage.store()
         report = LoadReport(series, chosen, merged_file=str(store.csv_path(series)))
-        entry_point = current_entry_point()
+        entry_point = current_entry_point() or follow_in_tag(context.instance, context.run.run_id)
         entry_point.reports.append(report)
         try:
             request = config.request(series)
-            with taking_turn(store.data_dir, series, on_wait=partial(_tell_of_another_load, context, series)):
+            with taking_turn(store.data_dir, series, on_wait=partial(_report_wait, context, entry_point, series)):
                 now = datetime.now(UTC)
                 report.notices += store.prepare(series, now=now).describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
@@ -129,7 +137,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     series,
                     report.window,
                     store=store,
-                    history=gateway.history,
+                    history=partial(gateway.history, entry_point),
                     limits=storage.history_limits,
                     now=lambda: datetime.now(UTC),
                     recheck_last=request.mode is Mode.TAIL and held is not None,
@@ -148,10 +156,13 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         except KtrdrError as error:
             report.failures.append(Failure(report.window, error.while_doing(f"loading {series} {report.window}")))
             report.status = "failed"
+        if config.notice and config.notice not in report.notices:
+            report.notices.append(config.notice)
         for notice in report.notices:
             context.log.info(notice)
         yield evaluate_schema(report)
         yield evaluate_completeness(report)
+        context.log_event(observe_load(key, report))
         if report.failures:
             raise _failure(report)
 
@@ -192,11 +203,11 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
     return Window(kept, window.end)
 
 
-def _tell_of_another_load(context: dg.AssetExecutionContext, series: Series, lock: Path) -> None:
-    """Another load of the series goes on, and this one waits for its turn."""
+def _report_wait(context: dg.AssetExecutionContext, entry_point: EntryPoint, series: Series, lock: Path) -> None:
+    """This load waits for the series lock, which another load of the series has."""
     reason = f"another load of {series} goes on; `fuser {lock}` tells which process it is"
     context.log.info(f"waiting: {reason}")
-    current_entry_point().on_wait(Waiting(reason, math.inf, None))
+    entry_point.on_wait(Waiting(reason, math.inf, None))
 
 
 def _log_event(context: dg.AssetExecutionContext, series: Series, event: Event) -> None:
@@ -212,6 +223,6 @@ def _failure(report: LoadReport) -> dg.Failure:
     lines = [str(failure.error) for failure in report.failures]
     return dg.Failure(
         description=f"{len(lines)} windows of {report.series} failed:\n" + "\n".join(lines),
-        metadata={"report": dg.MetadataValue.json(dict(flatten(report)))},
+        metadata={REPORT: dg.MetadataValue.json(report.as_dict())},
         allow_retries=False,
     )

@@ -15,7 +15,7 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.ib.client_ids import ClientIds
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.runs.entry_points import current_entry_point
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 from ktrdr_pipelines.orchestration.runs.liveness import may_end, show_life
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
@@ -87,9 +87,8 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             self._history.close()
             self._history = None
 
-    def history(self) -> IBHistory:
+    def history(self, entry_point: EntryPoint) -> IBHistory:
         """The connection of this run: the one its entry point lent, else one of its own, made at the first request."""
-        entry_point = current_entry_point()
         if entry_point.history is not None:
             return entry_point.history
         if self._history is None:

@@ -38,12 +38,7 @@ class LoadResult:
 
 
 def load_series(
-    request: LoadRequest,
-    *,
-    progress: Progress | None = None,
-    settings: Settings | None = None,
-    origin: str = "cli",
-    run_id: str | None = None,
+    request: LoadRequest, *, progress: Progress | None = None, settings: Settings | None = None, origin: str = "cli"
 ) -> LoadResult:
     """Load the missing bars that ``request`` means. ``origin`` names the entry point.
 
@@ -56,21 +51,16 @@ def load_series(
         found = prepare_load(request, settings, history, origin=origin)
         if isinstance(found, LoadReport):
             return LoadResult(found)
-        run, notice = found
         asked_before = history.requests_made
         with open_instance(settings) as instance:
             entry_point = EntryPoint(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
-            report, run_id = execute_load(settings, instance, run, entry_point=entry_point, run_id=run_id)
+            report, run_id = execute_load(settings, instance, found, entry_point=entry_point)
         report.ib_requests_made += asked_before
-        if notice and notice not in report.notices:
-            report.notices.append(notice)
         return LoadResult(report, [run_id])
 
 
-def prepare_load(
-    request: LoadRequest, settings: Settings, history: IBHistory, *, origin: str
-) -> tuple[LoadRun, str] | LoadReport:
-    """The run that serves ``request`` and a notice for its user (or ""); a report where there is nothing to load.
+def prepare_load(request: LoadRequest, settings: Settings, history: IBHistory, *, origin: str) -> LoadRun | LoadReport:
+    """The run that serves ``request``; a report where there is nothing to load.
 
     A series that the universe does not name yet is added to it, once there is something to load.
 
@@ -93,4 +83,4 @@ def prepare_load(
         )
     if universe_of(settings).find(series.instrument.symbol, series.timeframe) is None:
         add_series(settings.universe_path, series)
-    return LoadRun(series, request, chosen.window, chosen.oldest, origin), chosen.notice
+    return LoadRun(series, request, chosen.window, chosen.oldest, origin, chosen.notice)

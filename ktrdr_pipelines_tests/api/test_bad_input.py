@@ -13,8 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ktrdr_pipelines.api.app import create_app, guarded
-from ktrdr_pipelines.api.loads import Loads
-from ktrdr_pipelines_tests.api.conftest import BASE, problem_of, settings_in
+from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines_tests.api.conftest import BASE, make_loads, problem_of, settings_in
 
 BAD_SYMBOLS = {
     "empty": "", "blank": " ", "absurdly long": "A" * 10_000, "one too long": "A" * 33, "leading space": " AAPL",
@@ -40,12 +40,13 @@ GOOD = {"symbol": "AAPL", "timeframe": "1h"}
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     settings = settings_in(tmp_path_factory.mktemp("api"))
-    loads = Loads(settings)
+    loads = make_loads(settings)
     loads.start()
     application = guarded(create_app(settings, loads), host="127.0.0.1", token="")
     with TestClient(application, base_url=BASE, raise_server_exceptions=False) as made:
         yield made
-    assert not list((settings.dagster_home / "api_loads").glob("*.json")), "a refused load was accepted"
+    with open_instance(settings) as instance:
+        assert not instance.get_runs(limit=1), "a refused load was accepted"
     assert not settings.data_dir.exists(), "a refused question wrote something"
 
 
@@ -236,7 +237,7 @@ def test_what_is_no_route_has_the_same_shape(client: TestClient, method: str, pa
 def test_a_bug_shows_nothing_of_its_inside(tmp_path: Path) -> None:
     """A bug is a 500 of the same shape that shows nothing of its inside."""
     settings = settings_in(tmp_path)
-    application = create_app(settings, Loads(settings))
+    application = create_app(settings, make_loads(settings))
 
     @application.get("/bug")
     def bug() -> None:

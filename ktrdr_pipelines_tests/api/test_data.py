@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from ktrdr_pipelines.services.inspection import inspect_one
-from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
+from ktrdr_pipelines_tests.api.conftest import OpenApi, make_loads, problem_of, serving, settings_in
 
 ROUTE = "/api/v1/data/AAPL/1d"
 HEADER = "timestamp,open,high,low,close,volume\n"
@@ -124,7 +124,8 @@ def test_a_row_with_any_byte_in_it_is_told_in_a_header(tmp_path: Path, csv: Path
     """A machine that crashed leaves NULs; a header takes none, and the connection would be closed. On a socket, as served."""
     bad = f"2022-02-03T00:00:00Z,10,9{byte},11,10,1\n".encode()
     csv.write_bytes((HEADER + "".join(ROWS[:5])).encode() + bad)
-    with serving(settings_in(tmp_path), queue_limit=1) as base:
+    settings = settings_in(tmp_path)
+    with serving(settings, make_loads(settings)) as base:
         answer = httpx.get(f"{base}/data/AAPL/1d?limit=1", timeout=30)
     assert answer.status_code == 200
     assert "1 refused; line 7" in answer.headers["x-notice"]

@@ -1,8 +1,7 @@
 """What an entry point (a command, a notebook) lends to a run that it executes in its own process: its connection and listeners.
 
 Dagster rebuilds resources from their configuration for every run, so an open connection or a progress display cannot
-travel in them; they travel in a context variable of the thread that executes the run. A run that Dagster's daemon starts finds
-the default: no connection, no listener.
+travel in them; they travel in a context variable of the thread that executes the run. A run that Dagster starts finds none.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class EntryPoint:
 _entry_point: ContextVar[EntryPoint | None] = ContextVar("ktrdr_entry_point", default=None)
 
 
-def current_entry_point() -> EntryPoint:
-    """The entry point of the run that executes in this thread."""
-    return _entry_point.get() or EntryPoint()
+def current_entry_point() -> EntryPoint | None:
+    """The entry point that executes a run in this thread; None for a run that Dagster started."""
+    return _entry_point.get()
 
 
 @contextmanager

@@ -26,12 +26,7 @@ _one_run_at_a_time = threading.Lock()
 
 
 def execute_load(
-    settings: Settings,
-    instance: dg.DagsterInstance,
-    run: LoadRun,
-    *,
-    entry_point: EntryPoint,
-    run_id: str | None = None,
+    settings: Settings, instance: dg.DagsterInstance, run: LoadRun, *, entry_point: EntryPoint
 ) -> tuple[LoadReport, str]:
     """Execute ``run``. Returns its report and its id.
 
@@ -42,7 +37,7 @@ def execute_load(
         StoreError: Dagster's database refuses.
         RuntimeError: the run failed for a reason that is not in the report: a bug, with its traceback.
     """
-    run_id = run_id or str(uuid.uuid4())
+    run_id = str(uuid.uuid4())
     tags = {**run.tags(), **owner_tag(run_id)}
     job = build_definitions(settings, [run.series]).resolve_implicit_global_asset_job_def()
     try:

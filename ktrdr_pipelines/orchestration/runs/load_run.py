@@ -29,6 +29,8 @@ class LoadRun:
     window: Window
     oldest: datetime | None
     origin: str
+    notice: str = ""
+    """For the report: what the user should know of the chosen partitions."""
 
     @property
     def partitions(self) -> tuple[Partition, Partition]:
@@ -44,5 +46,6 @@ class LoadRun:
 
     def run_config(self) -> dict[str, object]:
         """The run config: the whole request."""
-        oldest = {"oldest": format_instant(self.oldest)} if self.oldest else {}
-        return {"ops": {op_name(self.series): {"config": {**self.request.to_config(), **oldest}}}}
+        oldest = format_instant(self.oldest) if self.oldest else ""
+        config = {**self.request.to_config(), "oldest": oldest, "notice": self.notice}
+        return {"ops": {op_name(self.series): {"config": config}}}

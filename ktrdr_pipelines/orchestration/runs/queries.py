@@ -87,7 +87,7 @@ def find_run(settings: Settings, run_id: str) -> RecordedRun | None:
     Raises:
         StoreError: Dagster's records cannot be used.
     """
-    if not _is_run_id(run_id) or not (settings.dagster_home / "dagster.yaml").exists():
+    if not is_run_id(run_id) or not (settings.dagster_home / "dagster.yaml").exists():
         return None
     with open_instance(settings) as instance:
         record = instance.get_run_record_by_id(run_id)
@@ -96,7 +96,8 @@ def find_run(settings: Settings, run_id: str) -> RecordedRun | None:
         return _describe(instance, record) if record is not None else None
 
 
-def _is_run_id(text: str) -> bool:
+def is_run_id(text: str) -> bool:
+    """True if ``text`` is written like a run id."""
     try:
         return str(uuid.UUID(text)) == text
     except ValueError:
