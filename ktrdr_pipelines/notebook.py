@@ -151,7 +151,7 @@ def read_bars(
         missing_bars = 0 if missing == "ignore" else count_missing(series, store, window, now)
     if missing_bars:
         text = describe_missing(series, window, missing_bars)
-        advice = "`ktrdr gaps` says which and why; ktrdr.load(…, 'full') asks for them."
+        advice = "`ktrdr gaps` shows which and why; ktrdr.load(…, 'full') asks for them."
         if missing == "raise":
             raise DataError(text, advice=advice)
         warnings.warn(f"{text}. {advice}", IncompleteBars, stacklevel=2)

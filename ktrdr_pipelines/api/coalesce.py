@@ -45,7 +45,7 @@ class Turnstile:
             self._left += 1
 
     async def share(self, key: object, ask: Callable[[], T]) -> T:
-        """As `run`; whoever asks with the same ``key`` while an answer is on its way gets that one."""
+        """As `run`; callers with the same ``key`` share one answer while it is on its way."""
         task = self._going.get(key)
         if task is None:
             task = asyncio.ensure_future(self.run(ask))

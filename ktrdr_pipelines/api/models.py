@@ -74,7 +74,7 @@ class Range(BaseModel):
 
 
 class ContractChoice(BaseModel):
-    """What is said of a symbol beyond its name: it chooses among several contracts of that name."""
+    """What chooses among several contracts of one symbol."""
 
     sec_type: Literal["", "STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD"] = ""
     exchange: Annotated[str, StringConstraints(pattern=r"^([A-Z0-9][A-Z0-9.]{0,15})?$")] = ""
@@ -123,7 +123,7 @@ class LoadRequest(ContractChoice):
     def _say_it_once(cls, given: Any) -> Any:
         for one, other in (("start", "start_date"), ("end", "end_date")):
             if isinstance(given, dict) and one in given and other in given:
-                raise ValueError(f"{one} and {other} are two names of one thing; say it once")
+                raise ValueError(f"{one} and {other} are two names of one thing; give one of them")
         return given
 
 
@@ -152,7 +152,9 @@ class LoadProgress(BaseModel):
     mode: str
     start: str | None
     end: str | None
-    sec_type: str = Field(description="This and the next three: what was said of the contract, empty or 0 if nothing.")
+    sec_type: str = Field(
+        description="This and the next three: the choice of contract as given; empty or 0: not given."
+    )
     exchange: str
     currency: str
     con_id: int
@@ -179,7 +181,7 @@ class RunSeries(BaseModel):
 
 
 class RunProgress(BaseModel):
-    """How far a run of another door is, as Dagster recorded it. ``partitions``: the first and the last that it is about."""
+    """How far a run of another entry point is, as Dagster recorded it. ``partitions``: its first and its last."""
 
     run_id: str
     status: Literal["queued", "running", "success", "partial", "failed", "canceled"] = Field(
@@ -242,7 +244,7 @@ class Bars(BaseModel):
 
 
 class Gaps(Answer):
-    """What is held, missing and proven empty; see `ktrdr gaps`."""
+    """What is held, missing and absent at IB; see `ktrdr gaps`."""
 
     symbol: str
     timeframe: str
@@ -289,7 +291,7 @@ class DiscoverRequest(ContractChoice):
 
 
 class InstrumentType(StrEnum):
-    """Kinds of instruments, in words."""
+    """Kinds of instruments, as English words."""
 
     STOCK = "stock"
     FOREX = "forex"

@@ -194,7 +194,7 @@ async def bars(
 
 
 def make_request(wanted: models.LoadRequest, settings: Settings) -> LoadRequest:
-    """The request that the JSON means.
+    """The request that the JSON describes.
 
     Raises:
         InputError: invalid input, or the window lies before the first partition.

@@ -18,6 +18,7 @@ import click
 
 from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.errors import InputError, TransientError
+from ktrdr_pipelines.orchestration.runs.dagster_services import published
 from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
 from ktrdr_pipelines.settings import as_environment, load_settings
@@ -63,12 +64,13 @@ def serve_ui(host: str, port: int) -> int:
     elif child.poll() is None:
         stop()
         raise TransientError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
-    while True:
-        try:
-            return child.wait(LOOK_EVERY_S)
-        except subprocess.TimeoutExpired:
-            if said := watch.look():
-                click.echo(f"ktrdr ui: {said}")
+    with published(settings, url):
+        while True:
+            try:
+                return child.wait(LOOK_EVERY_S)
+            except subprocess.TimeoutExpired:
+                if said := watch.look():
+                    click.echo(f"ktrdr ui: {said}")
 
 
 def _check_address(host: str, port: int) -> None:

@@ -1,7 +1,7 @@
 """The asset factory: one partitioned asset per series, key ``ohlcv/<symbol>/<timeframe>``.
 
 The shape (a generator with ``output_required=False`` that yields one materialization per finished partition and raises
-``Failure`` at the end) is the only one that marks exactly the right partitions (dagster_facts.md, 3). What a load does is
+``Failure`` at the end) is the only one that marks exactly the right partitions (docs/dagster_facts.md, 3). What a load does is
 `loading/series_load.py`'s; what the UI shows is `metadata.py`'s and `checks.py`'s.
 """
 
@@ -52,7 +52,7 @@ class LoadConfig(dg.Config):
     end: str = Field(default="", description="Ask for nothing from this time on (ISO 8601, UTC; not included).")
     oldest: str = Field(
         default="",
-        description="Where the load begins unless start or mode say otherwise; empty: with the first partition of the run.",
+        description="Where the load begins unless start or mode decide; empty: with the first partition of the run.",
     )
     notice: str = Field(default="", description="For the report: what the user should know of the chosen partitions.")
     symbol: str = Field(default="", description="Empty, or the asset's.")
@@ -205,8 +205,8 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
 
 def _report_wait(context: dg.AssetExecutionContext, entry_point: EntryPoint, series: Series, lock: Path) -> None:
     """This load waits for the series lock, which another load of the series has."""
-    reason = f"another load of {series} goes on; `fuser {lock}` tells which process it is"
-    context.log.info(f"waiting: {reason}")
+    reason = f"another load of {series}; `fuser {lock}` shows its process"
+    context.log.info(f"waiting for {reason}")
     entry_point.on_wait(Waiting(reason, math.inf, None))
 
 

@@ -34,7 +34,7 @@ COLUMN_SCHEMA = dg.TableSchema(
             )
         ),
         dg.TableColumn(
-            "volume", "float", description="As IB sends it; 0 where it has none (the sidecar says so).",
+            "volume", "float", description="As IB sends it; 0 where it has none (noted in the sidecar).",
             constraints=dg.TableColumnConstraints(nullable=False, other=["not negative"]),
         ),
     ]

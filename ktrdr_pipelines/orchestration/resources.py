@@ -38,7 +38,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     retry_waits_s: list[float] = Field(default_factory=lambda: [15.0, 30.0, 60.0])
     state_dir: str
     ledger_url: str = ""
-    """As people may see it: Dagster shows the configuration of its resources to everybody, and keeps it."""
+    """Without its password: Dagster stores the configuration of its resources and shows it to every user."""
 
     _history: IBHistory | None = PrivateAttr(default=None)
     _client_ids: ClientIds = PrivateAttr(default=ClientIds.PERSON)
@@ -58,7 +58,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         )
 
     def address(self) -> GatewayAddress:
-        """The gateway as `ib/history.py` wants it; daemons never take the id that a person asked for."""
+        """The gateway as `ib/history.py` wants it; daemons never take the id that a user configured."""
         return GatewayAddress(
             host=self.host,
             port=self.port,
@@ -119,7 +119,7 @@ def _without_secrets(url: str) -> str:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        shown = "(not a database URL)"  # whatever it is: using it tells what is wrong with it
+        shown = "(not a database URL)"  # its use explains what is wrong with it
     else:
         secret = {name: "hidden" for name in parsed.query if "pass" in name.lower()}
         shown = parsed.update_query_dict(secret).render_as_string(hide_password=True)

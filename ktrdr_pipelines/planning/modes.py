@@ -55,7 +55,7 @@ def resolve_window(
     """The window that ``request`` means; empty when there is nothing of that kind.
 
     ``until`` limits its end: now, or the end of the partitions that a run is about. ``oldest`` is where it begins unless a
-    start or a tail's last held bar says otherwise: the start of history, a backfill's reach, or the start of those partitions.
+    start or a tail's last held bar decides: the start of history, a backfill's reach, or the start of those partitions.
 
     Raises:
         InputError: the request starts at ``until`` or later.

@@ -186,7 +186,7 @@ def _refuse_to_ask() -> History:
 
 
 def read_budget(history: IBHistory) -> Budget | None:
-    """The pacing budget of the login of ``history``; None where no request was ever made, so that no ledger is begun."""
+    """The pacing budget of the login of ``history``; None where no request was ever made: no ledger is created."""
     address = history.address
     if not address.ledger_url and not ledger_path(address.state_dir / "ib", address.login).exists():
         return None

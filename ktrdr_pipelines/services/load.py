@@ -43,7 +43,7 @@ def load_series(
     """Load the missing bars that ``request`` means. ``origin`` names the entry point.
 
     Raises:
-        KtrdrError: invalid input, or nothing could be begun. Windows that failed are in the report.
+        KtrdrError: invalid input, or the load could not begin. Windows that failed are in the report.
     """
     settings = settings or load_settings()
     progress = progress or Progress(enabled=False)

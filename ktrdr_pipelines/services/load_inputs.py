@@ -1,6 +1,6 @@
 """From a `LoadRequest` to the run that serves it: the series, and the window that chooses its partitions.
 
-A load and its dry run begin here, whoever asks for them. What is invalid by itself (a window before all partitions) is refused
+A load and its dry run begin here, at every entry point. What is invalid by itself (a window before all partitions) is refused
 before IB is asked anything. Which contract an unknown symbol means, and where its history starts, is `ib/discovery.py`'s.
 """
 
@@ -30,7 +30,7 @@ class ChosenWindow:
 
     window: Window
     oldest: datetime | None = None
-    """Where it begins when neither a start nor a tail's last held bar says so; None: not needed."""
+    """Where it begins when neither a start nor a tail's last held bar decides; None: not needed."""
     notice: str = ""
     """Why it begins later than the request asks for."""
 

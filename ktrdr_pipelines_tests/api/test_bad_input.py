@@ -102,8 +102,8 @@ def bodies() -> Iterator[tuple[str, object]]:
             "end": "1979-06-01",
         },
         "end after 2100": {**GOOD, "end": "2101-01-01"},
-        "start said twice": {**GOOD, "start": "2024-01-01", "start_date": "2024-01-02"},
-        "end said twice": {**GOOD, "end": "2024-01-01", "end_date": "2024-01-01"},
+        "start given twice": {**GOOD, "start": "2024-01-01", "start_date": "2024-01-02"},
+        "end given twice": {**GOOD, "end": "2024-01-01", "end_date": "2024-01-01"},
         "no symbol": {"timeframe": "1h"},
         "no timeframe": {"symbol": "AAPL"},
         "nothing": {},
@@ -142,7 +142,7 @@ def test_what_a_form_can_post_is_no_load(client: TestClient, kind: str) -> None:
 
 @pytest.mark.parametrize("value", ["maybe", "", "2", "null"])
 def test_wait_is_yes_or_no(client: TestClient, value: str) -> None:
-    """In the query as in the body; said twice it must agree."""
+    """In the query as in the body; given twice it must agree."""
     assert_refused(client.post(f"/api/v1/data/load?wait={value}", json=GOOD))
     assert_refused(client.post("/api/v1/data/load?wait=true", json={**GOOD, "wait": False}))
 
@@ -272,13 +272,13 @@ def test_a_parameter_that_the_route_does_not_know_is_refused(
     """Else a slip of the pen would be answered as another question, and ask IB for the whole universe."""
     answer = client.request(method, path, json=GOOD if method == "POST" else None)
     assert_refused(answer, 422)
-    told = problem_of(answer)
-    assert unknown in told["message"]
-    assert told["advice"] == f"This route knows {known}."
+    refusal = problem_of(answer)
+    assert unknown in refusal["message"]
+    assert refusal["advice"] == f"This route knows {known}."
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "refusal"),
     [
         (lambda client: client.get("/api/v1/data/AAPL/1d?start=tomorrow"), "2024-03-05T14:30:00Z"),
         (lambda client: client.post("/api/v1/data/load", json={**GOOD, "end": "5.3.2024"}), "2024-03-05T14:30:00Z"),
@@ -289,10 +289,10 @@ def test_a_parameter_that_the_route_does_not_know_is_refused(
     ],
 )
 def test_nobody_has_to_read_a_regular_expression(
-    client: TestClient, answer: Callable[[TestClient], object], told: str
+    client: TestClient, answer: Callable[[TestClient], object], refusal: str
 ) -> None:
-    """What to write is said in words."""
+    """The refusal explains what to write."""
     message = problem_of(answer(client))["message"]
-    assert told in message
+    assert refusal in message
     assert "pattern" not in message
     assert "\\d" not in message

@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def describe_api() -> dict[str, Any]:
-    """What the API says of itself."""
+    """The API's own description."""
     settings = settings_in(Path("nowhere"))
     return create_app(settings, make_loads(settings)).openapi()
 
@@ -44,7 +44,7 @@ OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_a
 
 
 PACED = ("GET /api/v1/ib/ranges", "POST /api/v1/ib/cleanup")
-"""Routes that wait for their turn, or for others to let go."""
+"""Routes that wait for pacing, or for other processes to let go."""
 
 
 @pytest.mark.parametrize("mode", GenerationMode, ids=str)
@@ -52,7 +52,7 @@ PACED = ("GET /api/v1/ib/ranges", "POST /api/v1/ib/cleanup")
 def test_the_description_is_kept(label: str, mode: GenerationMode, root: str) -> None:
     """No 5xx, no undocumented status or body, nothing accepted that the description forbids.
 
-    That everything the description allows is accepted is left out: that start is before end it cannot say.
+    That everything the description allows is accepted is left out: it cannot express that start is before end.
     """
 
     examples = 2 if label in PACED else 8

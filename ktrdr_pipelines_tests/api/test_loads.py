@@ -231,7 +231,7 @@ def test_what_cannot_begin_is_refused_and_no_run_is_made(
 
 
 def test_as_many_loads_wait_as_the_queue_takes(tmp_path: Path) -> None:
-    """The others get 503, busy and Retry-After, and are no runs; what waits is told how many are before it. An equal load is
+    """The others get 503, busy and Retry-After, and are no runs; the state of each has how many are before it. An equal load is
     accepted all along, as the one that waits."""
     assert QUEUE_LIMIT == 256
     settings = settings_in(tmp_path)

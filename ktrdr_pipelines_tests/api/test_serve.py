@@ -1,4 +1,4 @@
-"""Promises of `ktrdr serve` where it cannot serve: one line that says why, the exit code, and nothing said before."""
+"""Promises of `ktrdr serve` where it cannot serve: one line with the reason, the exit code, and no other output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_second_server_on_one_home_says_so(ktrdr: Ktrdr, tmp_path: Path, unused_port: int) -> None:
-    """Input, since another home or ending the first is up to the person."""
+    """Input, since another home or ending the first is up to the user."""
     first = make_loads(settings_in(tmp_path))
     first.start()
     try:

@@ -71,7 +71,7 @@ def test_what_was_discovered_is_remembered_and_can_be_filtered(
 
 
 def test_what_hangs_keeps_nobody_from_the_status_and_from_cleanup(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """They are asked for when something hangs, and have turns of their own."""
+    """They are asked for when something hangs, and never wait for each other."""
     gateway = start_gateway([FaultRule(kind="silent", on="head")])
     settings = settings_in(tmp_path, gateway.port)
     with serving(settings, make_loads(settings)) as address, ThreadPoolExecutor(2) as threads:

@@ -210,7 +210,7 @@ def test_definitions_hold_one_asset_per_series_and_share_partitions(make_setting
     ],
 )  # fmt: skip
 def test_the_password_of_the_ledger_is_used_and_never_shown(make_settings: MakeSettings, url: str, shown: str) -> None:
-    """What Dagster stores and shows of the definitions holds no password; the resource in a run has it all the same."""
+    """What Dagster stores and shows of the definitions holds no password; the resource in a run has it."""
     settings = make_settings(4002, ledger_url=url)
     repository = build_defs(settings, [AAPL_1H]).get_repository_def()
     record = dg.serialize_value(RepositorySnap.from_def(repository))
@@ -296,6 +296,6 @@ def test_a_run_waits_while_another_load_of_its_series_goes_on_and_says_so(
     assert result.success
     (waiting,) = waits
     assert waiting.until is None
-    assert "another load of AAPL 1h goes on" in waiting.reason
-    said = [entry.user_message for entry in instance.all_logs(result.run_id)]
-    assert any(message == f"waiting: {waiting.reason}" for message in said)
+    assert "another load of AAPL 1h" in waiting.reason
+    messages = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert any(message == f"waiting for {waiting.reason}" for message in messages)

@@ -21,7 +21,7 @@ SERIES_TAG = "ktrdr/series"
 class LoadRun:
     """``request`` for ``series``, in the partitions that ``window`` (not empty) touches. ``origin`` is the entry point.
 
-    ``oldest`` is where the window begins when neither a start nor a tail's last held bar says so; None: not needed.
+    ``oldest`` is where the window begins when neither a start nor a tail's last held bar decides; None: not needed.
     """
 
     series: Series

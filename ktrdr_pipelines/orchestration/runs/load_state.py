@@ -81,7 +81,7 @@ class LoadRecords:
         self._opened: dg.DagsterInstance | None = None
 
     def find(self, run_id: str) -> LoadState | None:
-        """The load whose first run is ``run_id``; None where there is none. No Dagster home is begun for this."""
+        """The load whose first run is ``run_id``; None where there is none. No Dagster home is created for this."""
         if self._opened is None and not (self._settings.dagster_home / "dagster.yaml").exists():
             return None
         instance = self._open()

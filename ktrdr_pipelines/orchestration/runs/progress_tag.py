@@ -1,4 +1,4 @@
-"""How far a run is, as a tag of the run: for a load that the daemon executes and somebody follows from another process.
+"""How far a run is, as a tag of the run: for a load that the daemon executes and a user follows from another process.
 
 A tag is rewritten in place, so that a load of thousands of requests leaves one small record.
 """
