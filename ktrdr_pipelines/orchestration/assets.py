@@ -31,8 +31,7 @@ from ktrdr_pipelines.orchestration.metadata import (
     observe_load,
 )
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, current_entry_point
-from ktrdr_pipelines.orchestration.runs.progress_tag import follow_in_tag
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.store.locks import taking_turn
 
@@ -124,7 +123,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         chosen = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
         store = storage.store()
         report = LoadReport(series, chosen, merged_file=str(store.csv_path(series)))
-        entry_point = current_entry_point() or follow_in_tag(context.instance, context.run.run_id)
+        entry_point = gateway.entry_point(context.instance, context.run.run_id)
         entry_point.reports.append(report)
         try:
             request = config.request(series)
@@ -137,7 +136,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     series,
                     report.window,
                     store=store,
-                    history=partial(gateway.history, entry_point),
+                    history=gateway.history,
                     limits=storage.history_limits,
                     now=lambda: datetime.now(UTC),
                     recheck_last=request.mode is Mode.TAIL and held is not None,

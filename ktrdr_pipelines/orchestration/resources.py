@@ -15,8 +15,9 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.ib.client_ids import ClientIds
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, current_entry_point
 from ktrdr_pipelines.orchestration.runs.liveness import may_end, show_life
+from ktrdr_pipelines.orchestration.runs.progress_tag import follow_in_tag
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
 from ktrdr_pipelines.store.store import Store
@@ -41,6 +42,8 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """Without its password: Dagster stores the configuration of its resources and shows it to every user."""
 
     _history: IBHistory | None = PrivateAttr(default=None)
+    _entry_point: EntryPoint | None = PrivateAttr(default=None)
+    _run_id: str = PrivateAttr(default="")
     _client_ids: ClientIds = PrivateAttr(default=ClientIds.PERSON)
 
     @classmethod
@@ -87,8 +90,15 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             self._history.close()
             self._history = None
 
-    def history(self, entry_point: EntryPoint) -> IBHistory:
+    def entry_point(self, instance: dg.DagsterInstance, run_id: str) -> EntryPoint:
+        """The entry point of the run: what executes it in this process, else one that keeps the progress in the run's records."""
+        if self._entry_point is None or self._run_id != run_id:
+            self._entry_point, self._run_id = current_entry_point() or follow_in_tag(instance, run_id), run_id
+        return self._entry_point
+
+    def history(self) -> IBHistory:
         """The connection of this run: the one its entry point lent, else one of its own, made at the first request."""
+        entry_point = self._entry_point or EntryPoint()
         if entry_point.history is not None:
             return entry_point.history
         if self._history is None:

@@ -90,7 +90,8 @@ class DagsterServices:
                 at_each_look()
                 self.address()
             except Exception as error:  # noqa: BLE001 - the next look may succeed; without the thread no load is executed
-                log.error("looking after Dagster: %s", error)
+                if not self._is_stopping.is_set():
+                    log.error("looking after Dagster: %s", error)
             self._is_stopping.wait(LOOK_EVERY_S)
 
     def _ensure_child(self) -> None:
@@ -98,14 +99,15 @@ class DagsterServices:
             return
         environment = {**os.environ, **as_environment(self._settings)}
         environment.pop("KTRDR_API_TOKEN", None)
+        if self._child is None:
+            self._notify(
+                "no Dagster UI runs on this DAGSTER_HOME: starting web server and daemon, which runs the sensors too"
+            )
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ktrdr_pipelines.orchestration.runs.dagster_services"],
             env=environment,
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C at the terminal is for the parent, which then ends this
-        )
-        self._notify(
-            "no Dagster UI runs on this DAGSTER_HOME: starting web server and daemon, which runs the sensors too"
         )
 
 
