@@ -190,16 +190,18 @@ def test_what_was_accepted_survives_the_kill_of_server_and_worker(
     def state_of(run_id: str) -> dict[str, Any]:
         return dict(httpx.get(f"{address}/data/load/{run_id}", timeout=30).raise_for_status().json())
 
+    def count_asked() -> int:
+        return sum(request.symbol == "SPY" for request in gateway.requests)
+
     with served_by_command(settings, unused_port) as server:
         running = ask("SPY")
-        until(lambda: bool(gateway.requests))
+        until(lambda: count_asked() == 1)
         behind = ask("GOOG")
         assert state_of(running)["status"] == "running"
         server.kill()
         assert kill_workers(settings)
-    asked = len(gateway.requests)
     with served_by_command(settings, unused_port):
-        until(lambda: len(gateway.requests) > asked)
+        until(lambda: count_asked() == 2, within_s=170)
         state = state_of(running)
         assert (state["run_id"], state["status"], state["result"]) == (running, "running", None)
         assert kill_workers(settings)

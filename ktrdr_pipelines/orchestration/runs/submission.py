@@ -42,7 +42,7 @@ def submit_run(url: str, run: LoadRun) -> str:
             return _submit(client, run)
     except (DagsterGraphQLClientError, KeyError) as error:
         raise TransientError(
-            f"Dagster at {url} does not accept a run of {run.series}: {str(error)[:300]}",
+            f"Dagster at {url} does not accept a run of {run.series}: {str(error.__cause__ or error)[:300]}",
             advice="Ask again in a minute; see the log of the Dagster web server.",
         ) from error
 
