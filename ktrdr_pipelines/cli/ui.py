@@ -18,7 +18,7 @@ import click
 
 from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.errors import InputError, TransientError
-from ktrdr_pipelines.orchestration.runs.dagster_services import published
+from ktrdr_pipelines.orchestration.runs.dagster_services import find_address, published
 from ktrdr_pipelines.orchestration.runs.dead_runs import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
 from ktrdr_pipelines.settings import as_environment, load_settings
@@ -31,6 +31,12 @@ def serve_ui(host: str, port: int) -> int:
     """Serve until interrupted; returns the exit code. The home is initialised before several processes open it at once."""
     settings = load_settings()
     _check_address(host, port)
+    if found := find_address(settings):
+        raise InputError(
+            f"a Dagster UI and daemon of this DAGSTER_HOME run already: {found}/assets",
+            doing="opening the UI",
+            advice="Use that one, or end it first: Dagster supports one daemon.",
+        )
     with open_instance(settings) as instance:
         reap_dead_runs(instance)
     environment = {**os.environ, **as_environment(settings), "PWD": str(settings.dagster_home)}

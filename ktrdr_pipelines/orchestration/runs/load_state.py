@@ -96,7 +96,9 @@ class LoadRecords:
         tags = {ORIGIN_TAG: self._origin, SERIES_TAG: f"{file_symbol(request.symbol)}_{request.timeframe.name}"}
         for run in self._open().get_runs(dg.RunsFilter(statuses=_UNFINISHED, tags=tags)):
             if _request_of(run) == request:
-                return self.find(run.root_run_id or run.run_id)
+                # The first run of a retry; but a user may also have executed a load that is over again, in the UI.
+                state = self.find(run.root_run_id or run.run_id)
+                return state if state is not None and not state.is_over else self.find(run.run_id)
         return None
 
     def count_waiting(self) -> int:
