@@ -1,6 +1,6 @@
 """Loading and reading bars from a notebook or a script: what `import ktrdr_pipelines as ktrdr` offers.
 
-The same road as `ktrdr ib-load`: a load is a Dagster run that the UI shows, paced with every other process. Both functions
+As `ktrdr ib-load` does it: a load is a Dagster run that the UI shows, paced with every other process. Both functions
 work inside a running event loop, as notebooks have one. Settings come from the environment and `.env` (README, Settings).
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
-from ktrdr_pipelines.domain.time import Window, parse_range
+from ktrdr_pipelines.domain.load_request import LoadRequest
+from ktrdr_pipelines.domain.time import Time, Window, parse_range
 from ktrdr_pipelines.errors import DataError, InputError
 from ktrdr_pipelines.services.gaps import count_missing, describe_missing
 from ktrdr_pipelines.services.membership import name_series
@@ -25,12 +26,9 @@ if TYPE_CHECKING:
 
     from ktrdr_pipelines.loading.report import LoadReport
 
-Time = str | date | datetime
-"""ISO 8601 text, a date (its midnight UTC), or a datetime with a zone (pandas' Timestamp is one)."""
-
 
 class IncompleteBars(UserWarning):
-    """The window that was read has expected bars that are neither held nor proven not to exist."""
+    """The window that was read has missing bars: expected, neither held nor confirmed absent."""
 
 
 def load(
@@ -64,9 +62,9 @@ def load(
         What was done: ``status``, ``fetched_bars``, ``ib_requests_made``, ``merged_file`` and more; ``as_dict()`` gives all.
 
     Raises:
-        InputError: Something that was given cannot be meant, or the symbol means several contracts.
+        InputError: Invalid input, or the symbol means several contracts.
         PermanentError: IB refuses: no such contract, no permission.
-        TransientError: IB or the way to it is in trouble after all retries (GatewayUnreachable: nobody answers).
+        TransientError: IB or the way to it is in trouble after all retries (GatewayUnreachable: no gateway answers).
         DataError: IB's bars, or the file, break the rules for bars.
         StoreError: The disk refuses.
         All are `ktrdr_pipelines.errors.KtrdrError`. When only some windows failed, the first failure is raised after the
@@ -75,24 +73,11 @@ def load(
     from ktrdr_pipelines.services.load import load_series
     from ktrdr_pipelines.services.progress import Progress
 
-    if mode not in ("tail", "backfill", "full"):
-        raise InputError(f"unknown mode {str(mode)[:40]!r}", advice="Use one of tail, backfill, full.")
+    request = LoadRequest.parse(symbol, timeframe, mode, start=start, end=end, now=datetime.now(UTC))
     is_shown = _is_watched() if progress is None else progress
-    with Progress(enabled=is_shown) as shown:
-        begin, until = _text(start, "start"), _text(end, "end")
-        # In a thread of its own: Dagster cannot execute a run where an event loop is running, as in a notebook's cell.
-        with ThreadPoolExecutor(1, "ktrdr-load") as thread:
-            result = thread.submit(
-                load_series,
-                symbol,
-                timeframe,
-                mode,
-                start=begin,
-                end=until,
-                progress=shown,
-                settings=settings,
-                origin="notebook",
-            ).result()
+    # In a thread of its own: Dagster cannot execute a run where an event loop is running, as in a notebook's cell.
+    with Progress(enabled=is_shown) as shown, ThreadPoolExecutor(1, "ktrdr-load") as thread:
+        result = thread.submit(load_series, request, progress=shown, settings=settings, origin="notebook").result()
     failures = result.report.failures
     if failures:
         error = failures[0].error
@@ -112,7 +97,7 @@ def read_bars(
     missing: Literal["warn", "raise", "ignore"] = "warn",
     settings: Settings | None = None,
 ) -> pd.DataFrame:
-    """The held bars of ``symbol`` at ``timeframe`` whose open lies in the window. Asks nobody and changes nothing.
+    """The held bars of ``symbol`` at ``timeframe`` whose open lies in the window. Asks IB nothing and changes nothing.
 
     ::
 
@@ -126,8 +111,8 @@ def read_bars(
         timeframe: "1s" to "1mo".
         start: Included; without it from the first held bar. As for `load`.
         end: Not included; without it to the last held bar.
-        missing: What to do when the window (up to the last complete bar) has expected bars that are neither held nor proven
-            not to exist: "warn" with `IncompleteBars`, "raise" DataError, or "ignore".
+        missing: What to do when the window (up to the last complete bar) has expected bars that are neither held nor
+            confirmed absent: "warn" with `IncompleteBars`, "raise" DataError, or "ignore".
         settings: Instead of those of the environment.
 
     Returns:
@@ -143,13 +128,13 @@ def read_bars(
         A bar that still trades is never held. No rows: nothing of the window is held.
 
     Raises:
-        InputError: Something that was given cannot be meant, the universe has no such series, or no bar of it is held at all.
+        InputError: Invalid input, the universe has no such series, or no bar of it is held at all.
         DataError: The file breaks the rules for bars; or bars are missing and ``missing="raise"``.
         StoreError: The disk refuses.
     """
     if missing not in ("warn", "raise", "ignore"):
         raise InputError(f"unknown missing={str(missing)[:40]!r}", advice="Use one of warn, raise, ignore.")
-    first, last = parse_range(_text(start, "start"), _text(end, "end"))
+    first, last = parse_range(start, end)
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
     now = datetime.now(UTC)
@@ -163,33 +148,14 @@ def read_bars(
         begin = first or extent.first
         window = Window(begin, max(last or extent.last + timedelta(seconds=1), begin))
         bars = store.read_bars(series, window)
-        lacking = 0 if missing == "ignore" else count_missing(series, store, window, now)
-    if lacking:
-        text = describe_missing(series, window, lacking)
-        advice = "`ktrdr gaps` says which and why; ktrdr.load(…, 'full') asks for them."
+        missing_bars = 0 if missing == "ignore" else count_missing(series, store, window, now)
+    if missing_bars:
+        text = describe_missing(series, window, missing_bars)
+        advice = "`ktrdr gaps` shows which and why; ktrdr.load(…, 'full') asks for them."
         if missing == "raise":
             raise DataError(text, advice=advice)
         warnings.warn(f"{text}. {advice}", IncompleteBars, stacklevel=2)
     return bars
-
-
-def _text(at: Time | None, what: str) -> str | None:
-    """As `series.parse_range` reads it.
-
-    Raises:
-        InputError: neither text nor a time, or a datetime without a zone: whose midnight would that be?
-    """
-    if at is None or isinstance(at, str):
-        return at
-    if isinstance(at, datetime):
-        if at.tzinfo is None:
-            raise InputError(
-                f"{what} {at} has no time zone", advice="Give it one, or write it as text: then it is UTC."
-            )
-        return at.isoformat()
-    if isinstance(at, date):
-        return at.isoformat()
-    raise InputError(f"{what} {str(at)[:40]!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z.")
 
 
 def _is_watched() -> bool:

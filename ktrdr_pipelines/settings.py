@@ -184,6 +184,16 @@ class Settings(BaseSettings):
         ),
     ]
 
+    dagster_url: Annotated[
+        str,
+        _field(
+            "KTRDR_DAGSTER_URL",
+            "",
+            "Web server of the Dagster that executes loads of the REST API, like http://webserver:3000; without it `ktrdr serve` "
+            "uses that of `ktrdr ui`, or starts one.",
+        ),
+    ]
+
     tail_schedules: Annotated[
         dict[str, str],
         _field(

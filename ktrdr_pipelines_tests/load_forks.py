@@ -167,12 +167,14 @@ class LoadForks:
 def run_load(job: Mapping[str, Any]) -> int:
     """One load as `ktrdr ib-load` does it, but for the parsing and the ledger's clock. The exit code."""
     from ktrdr_pipelines.domain.instruments import Series, stock
+    from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
     from ktrdr_pipelines.domain.timeframes import parse_timeframe
     from ktrdr_pipelines.ib.history import IBHistory
     from ktrdr_pipelines.orchestration.resources import GatewayResource
-    from ktrdr_pipelines.orchestration.runs.door import Door
+    from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
     from ktrdr_pipelines.orchestration.runs.instance import open_instance
     from ktrdr_pipelines.orchestration.runs.launch import execute_load
+    from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
     from ktrdr_pipelines.settings import load_settings
     from ktrdr_pipelines_tests.fakes import window
 
@@ -190,15 +192,10 @@ def run_load(job: Mapping[str, Any]) -> int:
         IBHistory(address, clock=clock, sleep=clock.sleep) as history,
         open_instance(settings) as instance,
     ):
-        report, _ = execute_load(
-            settings,
-            instance,
-            series,
-            window(job["start"], job["end"]),
-            door=Door(history=history),
-            origin="cli",
-            mode=job.get("mode", "full"),
-        )
+        span = window(job["start"], job["end"])
+        request = LoadRequest(job["symbol"], series.timeframe, Mode(job.get("mode", "full")), span.start, span.end)
+        run = LoadRun(series, request, span, None, "cli")
+        report, _ = execute_load(settings, instance, run, entry_point=EntryPoint(history=history))
     for failure in report.failures:
         print(failure.error, file=sys.stderr)
     return 1 if report.failures else 0

@@ -1,4 +1,4 @@
-"""Promises of `import ktrdr_pipelines as ktrdr`: light to import, usable inside a running event loop, honest about holes."""
+"""Promises of `import ktrdr_pipelines as ktrdr`: light to import, usable inside an event loop, honest about missing bars."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ def load_all(store: Store, history: FakeHistory, series: Series, span: Window) -
 
 
 def no_warning(settings: Settings, timeframe: str, start: str, end: str) -> int:
-    """How many bars are read of a window that lacks none."""
+    """How many bars are read of a window that is complete."""
     with warnings.catch_warnings(action="error"):
         return len(ktrdr.read_bars("MSFT", timeframe, start, end, missing="raise", settings=settings))
 
 
 def test_what_a_load_calls_complete_is_complete_to_a_reader(make_settings: MakeSettings, unused_port: int) -> None:
-    """Before the start of history, and where IB leaves out the bars without trades, nothing is missing; a row that somebody
+    """Before the start of history, and where IB leaves out the bars without trades, nothing is missing; a row that a user
     deletes is."""
     settings = make_settings(unused_port)
     store = Store(settings.data_dir)

@@ -1,4 +1,4 @@
-"""The REST API put together, and served: routes, refusals, who may ask, the queue of loads."""
+"""The REST API put together, and served: routes, refusals, the guard, the queue of loads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ktrdr_pipelines.api.coalesce import Turnstile
 from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.api.security import Guard, check_binding
 from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.orchestration.runs.dagster_services import DagsterServices
 from ktrdr_pipelines.settings import Settings, load_settings
 
 PREFIX = "/api/v1"
@@ -29,16 +30,18 @@ Every failure has the shape `{"error": {"kind", "message", "advice"}}`.
 
 
 def create_app(settings: Settings, loads: Loads) -> FastAPI:
-    """The API without its guard. Whoever makes it starts ``loads``, and learns why they cannot be; they end with its lifespan."""
+    """The API without its guard. The caller starts ``loads``, which end with its lifespan."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.loads = loads
         # Few at a time: each connects, and client ids are few; or reads a whole file.
         app.state.gateway_questions = Turnstile(width=2, waiting=200)
-        # Bounded in time, and what is asked when other questions hang: they never wait for those.
+        # Bounded in time: what users ask when other questions hang never waits for those.
         app.state.state_questions = Turnstile(width=3, waiting=200)
         app.state.file_questions = Turnstile(width=2, waiting=200)
+        # Each may wait for the gateway or for Dagster; those that wait for a load look at it now and then.
+        app.state.load_questions = Turnstile(width=4, waiting=1000)
         try:
             yield
         finally:
@@ -51,8 +54,8 @@ def create_app(settings: Settings, loads: Loads) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
         responses={
-            422: {"model": models.Refusal, "description": "Input that cannot be meant."},
-            "4XX": {"model": models.Refusal, "description": "Refused: what was asked, or who asks."},
+            422: {"model": models.Refusal, "description": "Invalid input."},
+            "4XX": {"model": models.Refusal, "description": "Refused: invalid input, or not allowed."},
             "5XX": {"model": models.Refusal, "description": "Failed: the gateway, its bars, the disk, or a bug."},
         },
     )
@@ -65,7 +68,7 @@ def create_app(settings: Settings, loads: Loads) -> FastAPI:
 
 
 def guarded(app: FastAPI, *, host: str, token: str) -> ASGIApp:
-    """``app`` for those who may ask, when it listens on ``host``."""
+    """``app`` behind its guard, which knows the ``host`` that it listens on."""
     check_binding(host, token)
     return Guard(app, host=host, token=token)
 
@@ -78,7 +81,7 @@ def serve(host: str, port: int) -> int:
         StoreError: the Dagster home cannot be written.
     """
     settings = load_settings()
-    loads = Loads(settings)
+    loads = Loads(settings, DagsterServices(settings, notify=lambda text: click.echo(f"ktrdr serve: {text}")))
     application = guarded(create_app(settings, loads), host=host, token=settings.api_token)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -98,7 +101,7 @@ def serve(host: str, port: int) -> int:
     )
     shown = f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{port}"
     server = _Server(config, f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
-    # A container's engine ends it with SIGTERM, a person with Ctrl-C; uvicorn ends in order and raises the signal once more.
+    # A container's engine ends it with SIGTERM, a user with Ctrl-C; uvicorn ends in order and raises the signal once more.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
         loads.start()
@@ -110,7 +113,7 @@ def serve(host: str, port: int) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Says ``ready`` when it answers, and not before."""
+    """Prints ``ready`` once it answers."""
 
     def __init__(self, config: uvicorn.Config, ready: str) -> None:
         super().__init__(config)

@@ -49,7 +49,7 @@ class Page:
     next_start: datetime | None
     notices: tuple[str, ...] = ()
     """What is wrong with the file and will be put right by the next load (rows that are no bars are not in ``bars``), and how
-    many bars of the page's part of the window are expected and neither held nor proven empty."""
+    many bars of the page's part of the window are expected and neither held nor confirmed absent."""
 
 
 def read_page(settings: Settings, series: Series, start: datetime | None, end: datetime | None, limit: int) -> Page:
@@ -63,27 +63,27 @@ def read_page(settings: Settings, series: Series, start: datetime | None, end: d
         notices = tuple(pending.describe())
         extent = store.extent(series)
         if extent is None:
-            said = f"nothing is held of {series}; POST /api/v1/data/load loads it"
+            notice = f"nothing is held of {series}; POST /api/v1/data/load loads it"
             if start is not None:
-                said = _say_missing(series, store, Window(start, max(start, end or now)), now)
-            return Page(empty_bars(), None, (*notices, said) if said else notices)
+                notice = _describe_missing(series, store, Window(start, max(start, end or now)), now)
+            return Page(empty_bars(), None, (*notices, notice) if notice else notices)
         held = Window.from_epoch(extent.first_open_s, extent.last_open_s + 1)
         window = Window(max(held.start, start or held.start), max(held.start, start or held.start, end or held.end))
         common = held.intersect(window)
         page = _collect(store, series, common, limit) if common else Page(empty_bars(), None)
         begin = start or held.start
         until = page.next_start or (end or held.end)
-        said = _say_missing(series, store, Window(begin, max(begin, until)), now)
-        return replace(page, notices=(*notices, said) if said else notices)
+        notice = _describe_missing(series, store, Window(begin, max(begin, until)), now)
+        return replace(page, notices=(*notices, notice) if notice else notices)
 
 
-def _say_missing(series: Series, store: Store, window: Window, now: datetime) -> str:
-    """A hole is not "no data": what `ktrdr_pipelines.read_bars` warns of."""
+def _describe_missing(series: Series, store: Store, window: Window, now: datetime) -> str:
+    """Missing bars are not "no data": the warning of `ktrdr_pipelines.read_bars`, as a notice."""
     try:
-        lacking = count_missing(series, store, window, now)
-    except InputError as error:  # no calendar, or before calendars begin: the bars are shown all the same
+        missing = count_missing(series, store, window, now)
+    except InputError as error:  # no calendar, or before calendars begin: the bars are shown without it
         return f"what is missing is not known: {error.message}"
-    return f"{describe_missing(series, window, lacking)}; the route /gaps says which and why" if lacking else ""
+    return f"{describe_missing(series, window, missing)}; the route /gaps has which and why" if missing else ""
 
 
 def _collect(store: Store, series: Series, window: Window, limit: int) -> Page:

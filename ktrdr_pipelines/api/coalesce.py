@@ -1,4 +1,4 @@
-"""Questions that cost a connection or minutes of a processor: few at a time, and one answer for all who ask the same at once."""
+"""Questions that cost a connection or seconds of a processor: few at a time, and one answer for all who ask the same at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from ktrdr_pipelines.api.loads import RETRY_AFTER_S, QueueFull
+from ktrdr_pipelines.errors import TransientError
 
 T = TypeVar("T")
 
+RETRY_AFTER_S = 10
+
+
+class QueueFull(TransientError):
+    """So many questions or loads wait that another one is not accepted."""
+
+    family = "busy"
+
 
 class Turnstile:
-    """Runs blocking questions in threads, ``width`` at a time; at most ``waiting`` more wait for their turn."""
+    """Runs blocking questions in threads, ``width`` at a time; at most ``waiting`` more wait."""
 
     def __init__(self, width: int, waiting: int) -> None:
         self._places = asyncio.Semaphore(width)
@@ -37,7 +45,7 @@ class Turnstile:
             self._left += 1
 
     async def share(self, key: object, ask: Callable[[], T]) -> T:
-        """As `run`; whoever asks with the same ``key`` while an answer is on its way gets that one."""
+        """As `run`; callers with the same ``key`` share one answer while it is on its way."""
         task = self._going.get(key)
         if task is None:
             task = asyncio.ensure_future(self.run(ask))

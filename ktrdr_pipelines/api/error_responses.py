@@ -1,4 +1,4 @@
-"""How the REST API says no: one JSON shape for everything, and one table from kinds of failures to HTTP status codes."""
+"""Refusals of the REST API: one JSON shape for everything, and one table from kinds of failures to HTTP status codes."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_form(_request: Request, error: RequestValidationError) -> JSONResponse:
-        said = []
+        problems = []
         for each in error.errors()[:5]:
             # Not the input itself: it may be huge, or no text at all.
             where = ".".join(str(part)[:60] for part in each["loc"] if part not in ("query", "body", "path"))
-            said.append(f"{where}: {_say_form(each)}" if where else _say_form(each))
-        return refuse(422, "input", "; ".join(said), "See /docs for what this route takes.")
+            problems.append(f"{where}: {_describe_form(each)}" if where else _describe_form(each))
+        return refuse(422, "input", "; ".join(problems), "See /docs for what this route takes.")
 
     @app.exception_handler(HTTPException)
     async def of_http(_request: Request, error: HTTPException) -> JSONResponse:
@@ -94,7 +94,7 @@ def install(app: FastAPI) -> None:
 
 
 def refuse_unknown_parameters(request: Request) -> None:
-    """A route's dependency: a parameter that it does not know is a slip of the pen, and the answer would be to another question.
+    """A route's dependency: an unknown parameter is probably misspelt, and the answer would be to another question.
 
     Raises:
         InputError: there is one.
@@ -107,20 +107,20 @@ def refuse_unknown_parameters(request: Request) -> None:
         raise InputError(f"unknown parameter {names}", advice=f"This route knows {', '.join(known) or 'none'}.")
 
 
-_SAID_OF = {
+_ADVICE_OF = {
     models.TIME_PATTERN: "write 2024-03-05 or 2024-03-05T14:30:00Z",
     models.SYMBOL_PATTERN: "a symbol has at most 32 letters, digits, inner spaces and . & / + ' - signs",
     models.SYMBOLS_PATTERN: "write symbols like AAPL,MSFT",
     models.TIMEFRAMES_PATTERN: "write timeframes like 1h,1d",
 }
-"""What is told instead of a regular expression."""
+"""What the refusal has instead of a regular expression."""
 
 
-def _say_form(error: Mapping[str, Any]) -> str:
+def _describe_form(error: Mapping[str, Any]) -> str:
     pattern = (error.get("ctx") or {}).get("pattern")
-    return str(error["msg"]) if pattern is None else _SAID_OF.get(pattern, "this is not written as it has to be")
+    return str(error["msg"]) if pattern is None else _ADVICE_OF.get(pattern, "invalid format")
 
 
 def _clean(text: str) -> str:
-    """Text that can be written as UTF-8, and that nobody has to scroll through."""
+    """Text that can be written as UTF-8, of bounded length."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[:_LONGEST]

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from ktrdr_pipelines.domain.load_request import Choice, Mode
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.ib.contracts import Choice
 
 SYMBOL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 .&/+'\-]{0,31}$"
 _LISTED = "^({0})(,({0}))*$"
@@ -73,16 +73,8 @@ class Range(BaseModel):
     last: str | None
 
 
-class Mode(StrEnum):
-    """How far a load reaches."""
-
-    TAIL = "tail"
-    BACKFILL = "backfill"
-    FULL = "full"
-
-
 class ContractChoice(BaseModel):
-    """What is said of a symbol beyond its name: it chooses among several contracts of that name."""
+    """What chooses among several contracts of one symbol."""
 
     sec_type: Literal["", "STK", "CASH", "FUT", "CONTFUT", "IND", "CRYPTO", "CFD"] = ""
     exchange: Annotated[str, StringConstraints(pattern=r"^([A-Z0-9][A-Z0-9.]{0,15})?$")] = ""
@@ -131,7 +123,7 @@ class LoadRequest(ContractChoice):
     def _say_it_once(cls, given: Any) -> Any:
         for one, other in (("start", "start_date"), ("end", "end_date")):
             if isinstance(given, dict) and one in given and other in given:
-                raise ValueError(f"{one} and {other} are two names of one thing; say it once")
+                raise ValueError(f"{one} and {other} are two names of one thing; give one of them")
         return given
 
 
@@ -145,8 +137,8 @@ class LoadResult(Answer):
     gaps_analyzed: int
     segments_fetched: int
     ib_requests_made: int
-    run_id: str
-    run_ids: list[str] = Field(description="Its Dagster runs; none when there was nothing to load.")
+    run_id: str | None = Field(description="Its Dagster run; null when there was nothing to load.")
+    run_ids: list[str] = Field(description="All its runs: two where the process of the first was killed.")
     failures: list[dict[str, Any]]
 
 
@@ -160,7 +152,9 @@ class LoadProgress(BaseModel):
     mode: str
     start: str | None
     end: str | None
-    sec_type: str = Field(description="This and the next three: what was said of the contract, empty or 0 if nothing.")
+    sec_type: str = Field(
+        description="This and the next three: the choice of contract as given; empty or 0: not given."
+    )
     exchange: str
     currency: str
     con_id: int
@@ -187,7 +181,7 @@ class RunSeries(BaseModel):
 
 
 class RunProgress(BaseModel):
-    """How far a run of another door is, as Dagster recorded it. ``partitions``: the first and the last that it is about."""
+    """How far a run of another entry point is, as Dagster recorded it. ``partitions``: its first and its last."""
 
     run_id: str
     status: Literal["queued", "running", "success", "partial", "failed", "canceled"] = Field(
@@ -250,7 +244,7 @@ class Bars(BaseModel):
 
 
 class Gaps(Answer):
-    """What is held, missing and proven empty; see `ktrdr gaps`."""
+    """What is held, missing and absent at IB; see `ktrdr gaps`."""
 
     symbol: str
     timeframe: str
@@ -297,7 +291,7 @@ class DiscoverRequest(ContractChoice):
 
 
 class InstrumentType(StrEnum):
-    """Kinds of instruments, in words."""
+    """Kinds of instruments, as English words."""
 
     STOCK = "stock"
     FOREX = "forex"

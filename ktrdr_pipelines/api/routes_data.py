@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -11,13 +12,17 @@ from starlette.convertors import StringConvertor, register_url_convertor
 
 from ktrdr_pipelines.api import models
 from ktrdr_pipelines.api.bar_pages import MOST_BARS, Format, list_held, read_page, render_page
+from ktrdr_pipelines.api.coalesce import Turnstile
 from ktrdr_pipelines.api.error_responses import NotHere, refuse_problem
-from ktrdr_pipelines.api.loads import LoadOrder, LoadRecord, Loads
+from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.domain.instruments import Series, file_symbol
+from ktrdr_pipelines.domain.load_request import LoadRequest
 from ktrdr_pipelines.domain.time import format_instant, parse_range
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.orchestration.runs.queries import find_run
+from ktrdr_pipelines.loading.report import LoadReport
+from ktrdr_pipelines.orchestration.runs.load_state import LoadState
+from ktrdr_pipelines.orchestration.runs.queries import find_run, is_run_id
 from ktrdr_pipelines.services.inspection import inspect_one
 from ktrdr_pipelines.services.load_inputs import refuse_before_partitions
 from ktrdr_pipelines.settings import Settings
@@ -26,8 +31,8 @@ from ktrdr_pipelines.universe.file import universe_of
 
 
 class _SymbolParts(StringConvertor):
-    """A symbol may hold a slash (EUR/USD), which arrives here decoded: one part of the path or two. `file_symbol` and the
-    universe say whether it is one."""
+    """A symbol may have a slash (EUR/USD), which arrives here decoded: one part of the path or two. `file_symbol` and the
+    universe decide whether it is one."""
 
     regex = "(?!load/)[^/]+(?:/[^/]+)?"
 
@@ -36,7 +41,9 @@ register_url_convertor("symbol", _SymbolParts())
 router = APIRouter(prefix="/data", tags=["data"])
 
 LONGEST_WAIT_S = 600.0
-"""A load that takes longer is answered with 202, though ``wait`` was wished: connections are cut by whatever lies between."""
+"""A load that takes longer is answered with 202, although ``wait`` was asked for: proxies cut connections that stay silent."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
+"""Between two looks at a load that is waited for."""
 
 _LOAD_ANSWERS: dict[int | str, dict[str, Any]] = {
     202: {"model": models.LoadProgress, "description": "Accepted; ask GET /data/load/{run_id} how far it is."},
@@ -54,32 +61,45 @@ End = Annotated[models.Time | None, Query(description="Not included. ISO 8601; w
 async def load(
     request: Request, wanted: models.LoadRequest, wait: Annotated[bool | None, Query(description=_NO_WAIT)] = None
 ) -> Any:
-    """Queues a load, which becomes a Dagster run like any other. A load like one that is queued or going is that one. A symbol
-    that the universe does not name is looked up; several contracts of that name are a refusal that lists them.
+    """Submits a run to Dagster's queue. A load like one that is queued or running is that one. A symbol that the universe does
+    not name is looked up first, and so is the start of a history where only IB knows it; several contracts of that name are a
+    refusal that lists them. Where there is nothing to load the answer comes at once and has no run.
 
     The answer of a load that failed as a whole is a refusal; with ``partial`` some windows failed, which ``failures`` lists.
     """
     if wait is not None and wanted.wait is not None and wait != wanted.wait:
-        raise InputError("wait is said twice and differs", advice="Say it once.")
-    loads, settings = _loads(request), _settings(request)
-    record, _ = await asyncio.to_thread(lambda: loads.submit(make_order(wanted, settings)))
-    if wait is False or wanted.wait is False:
-        return _accepted(loads, record)
-    over = asyncio.wrap_future(loads.ended(record))
-    try:
-        await asyncio.wait_for(asyncio.shield(over), LONGEST_WAIT_S)
-    except TimeoutError:
-        return _accepted(loads, record)
-    if record.result is not None and record.status != "failed":
-        return _result(record)
-    problem = record.problem or {
+        raise InputError("wait is given twice and differs", advice="Give it once.")
+    loads, questions = _loads(request), request.app.state.load_questions
+    asked = make_request(wanted, _settings(request))
+    found = await questions.run(lambda: loads.submit(asked))
+    if isinstance(found, LoadReport):
+        return {**found.as_dict(), "run_id": None, "run_ids": []}
+    if wait is not False and wanted.wait is not False:
+        found = await _wait(loads, questions, found)
+    if not found.is_over:
+        return JSONResponse(_describe(found).model_dump(mode="json"), 202, {"Location": _place(found)})
+    if found.result is not None and found.status != "failed":
+        return _result(found)
+    problem = found.problem or {
         "kind": "bug",
-        "message": "the load failed without a word",
+        "message": "the load failed without a reason",
         "advice": "See the Dagster UI.",
     }
     return refuse_problem(
-        str(problem["kind"]), str(problem["message"]), str(problem["advice"]), {"Location": _place(record)}
+        str(problem["kind"]), str(problem["message"]), str(problem["advice"]), {"Location": _place(found)}
     )
+
+
+async def _wait(loads: Loads, questions: Turnstile, state: LoadState) -> LoadState:
+    """``state`` when its load is over, or after `LONGEST_WAIT_S`. All who wait for one load share its readings."""
+    run_id = state.run_id
+    deadline, pause = time.monotonic() + LONGEST_WAIT_S, FIRST_PAUSE_S
+    while not state.is_over and time.monotonic() < deadline:
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.2, LONGEST_PAUSE_S)
+        latest: LoadState | None = await questions.share(("load", run_id), lambda: loads.find(run_id))
+        state = latest or state
+    return state
 
 
 @router.get(
@@ -89,23 +109,26 @@ async def load(
     summary="How far a load is",
 )
 async def progress(request: Request, run_id: str) -> Any:
-    """Of the last thousand loads over this API all that is known; of every other run (a command's, a sensor's, the UI's) what
-    Dagster recorded."""
+    """From Dagster's records: of loads over this API with their progress and result, of every other run (a command's, a sensor's,
+    the UI's) what is recorded of its partitions."""
     loads, settings = _loads(request), _settings(request)
 
-    def of_this_api() -> models.LoadProgress | None:
-        record = loads.find(run_id)
-        return _describe(loads, record) if record is not None else None
+    def answer() -> models.LoadProgress | dict[str, object] | None:
+        if not is_run_id(run_id):
+            return None
+        state = loads.find(run_id)
+        if state is not None:
+            return _describe(state)
+        run = find_run(settings, run_id)
+        return run.as_dict() if run is not None else None
 
-    if (ours := await asyncio.to_thread(of_this_api)) is not None:
-        return ours
-    run = await request.app.state.file_questions.share(("run", run_id), lambda: find_run(settings, run_id))
-    if run is None:
+    found = await request.app.state.file_questions.share(("run", run_id), answer)
+    if found is None:
         raise NotHere(
-            "neither this API nor Dagster knows a load of that id",
+            "Dagster has no load of that id",
             advice="The Dagster UI lists all runs; a load of which nothing was missing is none.",
         )
-    return run.as_dict()
+    return found
 
 
 @router.get("", response_model=models.HeldList, summary="The series, and what is held of each")
@@ -126,7 +149,7 @@ async def held(
     summary="What is missing, and why",
 )
 async def gaps(request: Request, symbol: models.SymbolPath, timeframe: models.TimeframePath) -> Any:
-    """As `ktrdr gaps`. IB is not asked and nothing is changed."""
+    """As `ktrdr gaps`. Asks IB nothing and changes nothing."""
     settings = _settings(request)
 
     def answer() -> dict[str, object]:
@@ -142,7 +165,7 @@ async def gaps(request: Request, symbol: models.SymbolPath, timeframe: models.Ti
     responses={
         **_NOT_HERE,
         200: {
-            "description": "The bars; in CSV and Arrow X-Next-Start and X-Notice say what next_start and notices say.",
+            "description": "The bars; in CSV and Arrow X-Next-Start and X-Notice have what next_start and notices have.",
             "content": {"text/csv": {}, "application/vnd.apache.arrow.stream": {}},
         },
     },
@@ -157,8 +180,8 @@ async def bars(
     limit: Annotated[int, Query(ge=1, le=MOST_BARS, description="Most bars in one answer.")] = 10_000,
     format: Annotated[Format, Query(description="How to write them.")] = Format.JSON,
 ) -> Response:
-    """From the files; IB is not asked. A window with more bars than ``limit`` is answered with its oldest ones, and says where
-    to go on."""
+    """From the files; IB is not asked. A window with more bars than ``limit`` is answered with its oldest ones, and where to go
+    on."""
     first, last = parse_range(start, end)
     settings = _settings(request)
 
@@ -170,36 +193,18 @@ async def bars(
     return shown
 
 
-def make_order(wanted: models.LoadRequest, settings: Settings) -> LoadOrder:
-    """What ``wanted`` means, in one spelling.
+def make_request(wanted: models.LoadRequest, settings: Settings) -> LoadRequest:
+    """The request that the JSON describes.
 
     Raises:
-        InputError: it cannot be meant.
+        InputError: invalid input, or the window lies before the first partition.
     """
-    file_symbol(wanted.symbol)
-    first, last = parse_range(wanted.start or wanted.start_date, wanted.end or wanted.end_date, now=utc_now())
-    timeframe = parse_timeframe(wanted.timeframe)
-    refuse_before_partitions(timeframe, first, last, settings)
-    choice = wanted.choice()
-    return LoadOrder(
-        _spell(wanted.symbol, settings),
-        timeframe.name,
-        str(wanted.mode),
-        format_instant(first) if first else None,
-        format_instant(last) if last else None,
-        choice.sec_type,
-        choice.exchange,
-        choice.currency,
-        choice.con_id,
+    start, end = wanted.start or wanted.start_date, wanted.end or wanted.end_date
+    request = LoadRequest.parse(
+        wanted.symbol, wanted.timeframe, wanted.mode, start=start, end=end, choice=wanted.choice(), now=utc_now()
     )
-
-
-def _spell(symbol: str, settings: Settings) -> str:
-    """``symbol`` as the universe spells it, else in capitals, as IB is asked for it."""
-    if symbol == symbol.upper() and "." not in symbol and "/" not in symbol:
-        return symbol  # `Universe.find_instrument` would try no other spelling
-    instrument = universe_of(settings).find_instrument(symbol)
-    return instrument.symbol if instrument else symbol.upper()
+    refuse_before_partitions(request.timeframe, request.start, request.end, settings)
+    return request
 
 
 def find_series(settings: Settings, symbol: str, timeframe: str) -> Series:
@@ -226,42 +231,27 @@ def _loads(request: Request) -> Loads:
     return request.app.state.loads  # type: ignore[no-any-return]
 
 
-def _place(record: LoadRecord) -> str:
-    return f"/api/v1/data/load/{record.run_id}"
+def _place(state: LoadState) -> str:
+    return f"/api/v1/data/load/{state.run_id}"
 
 
-def _accepted(loads: Loads, record: LoadRecord) -> JSONResponse:
-    return JSONResponse(_describe(loads, record).model_dump(mode="json"), 202, {"Location": _place(record)})
+def _result(state: LoadState) -> dict[str, Any]:
+    return {**(state.result or {}), "run_id": state.run_id, "run_ids": list(state.run_ids)}
 
 
-def _result(record: LoadRecord) -> dict[str, Any]:
-    return {**(record.result or {}), "run_id": record.run_id, "run_ids": record.run_ids}
-
-
-def _describe(loads: Loads, record: LoadRecord) -> models.LoadProgress:
-    order = record.order
+def _describe(state: LoadState) -> models.LoadProgress:
+    request = state.request.to_config()
     return models.LoadProgress.model_validate({
-        "run_id": record.run_id,
-        "status": record.status,
-        "symbol": order.symbol,
-        "timeframe": order.timeframe,
-        "mode": order.mode,
-        "start": order.start,
-        "end": order.end,
-        "sec_type": order.sec_type,
-        "exchange": order.exchange,
-        "currency": order.currency,
-        "con_id": order.con_id,
-        "accepted_at": record.accepted_at,
-        "started_at": record.started_at,
-        "ended_at": record.ended_at,
-        "loads_before": loads.position(record),
-        "requests_planned": record.requests_planned,
-        "requests_done": record.requests_done,
-        "bars": record.bars,
-        "windows_failed": record.windows_failed,
-        "waiting_for": record.waiting_for,
-        "waiting_until": record.waiting_until,
-        "result": _result(record) if record.result else None,
-        "problem": record.problem,
+        **request,
+        "start": request["start"] or None,
+        "end": request["end"] or None,
+        "run_id": state.run_id,
+        "status": state.status,
+        "accepted_at": format_instant(state.accepted_at),
+        "started_at": format_instant(state.started_at) if state.started_at else None,
+        "ended_at": format_instant(state.ended_at) if state.ended_at else None,
+        "loads_before": state.loads_before,
+        **state.progress,
+        "result": _result(state) if state.result else None,
+        "problem": state.problem,
     })  # fmt: skip

@@ -50,7 +50,7 @@ async def status(request: Request) -> Any:
     "/health",
     response_model=models.Health,
     summary="Try what a load needs",
-    responses={503: {"model": models.Refusal, "description": "Something failed; the error says what."}},
+    responses={503: {"model": models.Refusal, "description": "Something failed; the error has what."}},
 )
 async def health(request: Request) -> Any:
     """Asks the gateway for its time and a contract, and looks at farms, ledger and data folder, within seconds."""
@@ -143,7 +143,7 @@ def _describe(instrument: Instrument) -> models.Discovered:
 
 
 def _split(values: list[str] | None, what: str) -> tuple[str, ...] | None:
-    """``values`` with commas taken apart; None when nothing was said."""
+    """``values`` with commas taken apart; None when nothing was given."""
     if values is None:
         return None
     names = tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",")))

@@ -1,4 +1,4 @@
-"""Who may ask: loopback only, or a token; no web page of somebody else; no body larger than any request needs.
+"""Access control: loopback only, or a token; no foreign web page; no body larger than any request needs.
 
 Pure ASGI, around everything else, so that refusals reveal no routes. A browser on this machine is not trusted: DNS rebinding
 makes a stranger's page speak to 127.0.0.1 (hence the Host check), and a form of any page can post there (hence the Origin check).
@@ -111,8 +111,8 @@ def _is_same_origin(headers: Headers) -> bool:
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
     """The whole body; None if it is too large, found out without reading more of it than that."""
-    said = headers.get("content-length", "0")
-    if not said.isdigit() or len(said) > 18 or int(said) > MAX_BODY_BYTES:
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or len(length) > 18 or int(length) > MAX_BODY_BYTES:
         return None
     body = b""
     while True:

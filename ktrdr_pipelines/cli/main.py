@@ -99,23 +99,18 @@ def ib_load(
     Exit codes: 0 all is there, 2 wrong input, 3 IB refuses, 4 IB in trouble (try again), 5 no gateway,
     6 bad data, 7 disk, 70 a bug of this program, 130 interrupted.
     """
-    from ktrdr_pipelines.domain.instruments import file_symbol
-    from ktrdr_pipelines.domain.time import parse_range
-    from ktrdr_pipelines.domain.timeframes import parse_timeframe
-
-    # Wrong input is told before the second that the imports below take.
-    file_symbol(symbol)
-    parse_timeframe(timeframe)
-    parse_range(start, end, now=datetime.now(UTC))
-
-    from ktrdr_pipelines.cli.tables import describe_dry_run, describe_load
-    from ktrdr_pipelines.ib.contracts import Choice
+    # Only the parsing: invalid input is refused before the second that the other imports take.
+    from ktrdr_pipelines.domain.load_request import Choice, LoadRequest
 
     choice = Choice(sec_type, exchange, currency, con_id or 0)
+    request = LoadRequest.parse(symbol, timeframe, mode, start=start, end=end, choice=choice, now=datetime.now(UTC))
+
+    from ktrdr_pipelines.cli.tables import describe_dry_run, describe_load
+
     if dry_run:
         from ktrdr_pipelines.services.dry_run import plan_series
 
-        dry = plan_series(symbol, timeframe, mode, start=start, end=end, choice=choice)
+        dry = plan_series(request)
         show(dry.as_dict(), describe_dry_run(dry), as_json=as_json)
         return
 
@@ -124,7 +119,7 @@ def ib_load(
 
     progress: Progress = Progress(enabled=not quiet and not as_json)
     with progress:
-        result = load_series(symbol, timeframe, mode, start=start, end=end, choice=choice, progress=progress)
+        result = load_series(request, progress=progress)
     if as_json or result.report.segments_fetched or not result.report.failures:
         show(
             result.as_dict() | {"run_ids": result.run_ids, "dry_run": False},

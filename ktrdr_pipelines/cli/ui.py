@@ -16,6 +16,7 @@ import click
 from ktrdr_pipelines.cli.ui_reload import UniverseWatch
 from ktrdr_pipelines.errors import InputError, TransientError
 from ktrdr_pipelines.orchestration.automation.schedules import check_cron_expressions
+from ktrdr_pipelines.orchestration.runs.dagster_services import find_address, published
 from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.settings import as_environment, load_settings
@@ -29,6 +30,12 @@ def serve_ui(host: str, port: int) -> int:
     settings = load_settings()
     check_cron_expressions(settings)
     _check_address(host, port)
+    if found := find_address(settings):
+        raise InputError(
+            f"a Dagster UI and daemon of this DAGSTER_HOME run already: {found}/assets",
+            doing="opening the UI",
+            advice="Use that one, or end it first: Dagster supports one daemon.",
+        )
     with open_instance(settings) as instance:
         reap_dead_runs(instance)
     environment = {**os.environ, **as_environment(settings), "PWD": str(settings.dagster_home)}
@@ -62,12 +69,13 @@ def serve_ui(host: str, port: int) -> int:
     elif child.poll() is None:
         stop()
         raise TransientError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
-    while True:
-        try:
-            return child.wait(LOOK_EVERY_S)
-        except subprocess.TimeoutExpired:
-            if change := watch.look():
-                click.echo(f"ktrdr ui: {change}")
+    with published(settings, url):
+        while True:
+            try:
+                return child.wait(LOOK_EVERY_S)
+            except subprocess.TimeoutExpired:
+                if change := watch.look():
+                    click.echo(f"ktrdr ui: {change}")
 
 
 def _check_address(host: str, port: int) -> None:

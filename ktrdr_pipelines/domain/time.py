@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 from ktrdr_pipelines.errors import InputError
+
+Time = str | date | datetime
+"""ISO 8601 text, a date (its midnight UTC), or a datetime with a zone (pandas' Timestamp is one)."""
 
 
 def require_utc(instant: datetime, what: str = "time") -> datetime:
@@ -21,35 +24,41 @@ def format_instant(instant: datetime) -> str:
     return require_utc(instant).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def parse_instant(text: str, what: str) -> datetime:
-    """An instant as a person writes it: ISO 8601; a bare date is its midnight UTC, a time without a zone is UTC.
+def parse_instant(given: Time, what: str) -> datetime:
+    """The instant that a user gives, in UTC. In text (ISO 8601) a time without a zone is UTC; a bare date is its midnight UTC.
 
     Raises:
-        InputError: not a date, or a year before 1970 or after 2100.
+        InputError: not a date, a datetime without a zone, or a year before 1970 or after 2100.
     """
-    try:
-        if not text.isprintable():
-            raise ValueError("fromisoformat stops reading at a NUL")
-        instant = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise InputError(
-            f"{what} {text[:40]!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z."
-        ) from None
-    if instant.tzinfo is None:
-        instant = instant.replace(tzinfo=UTC)
+    if isinstance(given, datetime) and given.tzinfo is None:
+        raise InputError(f"{what} {given} has no time zone", advice="Give it one, or write it as text: then it is UTC.")
+    instant = _read_text(given, what)
     # With a margin first: near the years 1 and 9999 the other zone has no such time.
     if not 1969 <= instant.year <= 2101 or not 1970 <= instant.astimezone(UTC).year <= 2100:
-        raise InputError(f"{what} {text[:40]!r} is outside the years 1970 to 2100")
+        raise InputError(f"{what} {str(given)[:40]!r} is outside the years 1970 to 2100")
     return instant.astimezone(UTC)
 
 
+def _read_text(given: str | date, what: str) -> datetime:
+    try:
+        text = given.isoformat() if isinstance(given, date) else given
+        if not text.isprintable():
+            raise ValueError("fromisoformat stops reading at a NUL")
+        instant = datetime.fromisoformat(text.strip())
+    except (ValueError, AttributeError):
+        raise InputError(
+            f"{what} {str(given)[:40]!r} is not a date", advice="Write 2024-03-05 or 2024-03-05T14:30:00Z."
+        ) from None
+    return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
 def parse_range(
-    start: str | None, end: str | None, *, now: datetime | None = None
+    start: Time | None, end: Time | None, *, now: datetime | None = None
 ) -> tuple[datetime | None, datetime | None]:
-    """Start (included) and end (not included) as people write them on every door; None where they wrote nothing.
+    """Start (included) and end (not included) as users give them at every entry point; None where they gave nothing.
 
     Raises:
-        InputError: one is no date, start is not before end, or (with ``now``) start lies in the future.
+        InputError: one is no date, start is not before end, or (with ``now``) start is in the future.
     """
     first = parse_instant(start, "start") if start is not None else None
     last = parse_instant(end, "end") if end is not None else None
@@ -57,9 +66,16 @@ def parse_range(
         raise InputError(
             f"start {format_instant(first)} is not before end {format_instant(last)}", advice="Swap or widen them."
         )
-    if first is not None and now is not None and first >= now:
-        raise InputError(f"start {format_instant(first)} is in the future", advice="Give an earlier start.")
+    if first is not None and now is not None:
+        refuse_future(first, now)
     return first, last
+
+
+def refuse_future(start: datetime, now: datetime) -> None:
+    """Raises:
+    InputError: ``start`` is not before ``now``."""
+    if start >= now:
+        raise InputError(f"start {format_instant(start)} is in the future", advice="Give an earlier start.")
 
 
 def _short(instant: datetime) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from ktrdr_pipelines.domain.instruments import (
     DEFAULT_EXCHANGES,
     DEFAULT_WHAT_TO_SHOW,
-    SECURITY_TYPES,
     Hours,
     Instrument,
     file_symbol,
@@ -21,36 +20,8 @@ from ktrdr_pipelines.domain.instruments import (
     future_product,
     is_future_code,
 )
+from ktrdr_pipelines.domain.load_request import NO_CHOICE, Choice
 from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What the user gives beyond a symbol's name, to choose among several contracts. Empty, or 0: not given.
-
-    Raises:
-        InputError: an unknown security type, or an invalid currency, exchange or conId.
-    """
-
-    sec_type: str = ""
-    exchange: str = ""
-    """The exchange to ask at (``IBIS``), or a stock's primary exchange."""
-    currency: str = ""
-    con_id: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("sec_type", "exchange", "currency"):
-            object.__setattr__(self, name, getattr(self, name).strip().upper())
-        if self.sec_type and self.sec_type not in SECURITY_TYPES:
-            raise InputError(
-                f"unknown security type {self.sec_type!r}", advice=f"Use one of {', '.join(SECURITY_TYPES)}."
-            )
-        if self.currency and not re.fullmatch(r"[A-Z]{3}", self.currency):
-            raise InputError(f"{self.currency[:40]!r} is not a currency", advice="Write it like USD.")
-        if self.exchange and not re.fullmatch(r"[A-Z0-9][A-Z0-9.]{0,15}", self.exchange):
-            raise InputError(f"{self.exchange[:40]!r} is not an exchange", advice="Write IB's code, like SMART or CME.")
-        if not 0 <= self.con_id < 1 << 63:
-            raise InputError(f"{self.con_id} is not a conId", advice="It is a positive number.")
 
 
 class AmbiguousSymbol(InputError):
@@ -104,7 +75,7 @@ class ContractInfo:
         return " ".join(part for part in parts if part)
 
 
-def list_candidates(symbol: str, choice: Choice = Choice()) -> list[Instrument]:
+def list_candidates(symbol: str, choice: Choice = NO_CHOICE) -> list[Instrument]:
     """The candidates for a bare ``symbol``, in the order to ask IB: a currency pair (CASH), a stock (STK), a future (FUT).
 
     A stock is asked for in US dollars first and then in any currency, a future by its code (``ESZ4``) or by its product. Where

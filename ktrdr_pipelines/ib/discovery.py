@@ -14,11 +14,11 @@ from datetime import datetime, timedelta
 
 from ktrdr_pipelines.calendars import calendar_of
 from ktrdr_pipelines.domain.instruments import Instrument, Series, file_symbol
+from ktrdr_pipelines.domain.load_request import NO_CHOICE, Choice
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, Timeframe
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, InputError, KtrdrError, PermanentError, StoreError
 from ktrdr_pipelines.ib.contracts import (
-    Choice,
     ContractInfo,
     EmptyContractAnswer,
     choose_contract,
@@ -51,9 +51,6 @@ def describe_retention(series: Series, start: datetime) -> str:
     return (
         f"{series.timeframe} bars before {start:%Y-%m-%d} are beyond IB's retention (six months) and were not asked for"
     )
-
-
-NO_CHOICE = Choice()
 
 
 @dataclass(frozen=True, slots=True)

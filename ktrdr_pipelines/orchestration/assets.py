@@ -15,6 +15,7 @@ import dagster as dg
 from pydantic import Field
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, parse_instant
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
 from ktrdr_pipelines.ib.discovery import describe_retention, retention_start
@@ -22,10 +23,16 @@ from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
-from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset, describe_partition, flatten
+from ktrdr_pipelines.orchestration.metadata import (
+    COLUMN_SCHEMA,
+    REPORT,
+    describe_asset,
+    describe_partition,
+    observe_load,
+)
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
-from ktrdr_pipelines.orchestration.runs.door import current_door
-from ktrdr_pipelines.planning.modes import Held, Mode, narrow_window
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
+from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.store.locks import taking_turn
 
 GATEWAY_POOL = "ib_gateway"
@@ -33,40 +40,47 @@ GATEWAY_POOL = "ib_gateway"
 
 
 class LoadConfig(dg.Config):
-    """Run config of one load. Without it everything missing in the partitions of the run is asked for."""
+    """Run config of one series: a `LoadRequest`. Without it everything missing in the partitions of the run is asked for."""
 
+    mode: str = Field(
+        default=Mode.FULL.value,
+        description="full: everything missing in the partitions of the run. tail: only from the last held bar on, which is "
+        "asked for again. backfill: only before the first held bar. A start wins over the mode.",
+    )
     start: str = Field(default="", description="Ask for nothing before this time (ISO 8601, UTC; included).")
     end: str = Field(default="", description="Ask for nothing from this time on (ISO 8601, UTC; not included).")
-    mode: str = Field(
-        default="full",
-        description="full: everything missing in the partitions of the run. tail: only from the last held bar on, which is "
-        "asked for again. backfill: only before the first held bar. A given start or end wins.",
+    oldest: str = Field(
+        default="",
+        description="Where the load begins unless start or mode decide; empty: with the first partition of the run.",
     )
+    notice: str = Field(default="", description="For the report: what the user should know of the chosen partitions.")
+    symbol: str = Field(default="", description="Empty, or the asset's.")
+    timeframe: str = Field(default="", description="Empty, or the asset's.")
+    sec_type: str = Field(default="", description="This and the next three: the choice of contract, for the record.")
+    exchange: str = ""
+    currency: str = ""
+    con_id: int = 0
 
-    def narrow(self, window: Window, held: Held | None) -> Window:
-        """``window`` without what this config leaves out; empty if the mode has nothing to do in it.
+    def request(self, series: Series) -> LoadRequest:
+        """The request, for ``series``.
 
         Raises:
-            InputError: a malformed time or mode, or start and end leave nothing of the window.
+            InputError: a malformed time or mode, or the request of another series.
         """
+        symbol, timeframe = series.instrument.symbol, series.timeframe
         try:
-            mode = Mode(self.mode)
-        except ValueError:
-            raise InputError(
-                f"unknown mode {self.mode!r}", doing="reading the run config", advice=f"Use {', '.join(Mode)}."
-            ) from None
-        start = max(window.start, parse_instant(self.start, "start")) if self.start else window.start
-        end = min(window.end, parse_instant(self.end, "end")) if self.end else window.end
-        if start >= end:
-            raise InputError(
-                f"start {self.start or window.start} and end {self.end or window.end} leave nothing of {window}",
-                doing="reading the run config",
-                advice="Widen them, or choose other partitions.",
+            request = LoadRequest.from_config(
+                {**self.model_dump(), "symbol": self.symbol or symbol, "timeframe": self.timeframe or timeframe.name}
             )
-        cut = Window(start, end)
-        if (self.start and mode is Mode.TAIL) or (self.end and mode is Mode.BACKFILL):
-            return cut
-        return narrow_window(mode, cut, held)
+        except InputError as error:
+            raise error.while_doing("reading the run config") from None
+        if (request.symbol, request.timeframe) != (symbol, timeframe):
+            raise InputError(
+                f"this is the request of {request.symbol} {request.timeframe}, not of {series}",
+                doing="reading the run config",
+                advice="Leave symbol and timeframe empty.",
+            )
+        return request
 
 
 def asset_key(series: Series) -> dg.AssetKey:
@@ -109,14 +123,15 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         chosen = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
         store = storage.store()
         report = LoadReport(series, chosen, merged_file=str(store.csv_path(series)))
-        door = current_door()
-        door.reports.append(report)
+        entry_point = gateway.entry_point(context.instance, context.run.run_id)
+        entry_point.reports.append(report)
         try:
-            with taking_turn(store.data_dir, series, on_wait=partial(_tell_of_another_load, context, series)):
+            request = config.request(series)
+            with taking_turn(store.data_dir, series, on_wait=partial(_report_wait, context, entry_point, series)):
                 now = datetime.now(UTC)
                 report.notices += store.prepare(series, now=now).describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
-                report.window = _cut_to_kept(series, config.narrow(chosen, held), now, report)
+                report.window = _resolve(config, request, held, now, report)
                 load = Load(
                     series,
                     report.window,
@@ -124,11 +139,11 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     history=gateway.history,
                     limits=storage.history_limits,
                     now=lambda: datetime.now(UTC),
-                    recheck_last=config.mode == Mode.TAIL and held is not None,
+                    recheck_last=request.mode is Mode.TAIL and held is not None,
                     report=report,
                 )
                 for event in load.run():
-                    door.on_event(series, event)
+                    entry_point.on_event(series, event)
                     _log_event(context, series, event)
                     if isinstance(event, Completed):
                         closes = store.read_bars(series, event.partition.window)["close"].tolist()
@@ -140,14 +155,36 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         except KtrdrError as error:
             report.failures.append(Failure(report.window, error.while_doing(f"loading {series} {report.window}")))
             report.status = "failed"
+        if config.notice and config.notice not in report.notices:
+            report.notices.append(config.notice)
         for notice in report.notices:
             context.log.info(notice)
         yield evaluate_schema(report)
         yield evaluate_completeness(report)
+        context.log_event(observe_load(key, report))
         if report.failures:
             raise _failure(report)
 
     return bars
+
+
+def _resolve(config: LoadConfig, request: LoadRequest, held: Held | None, now: datetime, report: LoadReport) -> Window:
+    """The part of the run's partitions (``report.window``) that ``request`` means; empty where its mode has nothing to do.
+
+    Raises:
+        InputError: start and end leave nothing of the partitions. PermanentError: all of it is beyond IB's retention.
+    """
+    chosen = report.window
+    if max(request.start or chosen.start, chosen.start) >= min(request.end or chosen.end, chosen.end):
+        raise InputError(
+            f"start {config.start or '(none)'} and end {config.end or '(none)'} leave nothing of {chosen}",
+            doing="reading the run config",
+            advice="Widen them, or choose other partitions.",
+        )
+    oldest = parse_instant(config.oldest, "oldest") if config.oldest else chosen.start
+    window = resolve_window(request, held, until=min(now, chosen.end), oldest=oldest)
+    window = _cut_to_kept(report.series, window, now, report)
+    return window.intersect(chosen) or Window(chosen.start, chosen.start)
 
 
 def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadReport) -> Window:
@@ -165,11 +202,11 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
     return Window(kept, window.end)
 
 
-def _tell_of_another_load(context: dg.AssetExecutionContext, series: Series, lock: Path) -> None:
-    """Another load of the series goes on, and this one waits for its turn."""
-    reason = f"another load of {series} goes on; `fuser {lock}` tells which process it is"
-    context.log.info(f"waiting: {reason}")
-    current_door().on_wait(Waiting(reason, math.inf, None))
+def _report_wait(context: dg.AssetExecutionContext, entry_point: EntryPoint, series: Series, lock: Path) -> None:
+    """This load waits for the series lock, which another load of the series has."""
+    reason = f"another load of {series}; `fuser {lock}` shows its process"
+    context.log.info(f"waiting for {reason}")
+    entry_point.on_wait(Waiting(reason, math.inf, None))
 
 
 def _log_event(context: dg.AssetExecutionContext, series: Series, event: Event) -> None:
@@ -185,6 +222,6 @@ def _failure(report: LoadReport) -> dg.Failure:
     lines = [str(failure.error) for failure in report.failures]
     return dg.Failure(
         description=f"{len(lines)} windows of {report.series} failed:\n" + "\n".join(lines),
-        metadata={"report": dg.MetadataValue.json(dict(flatten(report)))},
+        metadata={REPORT: dg.MetadataValue.json(report.as_dict())},
         allow_retries=False,
     )

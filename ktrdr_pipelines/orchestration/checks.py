@@ -1,8 +1,7 @@
 """Asset checks: is every bar well formed (schema), is every expected bar there (completeness).
 
 They are evaluated by the asset itself, at the end of its run: a separate check would never execute, because the asset
-yields no output (docs/dagster_facts.md, 3). The rules are `bars/schema.py`'s and the calendar's;
-here they become Dagster's words.
+yields no output (docs/dagster_facts.md, 3). The rules are `bars/schema.py`'s and the calendar's.
 """
 
 import dagster as dg
@@ -30,7 +29,7 @@ def specs_for(series: Series, key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
             COMPLETENESS_CHECK,
             asset=key,
             description="Every bar that the exchange calendar expects in the loaded window, up to the last complete one, "
-            "is held, or IB proved that it does not exist.",
+            "is held, or absent at IB.",
         ),
     ]
 
@@ -43,14 +42,14 @@ def evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
         check_name=SCHEMA_CHECK,
         passed=not broken,
         severity=dg.AssetCheckSeverity.ERROR,
-        description=f"{len(broken)} answers refused" if broken else "All bars keep the rules.",
+        description=f"{len(broken)} answers refused" if broken else "All bars are valid.",
         metadata={"refused": len(broken), "bars": report.fetched_bars}
         | ({"rows": dg.MetadataValue.md(f"```\n{rows}\n```")} if rows else {}),
     )
 
 
 def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
-    """Failed when bars of the window are expected and neither held nor proven empty."""
+    """Failed when bars of the window are expected and neither held nor confirmed absent."""
     failures = [
         dg.TableRecord({"start": format_instant(f.window.start), "end": format_instant(f.window.end),
                         "why": f.error.observed[:300]})
@@ -61,7 +60,7 @@ def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
         check_name=COMPLETENESS_CHECK,
         passed=complete,
         severity=dg.AssetCheckSeverity.ERROR,
-        description=_say_missing(report, complete),
+        description=_describe_missing(report, complete),
         metadata={
             "missing_bars": report.missing_bars,
             "proven_empty": report.proven_empty,
@@ -71,7 +70,7 @@ def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
     )
 
 
-def _say_missing(report: LoadReport, complete: bool) -> str:
+def _describe_missing(report: LoadReport, complete: bool) -> str:
     if complete:
         return "Nothing is missing."
     if report.missing_bars:

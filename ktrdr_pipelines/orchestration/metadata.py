@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import dagster as dg
 
@@ -11,6 +11,9 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.loading.report import Completed, LoadReport
 
 SPARKLINE_POINTS = 48
+
+REPORT, PROBLEM = "report", "problem"
+"""Metadata of the observation that each load leaves (`observe_load`)."""
 
 COLUMN_SCHEMA = dg.TableSchema(
     columns=[
@@ -31,7 +34,7 @@ COLUMN_SCHEMA = dg.TableSchema(
             )
         ),
         dg.TableColumn(
-            "volume", "float", description="As IB sends it; 0 where it has none (the sidecar says so).",
+            "volume", "float", description="As IB sends it; 0 where it has none (noted in the sidecar).",
             constraints=dg.TableColumnConstraints(nullable=False, other=["not negative"]),
         ),
     ]
@@ -45,7 +48,7 @@ def describe_asset(series: Series) -> str:
         f"{timeframe.ib_bar_size} bars of {instrument.symbol} ({instrument.sec_type} on {instrument.exchange}, "
         f"{instrument.currency}), {instrument.what_to_show}, {instrument.hours} hours, from Interactive Brokers. "
         f"One CSV, `{series.name}.csv`; each partition is a {timeframe.partition} (UTC). A partition is materialized when "
-        "every bar that the exchange calendar expects in it, up to the last complete one, is held or proven not to exist."
+        "every bar that the exchange calendar expects in it, up to the last complete one, is held or absent at IB."
     )
 
 
@@ -86,6 +89,14 @@ def draw_sparkline(closes: Sequence[float]) -> str:
     return f"![closing prices](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
 
 
-def flatten(report: LoadReport) -> Mapping[str, object]:
-    """The report as Failure metadata."""
-    return report.as_dict()
+def observe_load(key: dg.AssetKey, report: LoadReport) -> dg.AssetObservation:
+    """What each load leaves at its end, in the run's records and at the asset: the report, and the first failure if any."""
+    problem = {}
+    if report.failures:
+        error = report.failures[0].error
+        problem = {"kind": error.family, "message": error.message, "advice": error.advice, "code": error.code}
+    return dg.AssetObservation(
+        key,
+        description=f"{report.status}: {report.fetched_bars} bars in {report.segments_fetched} requests",
+        metadata={REPORT: dg.MetadataValue.json(report.as_dict()), PROBLEM: dg.MetadataValue.json(problem)},
+    )

@@ -17,8 +17,9 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.ib.client_ids import ClientIds
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.runs.door import current_door
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, current_entry_point
 from ktrdr_pipelines.orchestration.runs.liveness import reaping
+from ktrdr_pipelines.orchestration.runs.progress_tag import follow_in_tag
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
 from ktrdr_pipelines.store.store import Store
@@ -40,10 +41,12 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     retry_waits_s: list[float] = Field(default_factory=lambda: [15.0, 30.0, 60.0])
     state_dir: str
     ledger_url: str = ""
-    """As people may see it: Dagster shows the configuration of its resources to everybody, and keeps it."""
+    """Without its password: Dagster stores the configuration of its resources and shows it to every user."""
     library: str = "ib_insync"
 
     _history: IBHistory | None = PrivateAttr(default=None)
+    _entry_point: EntryPoint | None = PrivateAttr(default=None)
+    _run_id: str = PrivateAttr(default="")
     _client_ids: ClientIds = PrivateAttr(default=ClientIds.PERSON)
 
     @classmethod
@@ -62,7 +65,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         )
 
     def address(self) -> GatewayAddress:
-        """The gateway as `ib/history.py` wants it; daemons never take the id that a person asked for."""
+        """The gateway as `ib/history.py` wants it; daemons never take the id that a user configured."""
         return GatewayAddress(
             host=self.host,
             port=self.port,
@@ -93,13 +96,19 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                     self._history.close()
                     self._history = None
 
+    def entry_point(self, instance: dg.DagsterInstance, run_id: str) -> EntryPoint:
+        """The entry point of the run: what executes it in this process, else one that keeps the progress in the run's records."""
+        if self._entry_point is None or self._run_id != run_id:
+            self._entry_point, self._run_id = current_entry_point() or follow_in_tag(instance, run_id), run_id
+        return self._entry_point
+
     def history(self) -> IBHistory:
-        """The connection of this run: the one its door lent, else one of its own, made at the first request."""
-        door = current_door()
-        if door.history is not None:
-            return door.history
+        """The connection of this run: the one its entry point lent, else one of its own, made at the first request."""
+        entry_point = self._entry_point or EntryPoint()
+        if entry_point.history is not None:
+            return entry_point.history
         if self._history is None:
-            self._history = IBHistory(self.address(), on_wait=door.on_wait)
+            self._history = IBHistory(self.address(), on_wait=entry_point.on_wait)
         return self._history
 
 
@@ -126,7 +135,7 @@ def _without_secrets(url: str) -> str:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        shown = "(not a database URL)"  # whatever it is: using it tells what is wrong with it
+        shown = "(not a database URL)"  # its use explains what is wrong with it
     else:
         secret = {name: "hidden" for name in parsed.query if "pass" in name.lower()}
         shown = parsed.update_query_dict(secret).render_as_string(hide_password=True)

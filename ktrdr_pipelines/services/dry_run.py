@@ -1,7 +1,7 @@
 """What a load would do, without doing it: `ktrdr ib-load --dry-run` between parsing and printing.
 
-The gaps and the requests are the load's own: it is driven up to its plan and then left. Nothing is written, no run is made;
-a file that the load would put right first is put right in a scratch copy. When the requests could go out is
+The gaps and the requests are the load's own: it is driven up to its plan and not further. Nothing is written, no run is made;
+a file that the load would correct first is corrected in a scratch copy. When the requests could go out is
 `ib/pacing/forecast.py`'s.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.errors import BugError
-from ktrdr_pipelines.ib.contracts import Choice
-from ktrdr_pipelines.ib.discovery import NO_CHOICE, known_to_account
+from ktrdr_pipelines.ib.discovery import known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
 from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
@@ -27,11 +27,10 @@ from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.loading.report import Planned
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.services.gaps import place
-from ktrdr_pipelines.services.load_inputs import Wanted, read_wanted
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.services.load_inputs import choose_window, identify
+from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store
@@ -49,15 +48,15 @@ class DryRun:
     requests: Sequence[Request]
     sendings: Sequence[Sending]
     used: int
-    """How many of the budget's `WINDOW_UNITS` are taken now."""
+    """How many of the budget's `WINDOW_UNITS` are used now."""
     waiting: int
-    """How many others wait for their turn; they are not in the forecast."""
+    """How many other requests wait; they are not in the forecast."""
     holds: Sequence[PauseOfAll]
     notices: Sequence[str]
 
     @property
     def missing_bars(self) -> int:
-        """Expected bars that are asked for because they are neither held nor proven empty."""
+        """Expected bars that are asked for because they are neither held nor confirmed absent."""
         return sum(gap.opens for gap in self.gaps)
 
     @property
@@ -105,43 +104,35 @@ def _ends(window: Window) -> dict[str, str]:
     return {"start": format_instant(window.start), "end": format_instant(window.end)}
 
 
-def plan_series(
-    symbol: str,
-    timeframe: str,
-    mode: str = "tail",
-    *,
-    start: str | None = None,
-    end: str | None = None,
-    choice: Choice = NO_CHOICE,
-    settings: Settings | None = None,
-) -> DryRun:
-    """What `loading.load_series` with the same arguments would find missing, ask for, and when it could.
+def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> DryRun:
+    """What `load.load_series` with the same request would find missing, what it would ask for, and when it could.
 
     IB is asked only for what cannot be known otherwise: which contract an unknown symbol means, and where history starts
-    when there is neither a CSV nor ``start`` (one or two requests, which count). Then a gateway is needed, else none.
+    when there is neither a CSV nor a start (one or two requests, which count). Then a gateway is needed, else none.
 
     Raises:
-        KtrdrError: as `loading.load_series`.
+        KtrdrError: as `load.load_series`.
     """
-    wanted = read_wanted(symbol, timeframe, mode, start=start, end=end, choice=choice, settings=settings)
-    with IBHistory(GatewayResource.of(wanted.settings).address()) as history:
-        series = wanted.identify(history)
-        with peek(open_store(wanted.settings.data_dir), series, now=wanted.now) as (store, pending):
+    settings = settings or load_settings()
+    now = datetime.now(UTC)
+    with IBHistory(GatewayResource.of(settings).address()) as history:
+        series, request = identify(request, settings, history)
+        with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
             notices = pending.describe()
-            window, clipped = wanted.choose_window(series, store, history)
+            chosen = choose_window(request, series, store, history, settings, now)
             if history.requests_made:
-                notices.append(_say_asked(series, history, wanted.now))
-            if clipped:
-                notices.append(clipped)
-            planned = Planned((), ()) if window.is_empty else _drive_to_plan(wanted, series, window, store)
+                notices.append(_say_asked(series, history, now))
+            if chosen.notice:
+                notices.append(chosen.notice)
+            planned = _plan(request, series, chosen.window, store, settings, now)
         budget = read_budget(history)
-    now_s = budget.now_s if budget else wanted.now.timestamp()
+    now_s = budget.now_s if budget else now.timestamp()
     past: Sequence[Entry] = budget.past if budget else ()
-    asks = [describe_bars(series, request) for request in planned.requests]
+    asks = [describe_bars(series, each) for each in planned.requests]
     return DryRun(
         series=series,
-        mode=wanted.mode,
-        window=window,
+        mode=request.mode,
+        window=chosen.window,
         now=datetime.fromtimestamp(now_s, UTC),
         gaps=planned.gaps,
         requests=planned.requests,
@@ -154,11 +145,11 @@ def plan_series(
 
 
 def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
-    """That IB was asked where history starts, and what of it the load will ask again: IB's head timestamp is remembered, where
-    IB told one; that there is nothing older is looked up each time."""
+    """That IB was asked where history starts, and what of it the load will ask again: a head timestamp is remembered where IB
+    has one; whether there is anything older is looked up each time."""
     known = known_to_account(history).find_head(history.pin(series.instrument))
-    is_told_now = known is not None and known.until - HEAD_KEPT >= since
-    again = history.requests_made - is_told_now
+    is_new = known is not None and known.until - HEAD_KEPT >= since
+    again = history.requests_made - is_new
     plural = "s" if history.requests_made > 1 else ""
     asked = f"where history starts was asked of IB ({history.requests_made} request{plural})"
     if not again:
@@ -166,21 +157,25 @@ def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
     return f"{asked}; the load makes {again} of them again, before these"
 
 
-def _drive_to_plan(wanted: Wanted, series: Series, window: Window, store: Store) -> Planned:
-    """The first thing a load tells is its plan; nothing was asked or written before that."""
+def _plan(
+    request: LoadRequest, series: Series, window: Window, store: Store, settings: Settings, now: datetime
+) -> Planned:
+    """The plan of a load: its first event. Nothing was asked or written before that."""
+    if window.is_empty:
+        return Planned((), ())
+    held = store.extent(series)
     load = Load(
         series,
         window,
         store=store,
         history=_refuse_to_ask,
-        limits=wanted.settings.history_limits,
-        now=lambda: wanted.now,
-        recheck_last=wanted.mode is Mode.TAIL and store.extent(series) is not None,
+        limits=settings.history_limits,
+        now=lambda: now,
+        recheck_last=request.mode is Mode.TAIL and held is not None,
     )
     for event in load.run():
         if isinstance(event, Planned):
-            # The load looks at its window only; people want to know how a gap lies to all that is held.
-            held = store.extent(series)
+            # The load looks at its window only; users want to know how a gap lies to all that is held.
             first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
             gaps = [replace(g, reason=place(g.window.start_s, first_s, last_s)) for g in event.gaps]
             return Planned(gaps, event.requests)
@@ -192,7 +187,7 @@ def _refuse_to_ask() -> History:
 
 
 def read_budget(history: IBHistory) -> Budget | None:
-    """The pacing budget of the login of ``history``; None where no request was ever made, so that no ledger is begun."""
+    """The pacing budget of the login of ``history``; None where no request was ever made: no ledger is created."""
     address = history.address
     if not address.ledger_url and not ledger_path(address.state_dir / "ib", address.login).exists():
         return None

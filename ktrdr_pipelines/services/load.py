@@ -1,26 +1,28 @@
-"""Load one series for a person, in this process: what `ktrdr ib-load` does between parsing and printing.
+"""Load one series for a user, in this process: what `ktrdr ib-load` does between parsing and printing.
 
 Executes the asset's run on the project's Dagster instance. There is no second way to fetch: every bar comes through the asset.
-Which series and which window are meant is `load_inputs.py`'s.
+Which series and partitions a request means is `load_inputs.py`'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-from ktrdr_pipelines.ib.contracts import Choice
-from ktrdr_pipelines.ib.discovery import NO_CHOICE
+from ktrdr_pipelines.domain.load_request import LoadRequest
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.orchestration.resources import GatewayResource
-from ktrdr_pipelines.orchestration.runs.door import Door
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
-from ktrdr_pipelines.services.load_inputs import read_wanted
+from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
+from ktrdr_pipelines.services.load_inputs import choose_window, identify
 from ktrdr_pipelines.services.progress import Progress
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
-from ktrdr_pipelines.universe.file import add_series
+from ktrdr_pipelines.store.snapshot import peek
+from ktrdr_pipelines.universe.file import add_series, universe_of
 
 
 @dataclass
@@ -36,62 +38,49 @@ class LoadResult:
 
 
 def load_series(
-    symbol: str,
-    timeframe: str,
-    mode: str = "tail",
-    *,
-    start: str | None = None,
-    end: str | None = None,
-    choice: Choice = NO_CHOICE,
-    progress: Progress | None = None,
-    settings: Settings | None = None,
-    origin: str = "cli",
-    run_id: str | None = None,
+    request: LoadRequest, *, progress: Progress | None = None, settings: Settings | None = None, origin: str = "cli"
 ) -> LoadResult:
-    """Load the missing bars of ``symbol`` at ``timeframe``; see `modes.Mode` for ``mode``. Times are ISO 8601, start included,
-    end not, a bare date is its midnight UTC. ``choice`` tells which contract a new symbol means. ``origin`` says which door it
-    is; ``run_id`` (a UUID) is what Dagster shall call the run.
+    """Load the missing bars that ``request`` means. ``origin`` names the entry point.
 
     Raises:
-        KtrdrError: the input cannot be meant, or nothing could be begun. Windows that failed are in the report.
+        KtrdrError: invalid input, or the load could not begin. Windows that failed are in the report.
     """
-    wanted = read_wanted(symbol, timeframe, mode, start=start, end=end, choice=choice, settings=settings)
-    settings = wanted.settings
+    settings = settings or load_settings()
     progress = progress or Progress(enabled=False)
-    address = GatewayResource.of(settings).address()
-    with IBHistory(address, on_wait=progress.show_wait) as history:
-        series = wanted.identify(history)
-        store = open_store(settings.data_dir)
-        put_right = store.prepare(series, now=wanted.now).describe()
-        is_held = store.extent(series) is not None
-        window, clipped = wanted.choose_window(series, store, history)
-        if window.is_empty:
-            return LoadResult(
-                LoadReport(
-                    series,
-                    window,
-                    merged_file=str(store.csv_path(series)),
-                    cached_before=is_held,
-                    notices=put_right,
-                )
-            )
-        if wanted.universe.find(series.instrument.symbol, wanted.timeframe) is None:
-            add_series(settings.universe_path, series)
+    with IBHistory(GatewayResource.of(settings).address(), on_wait=progress.show_wait) as history:
+        found = prepare_load(request, settings, history, origin=origin)
+        if isinstance(found, LoadReport):
+            return LoadResult(found)
         asked_before = history.requests_made
         with open_instance(settings) as instance:
-            door = Door(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
-            report, run_id = execute_load(
-                settings,
-                instance,
-                series,
-                window,
-                door=door,
-                origin=origin,
-                mode=mode,
-                run_id=run_id,
-            )
+            entry_point = EntryPoint(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
+            report, run_id = execute_load(settings, instance, found, entry_point=entry_point)
         report.ib_requests_made += asked_before
-        report.notices[:0] = put_right
-        if clipped:
-            report.notices.append(clipped)
         return LoadResult(report, [run_id])
+
+
+def prepare_load(request: LoadRequest, settings: Settings, history: IBHistory, *, origin: str) -> LoadRun | LoadReport:
+    """The run that serves ``request``; a report where there is nothing to load.
+
+    A series that the universe does not name yet is added to it, once there is something to load.
+
+    Raises:
+        KtrdrError: invalid input, or IB refuses or does not answer where it has to be asked.
+    """
+    series, request = identify(request, settings, history)
+    store, now = open_store(settings.data_dir), datetime.now(UTC)
+    with peek(store, series, now=now) as (found, _):
+        chosen = choose_window(request, series, found, history, settings, now)
+    if chosen.window.is_empty:
+        notices = store.prepare(series, now=now).describe()
+        is_held = store.extent(series) is not None
+        return LoadReport(
+            series,
+            chosen.window,
+            merged_file=str(store.csv_path(series)),
+            cached_before=is_held,
+            notices=notices,
+        )
+    if universe_of(settings).find(series.instrument.symbol, series.timeframe) is None:
+        add_series(settings.universe_path, series)
+    return LoadRun(series, request, chosen.window, chosen.oldest, origin, chosen.notice)

@@ -1,6 +1,6 @@
-"""Progress of a load for a person at a terminal: requests done of planned, bars, waiting until when. On stderr.
+"""Progress of a load for a user at a terminal: requests done of planned, bars, waiting until when. On stderr.
 
-rich draws; without a terminal (a pipe, CI) lines are printed instead of a bar that nobody sees move.
+rich draws; without a terminal (a pipe, CI) lines are printed instead of a progress bar.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class Progress:
             if self._bar is not None:
                 self._task = self._bar.add_task(str(series), total=len(event.requests), note="")
             elif event.requests:
-                self._say(f"{series}: {len(event.requests)} request{'s' * (len(event.requests) != 1)} planned")
+                self._print(f"{series}: {len(event.requests)} request{'s' * (len(event.requests) != 1)} planned")
         elif isinstance(event, Fetched):
             self._bars += event.rows
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, completed=event.done, note=f"{self._bars:,} bars")
             elif event.done == event.planned or event.done % 10 == 0:
-                self._say(f"{series}: {event.done} of {event.planned} requests, {self._bars:,} bars")
+                self._print(f"{series}: {event.done} of {event.planned} requests, {self._bars:,} bars")
         elif isinstance(event, Failure) and self._bar is not None:
-            self._say(f"{series}: {event.window} failed: {event.error.observed}")
+            self._print(f"{series}: {event.window} failed: {event.error.observed}")
 
     def show_wait(self, waiting: Waiting) -> None:
-        """Nothing seems to happen for a while, and this is why."""
+        """Why nothing seems to happen for a while."""
         until = f" until {waiting.until:%H:%M:%S} UTC" if waiting.until else ""
         text = f"waiting{until} ({waiting.reason})"
         if self._bar is not None and self._task is not None:
@@ -70,13 +70,13 @@ class Progress:
         elif waiting.seconds >= LONG_WAIT_S:
             show_notice(text)  # even when quiet: minutes of silence look like a hang
         elif waiting.seconds >= 5:
-            self._say(text)
+            self._print(text)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._enabled:
             self._console.print(text, markup=False, soft_wrap=True)
 
 
 def show_notice(text: str) -> None:
-    """A side remark on stderr."""
+    """A notice on stderr, dimmed."""
     Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)

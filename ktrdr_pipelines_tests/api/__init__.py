@@ -1,1 +1,1 @@
-"""Tests of the REST API: most through ASGI, loads over a real socket with a worker process and a simulated gateway."""
+"""Tests of the REST API: most through ASGI and without Dagster's processes, some with all processes and a simulated gateway."""

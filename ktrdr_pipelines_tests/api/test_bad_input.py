@@ -13,8 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ktrdr_pipelines.api.app import create_app, guarded
-from ktrdr_pipelines.api.loads import Loads
-from ktrdr_pipelines_tests.api.conftest import BASE, problem_of, settings_in
+from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines_tests.api.conftest import BASE, make_loads, problem_of, settings_in
 
 BAD_SYMBOLS = {
     "empty": "", "blank": " ", "absurdly long": "A" * 10_000, "one too long": "A" * 33, "leading space": " AAPL",
@@ -40,12 +40,13 @@ GOOD = {"symbol": "AAPL", "timeframe": "1h"}
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     settings = settings_in(tmp_path_factory.mktemp("api"))
-    loads = Loads(settings)
+    loads = make_loads(settings)
     loads.start()
     application = guarded(create_app(settings, loads), host="127.0.0.1", token="")
     with TestClient(application, base_url=BASE, raise_server_exceptions=False) as made:
         yield made
-    assert not list((settings.dagster_home / "api_loads").glob("*.json")), "a refused load was accepted"
+    with open_instance(settings) as instance:
+        assert not instance.get_runs(limit=1), "a refused load was accepted"
     assert not settings.data_dir.exists(), "a refused question wrote something"
 
 
@@ -101,8 +102,8 @@ def bodies() -> Iterator[tuple[str, object]]:
             "end": "1979-06-01",
         },
         "end after 2100": {**GOOD, "end": "2101-01-01"},
-        "start said twice": {**GOOD, "start": "2024-01-01", "start_date": "2024-01-02"},
-        "end said twice": {**GOOD, "end": "2024-01-01", "end_date": "2024-01-01"},
+        "start given twice": {**GOOD, "start": "2024-01-01", "start_date": "2024-01-02"},
+        "end given twice": {**GOOD, "end": "2024-01-01", "end_date": "2024-01-01"},
         "no symbol": {"timeframe": "1h"},
         "no timeframe": {"symbol": "AAPL"},
         "nothing": {},
@@ -141,7 +142,7 @@ def test_what_a_form_can_post_is_no_load(client: TestClient, kind: str) -> None:
 
 @pytest.mark.parametrize("value", ["maybe", "", "2", "null"])
 def test_wait_is_yes_or_no(client: TestClient, value: str) -> None:
-    """In the query as in the body; said twice it must agree."""
+    """In the query as in the body; given twice it must agree."""
     assert_refused(client.post(f"/api/v1/data/load?wait={value}", json=GOOD))
     assert_refused(client.post("/api/v1/data/load?wait=true", json={**GOOD, "wait": False}))
 
@@ -236,7 +237,7 @@ def test_what_is_no_route_has_the_same_shape(client: TestClient, method: str, pa
 def test_a_bug_shows_nothing_of_its_inside(tmp_path: Path) -> None:
     """A bug is a 500 of the same shape that shows nothing of its inside."""
     settings = settings_in(tmp_path)
-    application = create_app(settings, Loads(settings))
+    application = create_app(settings, make_loads(settings))
 
     @application.get("/bug")
     def bug() -> None:
@@ -271,13 +272,13 @@ def test_a_parameter_that_the_route_does_not_know_is_refused(
     """Else a slip of the pen would be answered as another question, and ask IB for the whole universe."""
     answer = client.request(method, path, json=GOOD if method == "POST" else None)
     assert_refused(answer, 422)
-    told = problem_of(answer)
-    assert unknown in told["message"]
-    assert told["advice"] == f"This route knows {known}."
+    refusal = problem_of(answer)
+    assert unknown in refusal["message"]
+    assert refusal["advice"] == f"This route knows {known}."
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "refusal"),
     [
         (lambda client: client.get("/api/v1/data/AAPL/1d?start=tomorrow"), "2024-03-05T14:30:00Z"),
         (lambda client: client.post("/api/v1/data/load", json={**GOOD, "end": "5.3.2024"}), "2024-03-05T14:30:00Z"),
@@ -288,10 +289,10 @@ def test_a_parameter_that_the_route_does_not_know_is_refused(
     ],
 )
 def test_nobody_has_to_read_a_regular_expression(
-    client: TestClient, answer: Callable[[TestClient], object], told: str
+    client: TestClient, answer: Callable[[TestClient], object], refusal: str
 ) -> None:
-    """What to write is said in words."""
+    """The refusal explains what to write."""
     message = problem_of(answer(client))["message"]
-    assert told in message
+    assert refusal in message
     assert "pattern" not in message
     assert "\\d" not in message

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from ktrdr_pipelines.services.inspection import inspect_one
-from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
+from ktrdr_pipelines_tests.api.conftest import OpenApi, make_loads, problem_of, serving, settings_in
 
 ROUTE = "/api/v1/data/AAPL/1d"
 HEADER = "timestamp,open,high,low,close,volume\n"
@@ -21,7 +21,7 @@ ROWS = [f"2022-{month:02}-{day:02}T00:00:00Z,10.5,11.25,9.75,10.125,{month * 100
 
 @pytest.fixture
 def csv(tmp_path: Path) -> Path:
-    """A file made by somebody, with sixty bars, some of them on days that no calendar has."""
+    """A file made elsewhere, with sixty bars, some of them on days that no calendar has."""
     path = tmp_path / "data" / "AAPL_1d.csv"
     path.parent.mkdir()
     path.write_text(HEADER + "".join(ROWS))
@@ -71,7 +71,7 @@ def test_pages_put_together_are_the_file(open_api: OpenApi, csv: Path, limit: in
 def test_a_window_includes_its_start_and_not_its_end(
     open_api: OpenApi, csv: Path, start: str | None, end: str | None, count: int
 ) -> None:
-    """As on every door."""
+    """As at every entry point."""
     query = {name: value for name, value in (("start", start), ("end", end)) if value}
     answer = open_api().get(ROUTE, params=query).json()
     assert (answer["count"], len(answer["bars"]), answer["next_start"]) == (count, count, None)
@@ -79,10 +79,10 @@ def test_a_window_includes_its_start_and_not_its_end(
 
 @pytest.mark.parametrize("shape", ["json", "csv", "arrow"])
 def test_a_hole_is_told_and_does_not_look_like_no_data(open_api: OpenApi, csv: Path, shape: str) -> None:
-    """Bars of the window that nobody has asked for yet are counted, page by page; a window without any says nothing."""
+    """Missing bars of the window are counted, page by page; a window without any has no notice."""
     client = open_api()
 
-    def told(**query: object) -> str:
+    def notice(**query: object) -> str:
         answer = client.get(ROUTE, params={**query, "format": shape})
         header: str = answer.headers.get("x-notice", "")
         if shape == "json":
@@ -90,15 +90,15 @@ def test_a_hole_is_told_and_does_not_look_like_no_data(open_api: OpenApi, csv: P
         return header
 
     csv.write_text(HEADER + "".join(f"2022-01-{day:02}T00:00:00Z,1,2,1,1,5\n" for day in (3, 4, 7, 10)))
-    assert told(start="2022-01-03", end="2022-01-05") == ""
-    assert told().startswith("AAPL 1d 2022-01-03..2022-01-10T00:00:01Z: 2 expected bars are not held; ")
-    assert "247 expected bars" in told(start="2021-01-01", end="2021-12-25")
-    assert told(limit=2).startswith("AAPL 1d 2022-01-03..2022-01-07: 2 expected")
-    assert told(start="2022-01-07", limit=2) == ""
+    assert notice(start="2022-01-03", end="2022-01-05") == ""
+    assert notice().startswith("AAPL 1d 2022-01-03..2022-01-10T00:00:01Z: 2 expected bars are not held; ")
+    assert "247 expected bars" in notice(start="2021-01-01", end="2021-12-25")
+    assert notice(limit=2).startswith("AAPL 1d 2022-01-03..2022-01-07: 2 expected")
+    assert notice(start="2022-01-07", limit=2) == ""
     csv.unlink()
-    assert told() == "nothing is held of AAPL 1d; POST /api/v1/data/load loads it"
-    assert "5 expected bars" in told(start="2022-01-03", end="2022-01-08")
-    assert told(start="2022-01-08", end="2022-01-10") == ""
+    assert notice() == "nothing is held of AAPL 1d; POST /api/v1/data/load loads it"
+    assert "5 expected bars" in notice(start="2022-01-03", end="2022-01-08")
+    assert notice(start="2022-01-08", end="2022-01-10") == ""
 
 
 def test_nothing_held_is_an_empty_page_and_an_unknown_symbol_is_not_found(open_api: OpenApi) -> None:
@@ -120,11 +120,12 @@ def test_a_row_that_is_no_bar_is_left_out_with_a_word(open_api: OpenApi, csv: Pa
 
 
 @pytest.mark.parametrize("byte", ["\0", "\x01", "\x1b", "\x7f", "\x85", "\u2028"])
-def test_a_row_with_any_byte_in_it_is_told_in_a_header(tmp_path: Path, csv: Path, byte: str) -> None:
+def test_a_row_with_any_byte_in_it_is_reported_in_a_header(tmp_path: Path, csv: Path, byte: str) -> None:
     """A machine that crashed leaves NULs; a header takes none, and the connection would be closed. On a socket, as served."""
     bad = f"2022-02-03T00:00:00Z,10,9{byte},11,10,1\n".encode()
     csv.write_bytes((HEADER + "".join(ROWS[:5])).encode() + bad)
-    with serving(settings_in(tmp_path), queue_limit=1) as base:
+    settings = settings_in(tmp_path)
+    with serving(settings, make_loads(settings)) as base:
         answer = httpx.get(f"{base}/data/AAPL/1d?limit=1", timeout=30)
     assert answer.status_code == 200
     assert "1 refused; line 7" in answer.headers["x-notice"]
@@ -158,7 +159,7 @@ BROKEN = {
 def test_a_broken_universe_file_is_the_servers_trouble_and_not_the_questions(
     open_api: OpenApi, csv: Path, content: str
 ) -> None:
-    """A 5xx in the one shape that names the file: whoever asked has nothing to mend."""
+    """A 5xx in the one shape that names the file: the caller cannot mend it."""
     (csv.parent / "universe.yaml").write_text(content)
     client = open_api()
     for route in ("/api/v1/data", ROUTE, f"{ROUTE}/gaps", "/api/v1/ib/symbols/discovered", "/api/v1/ib/ranges"):
@@ -184,7 +185,7 @@ def test_the_list_tells_what_is_held(open_api: OpenApi, csv: Path) -> None:
 
 @pytest.mark.slow
 def test_gaps_are_those_of_the_command(open_api: OpenApi, csv: Path, tmp_path: Path) -> None:
-    """One truth for both doors."""
+    """The same at both entry points."""
     settings = settings_in(tmp_path)
     answer = open_api(settings).get("/api/v1/data/AAPL/1d/gaps").json()
     expected = json.loads(json.dumps(inspect_one("AAPL", "1d", settings).as_dict()))
@@ -208,6 +209,6 @@ def test_every_way_to_write_a_pair_finds_its_bars_and_its_gaps(open_api: OpenApi
 
 
 def test_a_range_that_is_named_twice_is_told_once(open_api: OpenApi) -> None:
-    """However a timeframe is written; without a gateway each row says so."""
+    """However a timeframe is written; without a gateway each row has the reason."""
     answer = open_api().get("/api/v1/ib/ranges?symbols=AAPL,AAPL&timeframes=1d,1d,1M&timeframes=1mo,1d")
     assert [(row["symbol"], row["timeframe"]) for row in answer.json()["ranges"]] == [("AAPL", "1d"), ("AAPL", "1mo")]

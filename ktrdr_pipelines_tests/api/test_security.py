@@ -15,7 +15,7 @@ TOKEN = "correct-horse"
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "LOCALHOST", "[::1]:8000"])
 def test_this_machine_is_known_by_its_names(open_api: OpenApi, host: str) -> None:
-    """The names under which a person reaches a server on loopback."""
+    """The names under which a user reaches a server on loopback."""
     assert open_api().get(CONFIG, headers={"Host": host}).status_code == 200
 
 
@@ -59,7 +59,7 @@ def test_no_other_site_is_ever_allowed_to_read(open_api: OpenApi) -> None:
     "sent", [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \xe4"]
 )
 def test_a_token_that_is_set_is_always_required(open_api: OpenApi, path: str, host: str, sent: str | None) -> None:
-    """On every path, on loopback too, and a wrong one says nothing about which routes exist."""
+    """On every path, on loopback too, and a wrong one does not show which routes exist."""
     headers = {} if sent is None else {"Authorization": sent.encode("latin-1")}
     answer = open_api(host=host, token=TOKEN).get(path, headers=headers)
     assert (answer.status_code, problem_of(answer)["kind"]) == (401, "unauthorized")
@@ -108,7 +108,7 @@ def test_a_token_that_fits_into_no_header_is_refused_and_not_shown(ktrdr: Ktrdr)
 
 
 def test_a_body_larger_than_any_request_needs_is_refused(open_api: OpenApi) -> None:
-    """By what is said of its size, and by what comes when nothing or something else was said."""
+    """By its declared size, and by its real size where that is missing or wrong."""
     client = open_api()
     whole = client.post("/api/v1/data/load", content=b" " * (MAX_BODY_BYTES + 1))
     pieces = client.post("/api/v1/data/load", content=iter([b" " * 4096] * 8))

@@ -1,4 +1,4 @@
-"""Promises of `ktrdr serve` where it cannot serve: one line that says why, the exit code, and nothing said before."""
+"""Promises of `ktrdr serve` where it cannot serve: one line with the reason, the exit code, and no other output."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_pipelines.api.loads import Loads
-from ktrdr_pipelines_tests.api.conftest import settings_in
+from ktrdr_pipelines_tests.api.conftest import make_loads, settings_in
 from ktrdr_pipelines_tests.conftest import Ktrdr
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_second_server_on_one_home_says_so(ktrdr: Ktrdr, tmp_path: Path, unused_port: int) -> None:
-    """Input, since another home or ending the first is up to the person."""
-    first = Loads(settings_in(tmp_path))
+    """Input, since another home or ending the first is up to the user."""
+    first = make_loads(settings_in(tmp_path))
     first.start()
     try:
         done = ktrdr("serve", "--port", str(unused_port))

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import httpx
 
-from ktrdr_pipelines.api.models import LoadRequest
-from ktrdr_pipelines.api.routes_data import make_order
+from ktrdr_pipelines.domain.load_request import LoadRequest
 from ktrdr_pipelines.simulator.faults import FaultRule
-from ktrdr_pipelines_tests.api.conftest import OpenApi, problem_of, serving, settings_in
+from ktrdr_pipelines_tests.api.conftest import OpenApi, make_loads, problem_of, serving, settings_in
 from ktrdr_pipelines_tests.conftest import StartGateway
 
 DISCOVER = "/api/v1/ib/symbols/discover"
@@ -30,12 +29,13 @@ def test_several_contracts_are_listed_and_a_choice_decides(
     assert (chosen.status_code, chosen.json()["con_id"], chosen.json()["sec_type"]) == (200, 900002, "STK")
 
 
-def test_one_load_is_one_order_however_it_is_spelt(tmp_path: Path) -> None:
+def test_one_load_is_one_request_however_it_is_spelt(tmp_path: Path) -> None:
     """As the universe spells its symbols, others in capitals; a name of one's own keeps its small letters."""
     settings = settings_in(tmp_path)
+    loads = make_loads(settings)
 
     def symbols_of(*names: str) -> set[str]:
-        return {make_order(LoadRequest(symbol=name, timeframe="1h"), settings).symbol for name in names}
+        return {loads.respell(LoadRequest.parse(name, "1h")).symbol for name in names}
 
     assert symbols_of("aapl", "AAPL", "Aapl") == {"AAPL"}
     assert symbols_of("eurusd", "EUR.USD", "eur/usd", "EURUSD") == {"EURUSD"}
@@ -71,9 +71,10 @@ def test_what_was_discovered_is_remembered_and_can_be_filtered(
 
 
 def test_what_hangs_keeps_nobody_from_the_status_and_from_cleanup(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """They are asked for when something hangs, and have turns of their own."""
+    """They are asked for when something hangs, and never wait for each other."""
     gateway = start_gateway([FaultRule(kind="silent", on="head")])
-    with serving(settings_in(tmp_path, gateway.port), queue_limit=1) as address, ThreadPoolExecutor(2) as threads:
+    settings = settings_in(tmp_path, gateway.port)
+    with serving(settings, make_loads(settings)) as address, ThreadPoolExecutor(2) as threads:
         hanging = [
             threads.submit(httpx.get, f"{address}/ib/ranges?symbols={symbol}&timeframes=1d", timeout=60)
             for symbol in ("AAPL", "MSFT")

@@ -14,12 +14,13 @@ from ktrdr_pipelines.bars.restatement import ScaleChanged
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.domain.instruments import Hours, Instrument, Series, stock
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, PermanentError
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.planning.durations import is_allowed
-from ktrdr_pipelines.planning.modes import Held, Mode, resolve_window
+from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.planning.open_ended import plan_to_now, reach_from_now
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, utc, window
@@ -266,7 +267,7 @@ def test_the_history_of_a_continuous_future_grows_by_its_tail(store: Store) -> N
     load(store, FakeHistory.of(CONTINUOUS, window("2024-01-01", "2024-06-15")), CONTINUOUS, reach)
     for later in (utc("2024-06-18"), utc("2024-09-02")):
         held = Held.of(store.extent(CONTINUOUS), store.read_sidecar(CONTINUOUS))
-        span = resolve_window(Mode.TAIL, CONTINUOUS, held, now=later)
+        span = resolve_window(LoadRequest("ES", CONTINUOUS.timeframe, Mode.TAIL), held, until=later)
         history = FakeHistory.of(CONTINUOUS, window("2024-01-01", "2024-12-31"))
         history.truth = history.truth[history.truth < later.timestamp()]
         job, _ = load(store, history, CONTINUOUS, span, now=later, recheck_last=True)

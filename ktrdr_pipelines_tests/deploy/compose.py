@@ -87,7 +87,7 @@ class Here:
         if text in self.ports:
             return str(self.ports[text])
         text = text.replace("/var/lib/ktrdr", str(self.base)).replace("/etc/ktrdr", str(self.base))
-        text = text.replace("0.0.0.0", "127.0.0.1")
+        text = text.replace("0.0.0.0", "127.0.0.1").replace("//webserver:", "//127.0.0.1:")
         for port, instead in self.ports.items():
             text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{instead}")
         return str(self.postgres) if text == "postgres" else text  # the server's name, as the folder of its socket

@@ -100,7 +100,8 @@ def test_every_setting_can_be_given(services: dict[str, Any]) -> None:
     """A setting of the project is set by the files or passed through to the services that load; none is out of reach."""
     names = {str(field.validation_alias.choices[0]) for field in Settings.model_fields.values()}  # type: ignore[union-attr]
     beside = {"KTRDR_UNIVERSE"}  # in the data volume
-    api_only = {name for name in names if name.startswith("KTRDR_API_")}
+    api_only = {name for name in names if name.startswith("KTRDR_API_")} | {"KTRDR_DAGSTER_URL"}
+    assert api_only <= set(services["api"]["environment"])
     for service in ("code-server", "api"):
         known = set(services[service]["environment"]) | set(image_environment())
         assert names - known - beside - api_only == set()

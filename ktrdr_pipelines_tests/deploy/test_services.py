@@ -71,6 +71,18 @@ def launch_load(stack: Stack) -> str:
     return str(launched["run"]["runId"])
 
 
+def load_over_api(stack: Stack, symbol: str) -> dict[str, Any]:
+    """A load of daily bars of 2023 of a series that the universe does not have yet; its result."""
+    body = {"symbol": symbol, "timeframe": "1d", "mode": "full", "start": "2023-01-01", "end": "2024-01-01"}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{stack.here.ports['8000']}/api/v1/data/load",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": "Bearer " + "t" * 40},
+    )
+    with urllib.request.urlopen(request, timeout=170) as answer:
+        return json.load(answer)  # type: ignore[no-any-return]
+
+
 def count_in_ledger(stack: Stack) -> int:
     with psycopg.connect(host=str(stack.here.postgres), user="ktrdr", dbname="ktrdr") as connection:
         row = connection.execute("SELECT count(*) FROM ib_pacing_requests").fetchone()
@@ -84,7 +96,8 @@ def count_in_ledger(stack: Stack) -> int:
 def test_the_services_become_healthy_and_load_bars_together(tmp_path: Path) -> None:
     """The compose file's commands as processes, in the order of its conditions: each is ill before its start and healthy
     after it by its own check; the web server shows the code server's assets; a load launched there goes over the database,
-    the daemon, the code server and the gateway into the CSV; a series added to the universe shows after a reload.
+    the daemon, the code server and the gateway into the CSV; a series added to the universe shows after a reload; a load of a
+    new series over the API goes the same way.
 
     One test, since starting the services is most of its time.
     """
@@ -128,6 +141,12 @@ def test_the_services_become_healthy_and_load_bars_together(tmp_path: Path) -> N
         (data / "universe.yaml").write_text(UNIVERSE + "  - {symbol: MSFT, timeframes: [1d]}\n")
         ask(stack, RELOAD)
         stack.wait_until(lambda: assets(stack) == ["ohlcv/AAPL/1d", "ohlcv/MSFT/1d"], "the new series", tries=300)
+
+        if "api" in services:
+            stack.wait_until(lambda: stack.listens("8000") and stack.is_healthy("api"), "the API's health", tries=300)
+            loaded = load_over_api(stack, "GOOG")
+            assert (loaded["status"], loaded["fetched_bars"]) == ("success", 250), stack.logs()
+            assert ask(stack, RUN, id=loaded["run_id"])["runOrError"]["status"] == "SUCCESS"
 
         for service in services:
             if service not in ("code-server", "webserver"):  # whose health was waited for

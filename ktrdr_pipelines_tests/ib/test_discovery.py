@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
+from ktrdr_pipelines.domain.load_request import Choice
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import BugError, InputError, KtrdrError, PermanentError
-from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, Choice, ContractInfo, EmptyContractAnswer
+from ktrdr_pipelines.ib.contracts import AmbiguousSymbol, ContractInfo, EmptyContractAnswer
 from ktrdr_pipelines.ib.discovery import discover, estimate_history_start, identify_series, symbols_file
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.symbol_cache import FOUND_KEPT, NONE_KEPT, KnownSymbols

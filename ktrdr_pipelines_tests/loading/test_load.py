@@ -15,6 +15,7 @@ import pytest
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.domain.instruments import Instrument, Series, forex, stock
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import (
@@ -29,7 +30,7 @@ from ktrdr_pipelines.errors import (
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, Planned
-from ktrdr_pipelines.planning.modes import Held, Mode, resolve_window
+from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.store import Store
@@ -715,8 +716,8 @@ def test_the_next_load_of_a_mode_finds_the_window_that_failed(store: Store, mode
     history.script = {failing: RequestTimeout("no answer within 120 s")}
     for _ in range(2):
         held_by_modes = Held.of(store.extent(AAPL_1H), store.read_sidecar(AAPL_1H))
-        start = None if mode is Mode.TAIL else begin
-        load(store, history, AAPL_1H, resolve_window(mode, AAPL_1H, held_by_modes, now=now, start=start), now=now)
+        request = LoadRequest("AAPL", AAPL_1H.timeframe, mode, None if mode is Mode.TAIL else begin)
+        load(store, history, AAPL_1H, resolve_window(request, held_by_modes, until=now), now=now)
     assert len(history.requests) > failing
     assert held(store, AAPL_1H) == history.truth[history.truth >= begin.timestamp()].tolist()
     sidecar = store.read_sidecar(AAPL_1H)
@@ -728,7 +729,8 @@ def test_a_first_load_that_failed_half_way_is_finished_by_a_tail(store: Store) -
     span = window("2024-01-02", "2024-04-01")
     history = FakeHistory.of(AAPL_1H, span, script={1: RequestTimeout("no answer")}, head=utc("1980-12-12"))
     load(store, history, AAPL_1H, span, now=span.end)
-    tail = resolve_window(Mode.TAIL, AAPL_1H, Held.of(store.extent(AAPL_1H), store.read_sidecar(AAPL_1H)), now=span.end)
+    held_by_modes = Held.of(store.extent(AAPL_1H), store.read_sidecar(AAPL_1H))
+    tail = resolve_window(LoadRequest("AAPL", AAPL_1H.timeframe, Mode.TAIL), held_by_modes, until=span.end)
     assert tail.start <= span.start + timedelta(days=1)
     load(store, history, AAPL_1H, tail, now=span.end, recheck_last=True)
     assert held(store, AAPL_1H) == history.truth.tolist()

@@ -17,6 +17,7 @@ from dagster._core.remote_representation.external_data import RepositorySnap
 
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import partition_at, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
@@ -24,9 +25,10 @@ from ktrdr_pipelines.ib.history import IBHistory, Waiting
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource
-from ktrdr_pipelines.orchestration.runs.door import Door, lend
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
+from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
@@ -104,7 +106,7 @@ def test_a_range_is_one_run_whose_failed_partitions_show_as_failed(
     settings = make_settings(gateway.port)
     clock = MovingClock()  # retries repeat the request, which pacing allows every 15 seconds only
     history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
-    with history, lend(Door(history=history)):
+    with history, lend(EntryPoint(history=history)):
         _check_a_failing_range(settings, instance, gateway)
 
 
@@ -176,9 +178,10 @@ def test_execute_load_tags_its_run_and_returns_the_report(
 ) -> None:
     """A load of the command line is a Dagster run like every other."""
     settings = make_settings(start_gateway().port)
-    report, run_id = execute_load(
-        settings, instance, AAPL_1H, window("2024-01-10", "2024-03-05"), door=Door(), origin="cli", mode="full"
-    )
+    span = window("2024-01-10", "2024-03-05")
+    request = LoadRequest("AAPL", AAPL_1H.timeframe, Mode.FULL, span.start, span.end)
+    run_of_load = LoadRun(AAPL_1H, request, span, None, "cli")
+    report, run_id = execute_load(settings, instance, run_of_load, entry_point=EntryPoint())
     assert report.status == "success"
     assert sorted(report.completed) == ["2024-02-01"]
     run = instance.get_run_by_id(run_id)
@@ -207,7 +210,7 @@ def test_definitions_hold_one_asset_per_series_and_share_partitions(make_setting
     ],
 )  # fmt: skip
 def test_the_password_of_the_ledger_is_used_and_never_shown(make_settings: MakeSettings, url: str, shown: str) -> None:
-    """What Dagster stores and shows of the definitions holds no password; the resource in a run has it all the same."""
+    """What Dagster stores and shows of the definitions holds no password; the resource in a run has it."""
     settings = make_settings(4002, ledger_url=url)
     repository = build_defs(settings, [AAPL_1H]).get_repository_def()
     record = dg.serialize_value(RepositorySnap.from_def(repository))
@@ -262,7 +265,7 @@ def test_waits_show_in_the_run_log_and_in_the_metadata(
     settings = make_settings(gateway.port, dagster_home=tmp_path / "fresh home", ib_retry_waits_s=(2.0,))
     clock = MovingClock()
     history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
-    with open_instance(settings) as instance, history, lend(Door(history=history)):
+    with open_instance(settings) as instance, history, lend(EntryPoint(history=history)):
         result = materialize(settings, instance, "2024-03-01")
         log = [entry.user_message for entry in instance.all_logs(result.run_id)]
     assert any("try 2 of 2 in 2 s" in line and "odd" in line for line in log)
@@ -288,11 +291,11 @@ def test_a_run_waits_while_another_load_of_its_series_goes_on_and_says_so(
             waits.append(waiting)
             another_load.close()
 
-        with lend(Door(on_wait=end_the_other)):
+        with lend(EntryPoint(on_wait=end_the_other)):
             result = materialize(settings, instance, "2024-03-01")
     assert result.success
     (waiting,) = waits
     assert waiting.until is None
-    assert "another load of AAPL 1h goes on" in waiting.reason
-    said = [entry.user_message for entry in instance.all_logs(result.run_id)]
-    assert any(message == f"waiting: {waiting.reason}" for message in said)
+    assert "another load of AAPL 1h" in waiting.reason
+    messages = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert any(message == f"waiting for {waiting.reason}" for message in messages)

@@ -1,4 +1,4 @@
-"""What the modes mean, and how people write times."""
+"""What the modes mean, and how users write times."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.domain.instruments import Series, file_symbol, forex, stock, symbol_from_file
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import partition_at, partition_from_key, partitions_in
 from ktrdr_pipelines.domain.time import Window, parse_instant, parse_range
-from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, parse_timeframe
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, parse_timeframe
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.planning.modes import Held, Mode, narrow_window, needs_history_start, resolve_window
+from ktrdr_pipelines.planning.modes import Held, begins_with_history, reach_back, resolve_window
 from ktrdr_pipelines_tests.fakes import utc, window
 
 AAPL_1D = Series(stock("AAPL"), TIMEFRAMES["1d"])
@@ -21,45 +22,65 @@ HELD = Held(utc("2023-01-03"), utc("2024-05-31"))
 NOW = utc("2024-06-15T12:00:00")
 
 
+def resolve(mode: Mode, held: Held | None, *, start: str = "", end: str = "", oldest: datetime | None = None) -> Window:
+    """The window of a request for AAPL 1d at `NOW`."""
+    request = LoadRequest.parse("AAPL", "1d", mode, start=start or None, end=end or None)
+    return resolve_window(request, held, until=NOW, oldest=oldest)
+
+
 def test_tail_goes_from_the_last_held_bar_to_now() -> None:
     """The last held bar is part of the window, so that it is checked again."""
-    assert resolve_window(Mode.TAIL, AAPL_1D, HELD, now=NOW) == Window(HELD.last, NOW)
+    assert resolve(Mode.TAIL, HELD) == Window(HELD.last, NOW)
 
 
 def test_backfill_is_one_longest_request_before_the_first_held_bar() -> None:
     """A year of daily bars; with a start it reaches back to that."""
-    found = resolve_window(Mode.BACKFILL, AAPL_1D, HELD, now=NOW)
+    oldest = reach_back(AAPL_1D, HELD, now=NOW, limits=HistoryLimits.CLASSIC)
+    found = resolve(Mode.BACKFILL, HELD, oldest=oldest)
     assert found.end == HELD.first
     assert 360 <= (found.end - found.start).days <= 370
-    assert resolve_window(Mode.BACKFILL, AAPL_1D, HELD, now=NOW, start=utc("2010-01-01")) == Window(
-        utc("2010-01-01"), HELD.first
-    )
+    assert resolve(Mode.BACKFILL, HELD, start="2010-01-01") == Window(utc("2010-01-01"), HELD.first)
 
 
 def test_full_covers_all_from_the_start_of_history() -> None:
     """Inner gaps included; a given start or end wins."""
     start = utc("2000-01-01")
-    assert resolve_window(Mode.FULL, AAPL_1D, HELD, now=NOW, history_start=start) == Window(start, NOW)
-    cut = resolve_window(Mode.FULL, AAPL_1D, HELD, now=NOW, start=utc("2022-01-01"), end=utc("2023-01-01"))
-    assert cut == window("2022-01-01", "2023-01-01")
+    assert resolve(Mode.FULL, HELD, oldest=start) == Window(start, NOW)
+    assert resolve(Mode.FULL, HELD, start="2022-01-01", end="2023-01-01") == window("2022-01-01", "2023-01-01")
 
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_without_a_csv_every_mode_is_a_full_initialisation(mode: Mode) -> None:
     """There is no tail of nothing."""
     start = utc("2000-01-01")
-    assert needs_history_start(mode, None, None)
-    assert resolve_window(mode, AAPL_1D, None, now=NOW, history_start=start) == Window(start, NOW)
+    assert begins_with_history(LoadRequest("AAPL", TIMEFRAMES["1d"], mode), None)
+    assert resolve(mode, None, oldest=start) == Window(start, NOW)
 
 
 def test_an_end_in_the_future_is_now() -> None:
     """Nothing is asked that cannot exist."""
-    assert resolve_window(Mode.TAIL, AAPL_1D, HELD, now=NOW, end=utc("2030-01-01")).end == NOW
+    assert resolve(Mode.TAIL, HELD, end="2030-01-01").end == NOW
 
 
 def test_nothing_to_load_is_an_empty_window() -> None:
     """A backfill that ends before it begins asks for nothing."""
-    assert resolve_window(Mode.BACKFILL, AAPL_1D, HELD, now=NOW, start=utc("2024-01-01")).is_empty
+    assert resolve(Mode.BACKFILL, HELD, start="2024-01-01").is_empty
+
+
+def test_a_mode_narrows_chosen_partitions() -> None:
+    """Tail: from the last held bar on. Backfill: up to the first. Full, or nothing held: all of them."""
+
+    def narrow(mode: Mode, chosen: Window, held: Held | None) -> Window:
+        request = LoadRequest("AAPL", TIMEFRAMES["1d"], mode)
+        return resolve_window(request, held, until=chosen.end, oldest=chosen.start)
+
+    chosen = window("2022-01-01", "2025-01-01")
+    assert narrow(Mode.TAIL, chosen, HELD) == Window(HELD.last, chosen.end)
+    assert narrow(Mode.BACKFILL, chosen, HELD) == Window(chosen.start, HELD.first)
+    assert narrow(Mode.FULL, chosen, HELD) == chosen
+    assert narrow(Mode.TAIL, chosen, None) == chosen
+    assert narrow(Mode.TAIL, window("2022-01-01", "2023-01-01"), HELD).is_empty
+    assert narrow(Mode.BACKFILL, window("2024-01-01", "2025-01-01"), HELD).is_empty
 
 
 @pytest.mark.parametrize(
@@ -134,14 +155,3 @@ def test_a_key_that_is_not_on_the_grid_is_refused(key: str) -> None:
     """Saturdays and Sundays are no partitions of minutes."""
     with pytest.raises(InputError):
         partition_from_key(TIMEFRAMES["1m"], key)
-
-
-def test_a_mode_narrows_chosen_partitions() -> None:
-    """Tail: from the last held bar on. Backfill: up to the first. Full, or nothing held: all of them."""
-    chosen = window("2022-01-01", "2025-01-01")
-    assert narrow_window(Mode.TAIL, chosen, HELD) == Window(HELD.last, chosen.end)
-    assert narrow_window(Mode.BACKFILL, chosen, HELD) == Window(chosen.start, HELD.first)
-    assert narrow_window(Mode.FULL, chosen, HELD) == chosen
-    assert narrow_window(Mode.TAIL, chosen, None) == chosen
-    assert narrow_window(Mode.TAIL, window("2022-01-01", "2023-01-01"), HELD).is_empty
-    assert narrow_window(Mode.BACKFILL, window("2024-01-01", "2025-01-01"), HELD).is_empty

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.ib.pacing.clock import Reading
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import LoadReport
-from ktrdr_pipelines.planning.modes import Held, Mode, resolve_window
+from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.simulator.faults import Asked, FaultRule
 from ktrdr_pipelines.simulator.habits import USUAL, Habits
 from ktrdr_pipelines.simulator.market import BAR_SIZES, DAY_S, ContractQuery, find_listings, label_dates
@@ -375,7 +376,8 @@ class Bench:
         series, store = place.series, self.store
         held = Held.of(store.extent(series), store.read_sidecar(series))
         start = None if mode is Mode.TAIL else place.start
-        window = resolve_window(mode, series, held, now=now, start=start)
+        request = LoadRequest(series.instrument.symbol, series.timeframe, mode, start)
+        window = resolve_window(request, held, until=now)
         self.clock.scale = fault.sleep_scale if spoilt else 0.0
         rules = tuple(_at_tempo(rule, tempo) for rule in fault.rules) if spoilt else ()
         with ExitStack() as stack:

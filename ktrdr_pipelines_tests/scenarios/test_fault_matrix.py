@@ -13,10 +13,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.resources import GatewayResource
-from ktrdr_pipelines.orchestration.runs.door import Door, lend
-from ktrdr_pipelines.planning.modes import Mode
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.fakes import MovingClock
@@ -104,7 +104,7 @@ def test_the_promise_holds_through_the_asset(
     for rules, timeout_s in ((fault.rules, 2 * QUICK), ((), 20.0)):
         settings = make_settings(start_gateway(rules).port, ib_request_timeout_s=timeout_s)
         history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
-        with history, lend(Door(history=history)):
+        with history, lend(EntryPoint(history=history)):
             result = materialize(settings, instance, "2024-01-01", "2024-03-01")
         verdict = judge(settings.data_dir / "AAPL_1h.csv", truth)
         verdicts.append(verdict)

@@ -1,4 +1,4 @@
-"""What a person sees while nothing seems to happen."""
+"""What a user sees while nothing seems to happen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNTIL = datetime(2024, 3, 5, 17, 30, 5, tzinfo=UTC)
 def test_waits_are_told_with_their_reason_and_end(
     seconds: float, enabled: bool, is_shown: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Waits that a person would notice, whatever they are for; minutes even where progress is switched off."""
+    """Waits that a user would notice, whatever they are for; minutes even where progress is switched off."""
     with Progress(enabled=enabled) as progress:
         progress.show_wait(Waiting("retry 1 of 3 after: the gateway said 10197", seconds, UNTIL))
     shown = capsys.readouterr().err

@@ -16,6 +16,7 @@ import dagster as dg
 import numpy as np
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.partitions import Partition, partition_from_key, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
@@ -26,7 +27,6 @@ from ktrdr_pipelines.orchestration.automation.tail import QUIET_S
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
 from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.atomic import state_of
 from ktrdr_pipelines.store.schedule_overrides import open_store, refresh_calendars

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import Partition
-from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
+from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG, TIMEFRAME_TAG
-from ktrdr_pipelines.planning.modes import Mode
 
 
 def request_run(
@@ -26,10 +26,11 @@ def request_run(
     tags = {MODE_TAG: mode.value, ORIGIN_TAG: origin, TIMEFRAME_TAG: series[0].timeframe.name}
     if first != last:
         tags |= {RANGE_START_TAG: first.key, RANGE_END_TAG: last.key}
+    requests = {op_name(s): LoadRequest(s.instrument.symbol, s.timeframe, mode) for s in series}
     return dg.RunRequest(
         run_key=f"{run_key}:{hashlib.sha256(names.encode()).hexdigest()[:12]}",
         asset_selection=[asset_key(s) for s in series],
         partition_key=first.key if first == last else None,
-        run_config={"ops": {op_name(s): {"config": LoadConfig(mode=mode.value).model_dump()} for s in series}},
+        run_config={"ops": {op: {"config": request.to_config()} for op, request in requests.items()}},
         tags=tags,
     )

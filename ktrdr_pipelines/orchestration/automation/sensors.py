@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import KtrdrError
@@ -21,7 +22,6 @@ from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.automation.tail import Attempt, Due, HeldEnds, Tails, group_due, note_attempt
 from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import refresh_calendars
 

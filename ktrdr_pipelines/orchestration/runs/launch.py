@@ -1,7 +1,6 @@
 """Execute one series' asset in this process, as a Dagster run like every other: visible in the UI, partitions and all.
 
-This is how the command line and the REST API load. Only the one asset is built, which keeps a command quick however large the
-universe.
+This is how commands and notebooks load. Only the one asset is built, which keeps a command quick however large the universe.
 """
 
 from __future__ import annotations
@@ -13,16 +12,14 @@ import uuid
 import dagster as dg
 from sqlalchemy.exc import DBAPIError
 
-from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.partitions import partitions_in
-from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.loading.report import LoadReport
-from ktrdr_pipelines.orchestration.assets import LoadConfig, asset_key, op_name
+from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.build import build_definitions
-from ktrdr_pipelines.orchestration.runs.door import Door, lend
+from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import explain_database
 from ktrdr_pipelines.orchestration.runs.liveness import executing
-from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG, SERIES_TAG
+from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
+from ktrdr_pipelines.orchestration.runs.tags import PARTITION_TAG
 from ktrdr_pipelines.settings import Settings
 
 _one_run_at_a_time = threading.Lock()
@@ -30,63 +27,39 @@ _one_run_at_a_time = threading.Lock()
 
 
 def execute_load(
-    settings: Settings,
-    instance: dg.DagsterInstance,
-    series: Series,
-    window: Window,
-    *,
-    door: Door,
-    origin: str,
-    mode: str,
-    run_id: str | None = None,
+    settings: Settings, instance: dg.DagsterInstance, run: LoadRun, *, entry_point: EntryPoint
 ) -> tuple[LoadReport, str]:
-    """Materialize the partitions that ``window`` touches, asking for nothing outside of it. Returns report and run id.
+    """Execute ``run``. Returns its report and its id.
 
     Failed windows are in the report, nothing is raised for them.
 
     Raises:
-        KeyboardInterrupt: a person stopped it; what was loaded is kept.
+        KeyboardInterrupt: the user interrupted it; what was loaded is kept.
         StoreError: Dagster's database refuses.
         RuntimeError: the run failed for a reason that is not in the report: a bug, with its traceback.
     """
-    partitions = list(partitions_in(series.timeframe, window))
-    first, last = partitions[0], partitions[-1]
-    config = LoadConfig(
-        start=format_instant(window.start),  # always: a given start is not narrowed by the mode
-        end=format_instant(window.end) if window.end < last.window.end else "",
-        mode=mode,
-    )
-    run_id = run_id or str(uuid.uuid4())
-    tags = {ORIGIN_TAG: origin, MODE_TAG: mode, SERIES_TAG: series.name}
-    if first == last:
-        where: dict[str, object] = {"partition_key": first.key}
-    else:
-        where = {}
-        tags[RANGE_START_TAG] = first.key
-        tags[RANGE_END_TAG] = last.key
-    job = build_definitions(settings, [series]).resolve_implicit_global_asset_job_def()
+    run_id = str(uuid.uuid4())
+    tags = run.tags()
+    job = build_definitions(settings, [run.series]).resolve_implicit_global_asset_job_def()
     try:
-        with _one_run_at_a_time, lend(door), executing(instance, run_id):
+        with _one_run_at_a_time, lend(entry_point), executing(instance, run_id):
             result = job.execute_in_process(
                 instance=instance,
                 run_id=run_id,
-                asset_selection=[asset_key(series)],
+                asset_selection=[asset_key(run.series)],
                 raise_on_error=False,
+                partition_key=tags.pop(PARTITION_TAG, None),
                 tags=tags,
-                run_config={
-                    "ops": {op_name(series): {"config": config.model_dump()}},
-                    # People see progress and the report; Dagster's own log is in the UI.
-                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-                },
-                **where,  # type: ignore[arg-type]
+                # Users see progress and the report; Dagster's own log is in the UI.
+                run_config={**run.run_config(), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
     except DBAPIError as error:
         raise explain_database(error, settings.dagster_home) from error
     if not result.success and any(_was_interrupted(e) for e in result.all_events):
         raise KeyboardInterrupt
-    if not door.reports or (not result.success and not door.reports[-1].failures):
+    if not entry_point.reports or (not result.success and not entry_point.reports[-1].failures):
         raise RuntimeError(f"run {result.run_id} failed:\n{_explain(result)}")
-    return door.reports[-1], result.run_id
+    return entry_point.reports[-1], result.run_id
 
 
 def _was_interrupted(event: dg.DagsterEvent) -> bool:

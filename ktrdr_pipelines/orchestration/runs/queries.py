@@ -17,6 +17,7 @@ from typing import Any, Self
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import ASSET_ROOT, Series, symbol_from_file
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.orchestration.assets import asset_key
@@ -24,7 +25,6 @@ from ktrdr_pipelines.orchestration.partition_definitions import define_partition
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 
 _Event = dg.DagsterEventType
@@ -156,7 +156,7 @@ def find_run(settings: Settings, run_id: str) -> RecordedRun | None:
     Raises:
         StoreError: Dagster's records cannot be used.
     """
-    if not _is_run_id(run_id) or not _has_home(settings):
+    if not is_run_id(run_id) or not _has_home(settings):
         return None
     with open_instance(settings) as instance:
         record = instance.get_run_record_by_id(run_id)
@@ -169,7 +169,8 @@ def _has_home(settings: Settings) -> bool:
     return (settings.dagster_home / "dagster.yaml").exists()
 
 
-def _is_run_id(text: str) -> bool:
+def is_run_id(text: str) -> bool:
+    """True if ``text`` is written like a run id."""
     try:
         return str(uuid.UUID(text)) == text
     except ValueError:

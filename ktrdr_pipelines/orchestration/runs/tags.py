@@ -7,5 +7,6 @@ MODE_TAG = "ktrdr/mode"
 SERIES_TAG = "ktrdr/series"
 TIMEFRAME_TAG = "ktrdr/timeframe"
 
+PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"

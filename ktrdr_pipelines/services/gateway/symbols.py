@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ktrdr_pipelines.domain.instruments import Instrument, file_symbol
-from ktrdr_pipelines.ib.contracts import Choice, ContractInfo, list_candidates
-from ktrdr_pipelines.ib.discovery import NO_CHOICE, discover, find_similar, symbols_file, unknown_symbol
+from ktrdr_pipelines.domain.load_request import NO_CHOICE, Choice
+from ktrdr_pipelines.ib.contracts import ContractInfo, list_candidates
+from ktrdr_pipelines.ib.discovery import discover, find_similar, symbols_file, unknown_symbol
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.services.gateway.question import quick_address

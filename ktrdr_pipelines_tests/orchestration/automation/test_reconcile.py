@@ -18,6 +18,7 @@ import pytest
 from ktrdr_pipelines.bars.schema import empty_bars
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
+from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
@@ -27,7 +28,6 @@ from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler, Recon
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
 from ktrdr_pipelines.orchestration.automation.sensors import make_reconcile_sensor
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions
-from ktrdr_pipelines.planning.modes import Mode
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
