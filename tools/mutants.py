@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTMUT = Path(sys.executable).with_name("mutmut")
 NO_MUTANT = "no mutant has this name"
 BEGINS = "Running mutation testing"
-SHARE_OF_ESTIMATE = 0.4
-"""Measured: what a mutant costs of the estimate, which is the time of all tests that reach it. The first failure ends it."""
+SHARE_OF_ESTIMATE = 0.36
+"""Measured over 33 mutants of `planning/`: what a mutant costs of its estimate, the time of all tests that reach it. Noticed ones
+cost about a second, the others all of it."""
 OVERHEAD_S = 1.0
 """What a mutant costs besides its tests: a fork, the collection."""
 RESULT = re.compile(r"^(\S+) (\S+__mutmut_\d+)$", re.MULTILINE)
