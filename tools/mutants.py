@@ -125,7 +125,7 @@ def main() -> int:
         print(f"\n{results[name]}: {name}")
         print("\n".join(line for line in mutmut("show", name).splitlines() if line.startswith(("-", "+", "@"))))
     print(
-        f"\n{dict(Counter(results.values()))} of {len(timed) + len(unreached)} mutants; {len(unreached)} that no test reaches:"
+        f"\n{dict(Counter(results.values()))} of {len(timed) + len(unreached)} mutants; {len(unreached)} that no test beside them reaches:"
     )
     for function, number in sorted(Counter(function_of(name) for name in unreached).items()):
         print(f"  {function}  {number}")
