@@ -124,9 +124,8 @@ def main() -> int:
     for name in sorted(name for name, result in results.items() if result != "noticed"):
         print(f"\n{results[name]}: {name}")
         print("\n".join(line for line in mutmut("show", name).splitlines() if line.startswith(("-", "+", "@"))))
-    print(
-        f"\n{dict(Counter(results.values()))} of {len(timed) + len(unreached)} mutants; {len(unreached)} that no test beside them reaches:"
-    )
+    counts = ", ".join(f"{number} {result}" for result, number in Counter(results.values()).items())
+    print(f"\n{counts}; {len(unreached)} mutants that no test of these packages reaches:")
     for function, number in sorted(Counter(function_of(name) for name in unreached).items()):
         print(f"  {function}  {number}")
     return 0
