@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTMUT = Path(sys.executable).with_name("mutmut")
 NO_MUTANT = "no mutant has this name"
 BEGINS = "Running mutation testing"
-SHARE_OF_ESTIMATE = 0.4
-"""Measured: what a mutant costs of the estimate, which is the time of all tests that reach it. The first failure ends it."""
+SHARE_OF_ESTIMATE = 0.36
+"""Measured over 33 mutants of `planning/`: what a mutant costs of its estimate, the time of all tests that reach it. Noticed ones
+cost about a second, the others all of it."""
 OVERHEAD_S = 1.0
 """What a mutant costs besides its tests: a fork, the collection."""
 RESULT = re.compile(r"^(\S+) (\S+__mutmut_\d+)$", re.MULTILINE)
@@ -123,9 +124,8 @@ def main() -> int:
     for name in sorted(name for name, result in results.items() if result != "noticed"):
         print(f"\n{results[name]}: {name}")
         print("\n".join(line for line in mutmut("show", name).splitlines() if line.startswith(("-", "+", "@"))))
-    print(
-        f"\n{dict(Counter(results.values()))} of {len(timed) + len(unreached)} mutants; {len(unreached)} that no test reaches:"
-    )
+    counts = ", ".join(f"{number} {result}" for result, number in Counter(results.values()).items())
+    print(f"\n{counts}; {len(unreached)} mutants that no test of these packages reaches:")
     for function, number in sorted(Counter(function_of(name) for name in unreached).items()):
         print(f"  {function}  {number}")
     return 0
