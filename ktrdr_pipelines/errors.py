@@ -30,7 +30,7 @@ class KtrdrError(Exception):
     ``advice`` what to do next. Each is an attribute, so that no caller parses text.
     """
 
-    retry_helps: ClassVar[bool] = False
+    is_transient: ClassVar[bool] = False
     exit_code: ClassVar[int] = 1
     family: ClassVar[str] = "error"
 
@@ -84,7 +84,7 @@ class PermanentError(KtrdrError):
 class TransientError(KtrdrError):
     """A failure of IB or of the connection to it; the same request may succeed later."""
 
-    retry_helps = True
+    is_transient = True
     exit_code = 4
     family = "transient"
 

@@ -1,8 +1,6 @@
-"""Answers that are sound bar by bar and yet cannot be what they seem: shifted against the calendar, or with labels that fit two
-periods.
+"""Answers whose bars are valid one by one but whose stamps are suspicious: shifted against the calendar, or ambiguous.
 
-Pure. The rules that each bar has to keep are in `schema.py`, restated prices in `restatement.py`, missing bars in
-`loading/evidence.py`.
+Pure. The rules for each bar are in `schema.py`, restated prices in `restatement.py`, missing bars in `loading/evidence.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
 
 
-def list_lacking_beside_unexpected(opens: IntArray, wanted: ExpectedBars, timeframe: Timeframe) -> ExpectedBars:
-    """Of an answer (its ``opens``, sorted epoch seconds) that has bars where none is expected: the bars of ``wanted`` that it
-    lacks between its first and last. A calendar that is wrong looks like that, and so does an answer that is shifted."""
+def list_missing_beside_unexpected(opens: IntArray, wanted: ExpectedBars, timeframe: Timeframe) -> ExpectedBars:
+    """The bars of ``wanted`` that are missing between the first and last of ``opens`` (sorted epoch seconds), if it also has
+    unexpected bars; else none. The cause is a wrong calendar or a shifted answer."""
     if timeframe.seconds > 86400 or not find_unexpected(wanted, opens, timeframe).any():
         return wanted.take(slice(0, 0))
     covered = wanted.take(np.flatnonzero((wanted.opens >= opens[0]) & (wanted.opens <= opens[-1])))
@@ -32,10 +30,10 @@ def list_lacking_beside_unexpected(opens: IntArray, wanted: ExpectedBars, timefr
 def refuse_disagreement(
     timeframe: Timeframe, doing: str, expected: ExpectedBars, doubted: pd.DataFrame, others: Sequence[pd.DataFrame]
 ) -> None:
-    """``doubted`` bars stand if ``others`` repeat them where they overlap: the same bars where none is expected, the same prices.
+    """Accept ``doubted`` bars only if ``others`` repeat them where they overlap: the same unexpected bars, the same prices.
 
     Raises:
-        DataError: they do not, or there is nothing to compare; which of them is right cannot be told, and none is written.
+        DataError: they differ, or nothing overlaps. Which answer is right is unknown, so none is written.
     """
     ours = doubted.set_index("timestamp")[["open", "high", "low", "close"]]
     overlaps = False
@@ -50,20 +48,21 @@ def refuse_disagreement(
             break
     if not overlaps:
         raise DataError(
-            "an answer has bars where the calendar has none and lacks some that it has, and a second answer does not agree "
-            "with it",
+            "an answer has bars that the calendar does not expect, expected bars are missing, and a second answer does not "
+            "confirm it",
             doing=doing,
             advice="Nothing of this window was written; run the load again.",
         )
 
 
 def refuse_ambiguous_labels(opens_s: IntArray, series: Series, *, end_s: float, round_the_clock: bool) -> None:
-    """Refuse weeks labelled with Sundays and months with their calendar's last days where nothing trades then: whether such a
-    label ends its week or stands before it cannot be told, and a mistake would shift every bar by one. A label after the
-    request's end (``end_s``) tells: those labels end their weeks. All labels of an answer have to be like that, not one.
+    """Refuse weeks that are all stamped with Sundays, and months that are all stamped with their last calendar day, some of them
+    weekend days: such a stamp can be the last day of its period or the day before it, and a mistake would shift every bar by one.
+    A stamp after the request's end (``end_s``) settles it: those stamps end their periods. Markets that trade round the clock
+    are not affected.
 
     Raises:
-        DataError: the answer's labels are such.
+        DataError: the answer's stamps are ambiguous.
     """
     if series.timeframe.name not in ("1w", "1mo") or round_the_clock or not len(opens_s):
         return
@@ -74,8 +73,8 @@ def refuse_ambiguous_labels(opens_s: IntArray, series: Series, *, end_s: float, 
     is_odd = is_sunday.all() if series.timeframe.name == "1w" else is_month_end.all() and is_weekend.any()
     if is_odd and opens_s.max() <= end_s:
         raise DataError(
-            f"the {series.timeframe.name} bars are labelled with days on which nothing trades, the newest with "
-            f"{days.max().astype('datetime64[D]')}: whether with the day before their period or its last one cannot be told",
+            f"the {series.timeframe.name} bars are stamped with days without trading, the newest with "
+            f"{days.max().astype('datetime64[D]')}: the day before their period, or its last day",
             doing=describe_check(series, None),
-            advice="Nothing was written. Load daily bars; weeks and months can be made of them.",
+            advice="Nothing was written. Load daily bars and build weeks and months from them.",
         )

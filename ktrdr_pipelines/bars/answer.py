@@ -1,7 +1,7 @@
-"""The answer to one request: the columns as IB sent them, and how they become a table of bars.
+"""The answer to one request: the columns as IB sent them, and their conversion to a table of bars.
 
-`ib/wire/decoding.py` makes answers, tests bring fakes. Pure: no clock (callers pass ``now_s``). Why forming bars and stamps need
-care: ``ib_facts``, sections 3 and 10.
+`ib/wire/decoding.py` makes real answers, tests have fakes. Pure, without a clock (callers pass ``now_s``). Stamps and forming
+bars: docs/ib_facts.md, 3 and 10.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
 
 _END_OF_TIME_S = 253_402_300_800
-"""10000-01-01: stamps are written with four digits for the year."""
+"""10000-01-01: stamps are written with four-digit years."""
 
 
 class Answer(Protocol):
@@ -54,30 +54,30 @@ class Answer(Protocol):
 
 
 Closes = Mapping[int, int] | npt.ArrayLike | Callable[[IntArray], npt.ArrayLike]
-"""When bars close, in epoch seconds: a mapping open -> close for the opens that are known, an array alongside the answer's
-rows, or a function from opens to closes."""
+"""When bars close, in epoch seconds: a mapping open -> close for the known opens, an array parallel to the answer's rows, or a
+function from opens to closes."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormalisedAnswer:
-    """One answer of IB as bars, and what had to be done to it."""
+    """One answer of IB as bars, with counts of what was dropped and repaired."""
 
     bars: pd.DataFrame
     """Sorted, unique, inside the window, complete at ``now_s``. Not validated: the store does that when it writes them."""
     received: int
     """Rows in the answer."""
     outside: int
-    """Rows dropped because their open lies outside the window."""
+    """Rows dropped because their open is outside the window."""
     forming: int
     """Rows of the window dropped because they close after ``now_s``."""
     duplicates: int
     """Rows dropped because an equal one is kept."""
     out_of_order: bool
-    """The answer's stamps went backwards somewhere."""
+    """The answer's stamps were not ascending."""
     volume_missing: bool
-    """IB sent -1 for a kept bar's volume: it has none for this series."""
+    """IB sent -1 as the volume of a kept bar: there is no volume."""
     earliest_open_s: int | None
-    """The first open of the whole answer, inside the window or not: how far back the answer reached. None if empty."""
+    """The earliest open of the whole answer, also outside the window. None if the answer is empty."""
 
 
 def normalise_answer(
@@ -88,16 +88,16 @@ def normalise_answer(
     now_s: float,
     closes: Closes | None = None,
 ) -> NormalisedAnswer:
-    """Turn what IB sent into bars of the half-open ``window`` that are complete at ``now_s``.
+    """Convert an answer into bars of the half-open ``window`` that are complete at ``now_s``.
 
     ``raw`` has the columns `COLUMNS` in any order, rows in any order; ``timestamp`` is in epoch seconds or aware datetimes.
-    A bar is forming while its close lies after ``now_s``. Without ``closes`` an intraday bar closes at its open plus
-    the timeframe's seconds (never too early: a session's short bars close before), a daily or longer one
+    A bar is forming while its close is after ``now_s``. Without ``closes`` an intraday bar closes at its open plus
+    the timeframe's seconds (never too early: short bars of a session close before that), a daily or longer one
     `LATEST_SESSION_END_S` after its nominal end. Rows outside the window and forming bars are dropped before their values
-    are looked at. A volume of -1 becomes 0, and of an instrument without volume IB's marks for "not set" as well.
+    are checked. A volume of -1 becomes 0; for an instrument without volume IB's marks for "not set" do too.
 
     Raises:
-        DataError: a stamp is no whole second, or two different bars carry one stamp.
+        DataError: a stamp is not a whole second, or two different bars have one stamp.
     """
     doing = describe_check(series, window)
     missing = [name for name in COLUMNS if name not in raw]
@@ -114,7 +114,7 @@ def normalise_answer(
     order = np.argsort(opens_s[complete], kind="stable")
     kept_opens, kept = opens_s[complete][order], values[complete][order]
 
-    # -1 says that there is none. A mark for "not set" says so only where none is expected; else it is a fault of the bar.
+    # -1 means no volume. A mark for "not set" means it only where no volume is expected; else the bar is invalid.
     is_none = kept[:, 4] == -1
     if not series.instrument.has_volume:
         is_none |= is_unset(kept[:, 4]) & np.isfinite(kept[:, 4])
@@ -126,7 +126,7 @@ def normalise_answer(
         rows = bars_from_columns(kept_opens, *kept.T)
         shown = sorted({row for i in conflicts for row in (i, i + 1)})
         raise DataError(
-            f"{len(conflicts)} timestamps carry two different bars",
+            f"{len(conflicts)} timestamps have two different bars each",
             rows=show_rows(rows, shown),
             doing=doing,
             advice=f"Nothing of this window was written; first pair:\n{show_rows(rows, shown[:2], header=False)}",
@@ -178,5 +178,5 @@ def _whole_seconds(stamps: Any, doing: str) -> IntArray:
         )
     if not whole.all():
         rows = values[~whole].head(SHOWN_ROWS).to_string()
-        raise DataError(f"{int((~whole).sum())} bar stamps are no whole seconds", rows=rows, doing=doing)
+        raise DataError(f"{int((~whole).sum())} bar stamps are not whole seconds", rows=rows, doing=doing)
     return np.asarray(seconds, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Whether an answer and the held bars are on one scale, or IB has restated its history: a split.
+"""Restatement: do an answer and the held bars have one price scale, or has IB restated the history?
 
-TRADES are split-adjusted as of the day they are asked for, so after a split every held bar is wrong by the ratio, and new
-bars beside them would make a file of two halves. A bar that was merely revised changes some of its prices; a split changes all
-four by the same ratio. Pure. Which held bars are asked for again to be compared is decided here too.
+TRADES are split-adjusted as of the day of the request, so after a split every held bar is wrong by the ratio, and new bars beside
+them would make a file with two price scales. A revision changes some prices of a bar; a split changes all four by the same ratio.
+Pure. This module also selects the held bars that are requested again for the comparison.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
 
 RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
-"""Kinds whose history IB restates: splits of shares and of what follows them, rolls. Pairs, indices, plain futures have none."""
+"""Kinds whose history IB restates: shares and CFDs (splits), continuous futures (rolls). Not pairs, indices, plain futures."""
 
 LEAST_CHANGE = 0.02
-"""Below this a ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
+"""A smaller change of the ratio is no split: the smallest stock dividends that IB adjusts for are a few per cent."""
 
 BARS_TO_SHOW_A_ROLL = 3
-"""A continuous future may be restated at a roll by the distance of two contracts, however small: so many bars have to agree that
-it is no revision."""
+"""At a roll IB may restate a continuous future by the distance of two contracts, however small: so many bars must agree, else it
+may be a revision."""
 
 _PRICES = ("open", "high", "low", "close")
 
 
 class ScaleChanged(DataError):
-    """The held bars are on another scale than IB's answers: a split since. Nothing may be added to the file."""
+    """The held bars have another price scale than IB's answers. Nothing may be added to the file."""
 
 
 def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) -> float | None:
-    """The answer's prices as a multiple of the ``held`` ones, where at least half of the bars that both have say so; None
-    if they are on one scale, or share no bar."""
+    """The answer's prices as a multiple of the ``held`` ones, if at least half of the common bars agree; None if the price
+    scale is the same, or there is no common bar."""
     at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))
     if not len(at):
         return None
@@ -58,7 +58,7 @@ def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) ->
 
 
 def _has_rolled(old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Of each bar (a row of four prices): have all prices moved in one direction by about as much?"""
+    """True for each bar (a row of four prices) whose prices all moved in one direction by about the same amount."""
     with np.errstate(all="ignore"):
         moved = new - old
         usual = np.median(moved, axis=1)[:, None]
@@ -66,7 +66,7 @@ def _has_rolled(old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> n
 
 
 def refuse_restatement(series: Series, held: pd.DataFrame, answer: Answer, doing: str) -> None:
-    """Compare every bar of ``answer``, inside its window or not, with the ``held`` ones.
+    """Compare every bar of ``answer``, also outside its window, with the ``held`` ones.
 
     Raises:
         ScaleChanged: they differ by a ratio, or by the distance of a roll.
@@ -77,7 +77,7 @@ def refuse_restatement(series: Series, held: pd.DataFrame, answer: Answer, doing
 
 
 def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: float) -> ScaleChanged:
-    """The error for a ratio that `find_ratio` found, with a bar as it is held and as IB tells it now."""
+    """The error for a ratio of `find_ratio`, with one bar as held and as IB sends it now."""
     at, of_answer = _common(opens_of(held), np.asarray(answer.opens_s))
     i, j = int(at[-1]), int(of_answer[-1])
     stamp = format_instant(held["timestamp"].iloc[i].to_pydatetime())
@@ -87,9 +87,9 @@ def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: floa
     if is_rolled:
         words = f"by about {answer.close[j] - held['close'].iloc[i]:+.6g}"
     return ScaleChanged(
-        f"IB restated the history of {series.instrument.symbol}, {why}: the bar {stamp} is held with close "
-        f"{held['close'].iloc[i]:g} and is {answer.close[j]:g} now (all four prices {words})",
-        advice=f"Nothing was written: new bars do not go with the held ones. Move {series.name}.csv and {series.name}.meta.json "
+        f"IB restated the history of {series.instrument.symbol}, {why}: the bar {stamp} has close "
+        f"{held['close'].iloc[i]:g} in the file and {answer.close[j]:g} in IB's answer (all four prices {words})",
+        advice=f"Nothing was written: the file would mix two price scales. Move {series.name}.csv and {series.name}.meta.json "
         f"away and run `ktrdr ib-load {series.instrument.symbol!r} {series.timeframe} --mode full`.",
     )
 
@@ -102,8 +102,8 @@ def _common(held_s: npt.NDArray[np.int64], answer_s: npt.NDArray[np.int64]) -> t
 def list_anchors(
     expected: ExpectedBars, asked: ExpectedBars, held_opens: npt.NDArray[np.int64], timeframe: Timeframe
 ) -> list[int]:
-    """Which of ``expected`` (indexes) are held and lie right beside the bars ``asked`` for: the one before the oldest, then those
-    after each run, newest last. Asked for again, each tells whether the file is still on IB's scale."""
+    """Indexes of ``expected``, oldest first: the held bars next to the ``asked`` ones, before the oldest and after each run.
+    Requested again, each shows whether the file still has IB's price scale."""
     if not len(asked) or not len(expected):
         return []
     is_held = match_held(expected, held_opens, timeframe)

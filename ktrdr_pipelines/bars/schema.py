@@ -1,9 +1,9 @@
-"""What a bar is: the table and the rules it has to keep.
+"""The bars table: columns and types, and the rules for its rows (pandera).
 
 A bars table is a pandas DataFrame with the columns `COLUMNS`: ``timestamp`` (``datetime64[us, UTC]``, the bar's open), the
 four prices and the volume (``float64``), and a RangeIndex. Pure: no files, no network, no clock (callers pass ``now_s``).
-How the table is kept on disk is in `series_store.py`; which opens there should be, in `calendars.py`. Why stamps and forming bars
-need care: ``ib_facts``, sections 3 and 10. How answers of IB become such a table is in `answer.py`.
+The CSV format is in `store/csv_format.py`, expected opens in `calendars/expected.py`, the conversion of answers in `answer.py`.
+Stamps and forming bars: docs/ib_facts.md, 3 and 10.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 STAMP_DTYPE = pd.DatetimeTZDtype("us", "UTC")
 
 LATEST_SESSION_END_S = 6 * 3600
-"""How long after midnight UTC a session may still run: US extended hours end at 20:00 New York, 01:00 UTC in winter.
-Without a calendar's word, a daily bar counts as complete this long after its nominal end."""
+"""The latest end of a session after midnight UTC: US extended hours end at 20:00 New York, 01:00 UTC in winter. Without a
+calendar, a daily bar counts as complete this long after its nominal end."""
 
 MOST = 2.0**53
-"""No price or volume reaches it; whole numbers from here on are not exact. IB's marks for a value that is not set (the largest
-double, 2^63 - 1 and 2^127 - 1) lie above."""
+"""Upper bound of prices and volumes (excluded); integers from here on are not exact. IB's marks for a value that is not set (the
+largest double, 2^63 - 1 and 2^127 - 1) are larger."""
 
 _UNSET_INTEGER = 2.0**31 - 1
 
@@ -59,7 +59,7 @@ def bars_from_columns(
     close: npt.ArrayLike,
     volume: npt.ArrayLike,
 ) -> pd.DataFrame:
-    """A bars table from columns; ``opens_s`` in epoch seconds UTC. Nothing is checked: see `validate_bars`."""
+    """A bars table from columns; ``opens_s`` in epoch seconds UTC. It is not checked: see `validate_bars`."""
     stamps = np.asarray(opens_s, dtype=np.int64).astype("datetime64[s]").astype("datetime64[us]")
     prices = {
         name: np.asarray(values, dtype=np.float64)
@@ -77,11 +77,11 @@ def opens_of(bars: pd.DataFrame) -> IntArray:
     """The stamps of a bars table as epoch seconds UTC.
 
     Raises:
-        DataError: a stamp is missing or is no whole second.
+        DataError: a stamp is missing or is not a whole second.
     """
     stamps_us = stamps_us_of(bars["timestamp"])
     if len(stamps_us) and ((stamps_us % 1_000_000 != 0).any() or stamps_us.min() == np.iinfo(np.int64).min):
-        raise DataError("a bar's timestamp is missing or no whole second", rows=bars.head(SHOWN_ROWS).to_string())
+        raise DataError("a bar's timestamp is missing or not a whole second", rows=bars.head(SHOWN_ROWS).to_string())
     return stamps_us // 1_000_000
 
 
@@ -95,7 +95,7 @@ def stamps_us_of(stamps: pd.Series[Any]) -> IntArray:
 def grid_seconds(timeframe: Timeframe, *, any_open: bool = False) -> int:
     """The step in seconds of which every bar open is a whole multiple, counted from midnight UTC.
 
-    A session's first bar carries the session's open, which may lie off the timeframe's own step: 09:30 for ``1h``, forex's
+    A session's first bar has the session's open as stamp, which may be off the timeframe's own step: 09:30 for ``1h``, forex's
     17:15 for ``1h`` and, being an odd minute, for ``2m``. So: up to 1m and 5m their own length, 2m and 3m a minute, 10m and
     20m five minutes, 15m and longer intraday bars fifteen (five with ``any_open``: Eurex opens at 01:10), daily and longer
     midnight.
@@ -112,7 +112,7 @@ def grid_seconds(timeframe: Timeframe, *, any_open: bool = False) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BarArrays:
-    """The columns of a bars table as plain arrays; stamps in microseconds, so that half seconds can be seen."""
+    """The columns of a bars table as plain arrays; stamps in microseconds, so that fractions of a second are visible."""
 
     stamps_us: IntArray
     open: FloatArray
@@ -128,7 +128,7 @@ class BarArrays:
 
 
 Rule = tuple[str, Callable[[BarArrays], BoolArray]]
-"""What is wrong when a row fails, and the test that is true for rows that pass."""
+"""The text of a failure, and the test that is True for rows that pass."""
 
 
 def _prices_are_finite(b: BarArrays) -> BoolArray:
@@ -136,7 +136,7 @@ def _prices_are_finite(b: BarArrays) -> BoolArray:
 
 
 def is_unset(volume: FloatArray) -> BoolArray:
-    """IB's marks for a volume that is not set, and what no market trades."""
+    """True for IB's marks for a volume that is not set, and for impossible volumes."""
     unset: BoolArray = (volume >= MOST) | (volume == _UNSET_INTEGER)
     return unset
 
@@ -153,8 +153,8 @@ def row_rules(
     any_open: bool = False,
     odd_opens: tuple[int, ...] = (),
 ) -> tuple[Rule, ...]:
-    """The rules that each bar keeps by itself. NaN fails them (a comparison written as "not below" would let it pass).
-    ``odd_opens``: epoch seconds off the grid that are opens all the same."""
+    """The rules for each row alone. NaN fails them (a comparison written as "not below" would let it pass). ``odd_opens``: valid
+    opens off the grid, in epoch seconds."""
     step_us = grid_seconds(timeframe, any_open=any_open) * 1_000_000
     odd_us = np.array(odd_opens, dtype=np.int64) * 1_000_000
 
@@ -167,14 +167,14 @@ def row_rules(
         (f"timestamp is off the {timeframe.name} grid", is_on_grid),
         ("a price is not a finite number", _prices_are_finite),
         (
-            "a price is IB's mark for none, or beyond all markets",
+            'a price is IB\'s mark for "not set", or impossibly large',
             lambda b: ~(np.maximum(np.abs(b.high), np.abs(b.low)) >= MOST),
         ),
         ("high is below open, close or low", lambda b: b.high >= np.maximum(np.maximum(b.open, b.close), b.low)),
         ("low is above open, close or high", lambda b: b.low <= np.minimum(np.minimum(b.open, b.close), b.high)),
         ("volume is not a finite number", lambda b: np.isfinite(b.volume)),
         ("volume is negative", lambda b: ~(b.volume < 0)),
-        ("volume is IB's mark for none, or beyond all markets", lambda b: ~is_unset(b.volume)),
+        ('volume is IB\'s mark for "not set", or impossibly large', lambda b: ~is_unset(b.volume)),
     ]
     if not allow_nonpositive:
         rules.append(
@@ -195,18 +195,18 @@ class _Allowances(TypedDict):
 
 
 def _allowances(series: Series) -> _Allowances:
-    """Futures and indices may be negative and open off the quarter hour; others open off the grid only where their calendar
-    says so (New York at 09:32 on a day that began with a minute of silence)."""
+    """Futures and indices may be negative and open off the quarter hour; others open off the grid only where their calendar has
+    such an open (New York at 09:32 on a day with a minute of silence)."""
     signed = series.instrument.sec_type in _SIGNED_KINDS
     odd: tuple[int, ...] = ()
     if not signed and series.timeframe.is_intraday and series.timeframe.seconds > 60:
-        with suppress(InputError):  # no calendar is known: then no open is either
+        with suppress(InputError):  # without a calendar there are no known opens
             odd = session_starts_off(series.instrument, grid_seconds(series.timeframe))
     return {"allow_nonpositive": signed, "any_open": signed, "odd_opens": odd}
 
 
 def find_faults(arrays: BarArrays, rules: Sequence[Rule]) -> dict[int, str]:
-    """Row number -> everything that is wrong with it; empty when every row keeps every rule."""
+    """Row number -> the texts of all its failures; empty if every row passes every rule."""
     faults: dict[int, list[str]] = {}
     with np.errstate(invalid="ignore"):
         for text, passes in rules:
@@ -254,10 +254,10 @@ def bar_schema(
 def validate_bars(bars: pd.DataFrame, series: Series, window: Window | None = None) -> None:
     """Check ``bars`` against the schema of ``series`` (futures and indices: negative prices allowed).
 
-    ``window`` only names what is checked. An empty table passes when its columns and types are right.
+    ``window`` is only for the error message. An empty table passes if its columns and types are right.
 
     Raises:
-        DataError: lists every failing rule at once; ``rows`` holds the offending rows as text.
+        DataError: lists every failing rule; ``rows`` contains the invalid rows as text.
     """
     if tuple(bars.columns) != COLUMNS:
         raise DataError(
@@ -297,6 +297,6 @@ def show_rows(bars: pd.DataFrame, indexes: Sequence[int], *, header: bool = True
 
 
 def latest_complete_open_s(timeframe: Timeframe, now_s: float) -> int:
-    """The latest second at which a bar may open and surely be complete at ``now_s``, knowing no calendar."""
+    """The latest open, in epoch seconds, of a bar that is certainly complete at ``now_s`` under any calendar."""
     slack = 0 if timeframe.is_intraday else LATEST_SESSION_END_S
     return int(np.floor(now_s)) - timeframe.seconds - slack

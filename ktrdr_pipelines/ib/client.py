@@ -51,7 +51,7 @@ class GatewayClient(GatewaySession):
             details = self._request(doing, send, None, timeout_s, (CONTRACT, CONTRACT_END))
         except KtrdrError as error:
             # "Ambiguous" is a 200 too, and does not mean that there is none.
-            if error.code == 200 and not error.retry_helps and "ambiguous" not in error.observed.lower():
+            if error.code == 200 and not error.is_transient and "ambiguous" not in error.observed.lower():
                 return []
             raise
         if not details:

@@ -93,7 +93,7 @@ class Connection:
         if isinstance(error, GatewayUnreachable):
             self.close()
         # A dead connection shows as a request without an answer: probe before the next one waits as long.
-        self._is_suspect = error.retry_helps and not error.pauses_login
+        self._is_suspect = error.is_transient and not error.pauses_login
 
     def close(self) -> None:
         """Disconnect and release the client id. Harmless when repeated."""

@@ -36,7 +36,7 @@ class EmptyContractAnswer(TransientError):
     """IB's answer had neither a contract nor the error (200) for an unknown one: no evidence. Not tried again at once: what is a
     mishap of one gateway may be the only answer of another."""
 
-    retry_helps = False
+    is_transient = False
 
 
 @dataclass(frozen=True, slots=True)

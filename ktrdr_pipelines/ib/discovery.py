@@ -33,18 +33,6 @@ from ktrdr_pipelines.universe.file import Universe
 
 log = logging.getLogger(__name__)
 
-SHORT_BAR_HISTORY = timedelta(days=183)
-"""IB's retention of bars of 30 seconds and less: six months (docs/ib_facts.md, 5)."""
-
-
-def retention_start(timeframe: Timeframe, now: datetime) -> datetime | None:
-    """Where IB's retention of ``timeframe`` begins, at a midnight UTC; None where it is unlimited. An empty answer about older
-    bars is no evidence, so they are never asked for."""
-    if timeframe.seconds > 30:
-        return None
-    oldest = now - SHORT_BAR_HISTORY
-    return oldest.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
-
 
 def describe_retention(series: Series, start: datetime) -> str:
     """A sentence: bars before ``start`` are beyond IB's retention."""
@@ -240,8 +228,7 @@ def estimate_history_start(
 
     A series that IB serves only up to now begins as far back as its longest request reaches.
     """
-    if series.timeframe.seconds <= 30:
-        earliest = max(earliest, now - SHORT_BAR_HISTORY)
+    earliest = max(earliest, series.timeframe.retained_from(now) or earliest)
     if series.instrument.ends_now:
         return max(earliest, reach_from_now(series, limits, int(now.timestamp())).start)
     pinned = history.pin(series.instrument)

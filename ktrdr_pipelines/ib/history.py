@@ -326,7 +326,7 @@ class IBHistory:
 
         def should_retry(state: tenacity.RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
-            if not isinstance(error, KtrdrError) or not error.retry_helps:
+            if not isinstance(error, KtrdrError) or not error.is_transient:
                 return False
             # No gateway at the start, or for longer than any restart: raised at once instead of after two minutes.
             return not (isinstance(error, GatewayUnreachable) and self._connection.has_given_up)

@@ -11,7 +11,7 @@ from enum import Enum
 
 import numpy as np
 
-from ktrdr_pipelines.bars.alignment import list_lacking_beside_unexpected, refuse_disagreement
+from ktrdr_pipelines.bars.alignment import list_missing_beside_unexpected, refuse_disagreement
 from ktrdr_pipelines.bars.answer import NormalisedAnswer
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.errors import DataError, TransientError
@@ -239,7 +239,7 @@ class WindowEpisode(Episode):
     def _contradicts_calendar(self, answer: NormalisedAnswer) -> bool:
         """True if ``answer`` may be shifted. It is asked for again anyway, for what it does not contain; until then it is not
         written."""
-        beside = list_lacking_beside_unexpected(opens_of(answer.bars), self.wanted, self.load.series.timeframe)
+        beside = list_missing_beside_unexpected(opens_of(answer.bars), self.wanted, self.load.series.timeframe)
         return len(self.load.known.find_missing(beside)) > 0
 
 

@@ -18,7 +18,7 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, parse_instant
 from ktrdr_pipelines.errors import InputError, KtrdrError, PermanentError
-from ktrdr_pipelines.ib.discovery import describe_retention, retention_start
+from ktrdr_pipelines.ib.discovery import describe_retention
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
@@ -193,7 +193,7 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
     Raises:
         PermanentError: that is all of it.
     """
-    kept = retention_start(series.timeframe, now)
+    kept = series.timeframe.retained_from(now)
     if kept is None or window.is_empty or window.start >= kept:
         return window
     if window.end <= kept:

@@ -14,7 +14,7 @@ from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import InputError
-from ktrdr_pipelines.ib.discovery import describe_retention, estimate_history_start, identify_series, retention_start
+from ktrdr_pipelines.ib.discovery import describe_retention, estimate_history_start, identify_series
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import valid_history_start_s
@@ -68,7 +68,7 @@ def choose_window(
     if window.is_empty:
         return ChosenWindow(window)
     refuse_before_partitions(series.timeframe, window.start, window.end, settings)
-    kept = retention_start(series.timeframe, now) or first
+    kept = series.timeframe.retained_from(now) or first
     clipped = Window(max(window.start, first, kept), window.end)
     notice = ""
     if clipped != window:
@@ -103,7 +103,7 @@ def refuse_before_partitions(
         InputError: it does.
     """
     first = first_partition_start(timeframe, settings)
-    kept = retention_start(timeframe, datetime.now(UTC))
+    kept = timeframe.retained_from(datetime.now(UTC))
     if end is not None and kept is not None and first < end <= kept:
         raise InputError(
             f"the window ends {format_instant(end)}, beyond IB's retention: IB has {timeframe} bars for six months, from "

@@ -115,7 +115,7 @@ def test_a_choice_of_contract_loads_a_new_series_and_its_progress_can_be_followe
         "symbol": "AMBG", "timeframe": "1d", "mode": "full", "start": "2024-01-01", "end": "2024-03-01",
     }  # fmt: skip
     answer = httpx.post(f"{address}/data/load", json={**body, "con_id": 900002, "wait": False}, timeout=170)
-    assert answer.status_code == 202
+    assert answer.status_code == 202, answer.text
     run_id = answer.json()["run_id"]
     assert answer.headers["location"] == f"{LOAD}/{run_id}"
     assert answer.json()["status"] in ("queued", "running")

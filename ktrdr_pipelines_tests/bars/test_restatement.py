@@ -1,4 +1,4 @@
-"""Files of one piece: a split stops a load, adjusted bars are replaced together, continuous futures are asked for up to now."""
+"""One price scale per file: a split stops a load, adjusted bars are replaced together, continuous futures end now."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def always(fault: Callable[[RawBars], RawBars]) -> dict[int, Callable[[RawBars],
 
 @pytest.mark.parametrize("factor", [0.25, 1 / 3, 2 / 3, 0.95, 10.0])
 def test_a_split_stops_the_tail_before_anything_is_written(store: Store, factor: float) -> None:
-    """The last held bar comes back with all prices by one ratio: an error with what to do, the file byte for byte as it was."""
+    """IB sends the last held bar with all prices changed by one ratio: an error with advice, and the file is unchanged."""
     load(
         store, FakeHistory.of(AAPL_1H, window("2024-03-01", "2024-04-01")), AAPL_1H, window("2024-03-01", "2024-04-01")
     )
@@ -66,8 +66,8 @@ def test_a_split_stops_the_tail_before_anything_is_written(store: Store, factor:
     (failure,) = job.report.failures
     assert isinstance(failure.error, ScaleChanged)
     assert len(split.requests) == 1
-    for words in ("split", "AAPL_1h.csv", "AAPL_1h.meta.json", "--mode full", "2024-03-28T19:00:00Z"):
-        assert words in str(failure.error)
+    for part in ("split", "AAPL_1h.csv", "AAPL_1h.meta.json", "--mode full", "2024-03-28T19:00:00Z"):
+        assert part in str(failure.error)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_split_stops_the_tail_before_anything_is_written(store: Store, factor:
 )
 @pytest.mark.parametrize("days_later", [0, 30])
 def test_a_split_is_seen_by_loads_that_ask_for_other_bars(store: Store, gap: tuple[str, str], days_later: int) -> None:
-    """Backfill, full, a chosen window: a held bar beside the gap is asked for with it, and the halves are not mixed."""
+    """Backfill, full, a chosen window: a held bar next to the gap is requested with it, and the price scales are not mixed."""
     load(
         store, FakeHistory.of(AAPL_1H, window("2024-03-01", "2024-04-01")), AAPL_1H, window("2024-03-01", "2024-04-01")
     )
@@ -89,7 +89,7 @@ def test_a_split_is_seen_by_loads_that_ask_for_other_bars(store: Store, gap: tup
 
 
 def test_the_held_bar_to_compare_with_costs_no_request_in_a_fresh_file(store: Store) -> None:
-    """One longest request stays one; after a day without a write safety is worth a second."""
+    """One longest request stays one; after a day without a write the comparison costs a second request."""
     span = window("2024-03-01", "2024-04-01")
     longest = window("2024-01-31", "2024-03-01")
     counts = []
@@ -105,7 +105,7 @@ def test_the_held_bar_to_compare_with_costs_no_request_in_a_fresh_file(store: St
 
 
 def test_a_revised_bar_is_no_split(store: Store) -> None:
-    """A close and a high that were corrected, however much, are taken over, and told."""
+    """A corrected close and high, however different, are written and counted as revised."""
     span = window("2024-03-01", "2024-04-01")
     load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
 
@@ -136,7 +136,7 @@ def test_a_revised_bar_is_no_split(store: Store) -> None:
 def test_whatever_is_restated_is_never_joined(
     store: Store, instrument: Instrument, factor: float, name: str, recheck_last: bool
 ) -> None:
-    """A session is missing and all of the history comes on another scale, in an answer that reaches no further than asked."""
+    """A session is missing, and IB sends all history on another price scale; the answer reaches no further than requested."""
     series, friday, tuesday = Series(instrument, TIMEFRAMES[name]), utc("2024-06-07T22:30"), utc("2024-06-11T22:30")
     span = window("2024-06-03", "2024-06-07T22:30")
     load(store, FakeHistory.of(series, span), series, span, now=friday)
@@ -154,7 +154,7 @@ def test_whatever_is_restated_is_never_joined(
 
 
 def test_adjusted_bars_are_all_replaced_when_one_is_new(store: Store) -> None:
-    """After a dividend the next load asks for the whole held range and leaves no bar as it was told before."""
+    """After a dividend the next load asks for the whole held range and replaces every bar."""
     load(store, FakeHistory.of(ADJUSTED, window("2024-01-01", "2024-05-01")), ADJUSTED, window("2024-01-01", "2024-05-01"),
          now=utc("2024-05-01"))  # fmt: skip
     before = store.read_bars(ADJUSTED)
@@ -168,9 +168,9 @@ def test_adjusted_bars_are_all_replaced_when_one_is_new(store: Store) -> None:
     assert any("restated" in notice for notice in job.report.notices)
 
 
-@pytest.mark.parametrize("mode", ["cut", "hole"])
-def test_an_adjusted_file_stays_when_the_whole_is_not_told(store: Store, mode: str) -> None:
-    """An answer without some held bars replaces nothing, however often it is asked for: the file is as it was."""
+@pytest.mark.parametrize("mode", ["cut", "gap"])
+def test_an_adjusted_file_stays_without_a_complete_answer(store: Store, mode: str) -> None:
+    """An answer without some held bars replaces nothing, however often it is requested: the file is unchanged."""
     span = window("2024-01-01", "2024-05-01")
     load(store, FakeHistory.of(ADJUSTED, span), ADJUSTED, span, now=utc("2024-05-01"))
     before = store.csv_path(ADJUSTED).read_bytes()
@@ -186,23 +186,23 @@ def test_an_adjusted_file_stays_when_the_whole_is_not_told(store: Store, mode: s
     assert "held bars" in str(failure.error)
 
 
-def test_an_adjusted_answer_with_a_hole_is_completed_before_it_is_written(store: Store) -> None:
+def test_an_adjusted_answer_with_a_gap_is_completed_before_it_is_written(store: Store) -> None:
     """The second answer, of another length, fills the first; bars that were restated in between are not joined."""
     span = window("2024-01-01", "2024-06-15")
-    hole = lambda raw: pick(raw, np.r_[0:30, 33 : len(raw)])  # noqa: E731
-    history = FakeHistory.of(ADJUSTED, span, script={1: hole})
+    gap = lambda raw: pick(raw, np.r_[0:30, 33 : len(raw)])  # noqa: E731
+    history = FakeHistory.of(ADJUSTED, span, script={1: gap})
     load(store, history, ADJUSTED, span)
     assert opens_of(store.read_bars(ADJUSTED)).tolist() == expected_bars(ADJUSTED, span).opens.tolist()
     assert len({str(request.duration) for request in history.requests}) == len(history.requests) == 2
     other = Store(store.data_dir / "restated")
     later = lambda raw: times(0.9)(pick(raw, np.r_[0:60, 63 : len(raw)]))  # noqa: E731
-    history = FakeHistory.of(ADJUSTED, span, script={1: hole, 2: later, 3: times(0.9)})
+    history = FakeHistory.of(ADJUSTED, span, script={1: gap, 2: later, 3: times(0.9)})
     load(other, history, ADJUSTED, span)
     assert np.allclose(other.read_bars(ADJUSTED)["close"], np.round(store.read_bars(ADJUSTED)["close"] * 0.9, 2))
 
 
 def test_adjusted_bars_that_one_request_cannot_reach_keep_the_old_file(store: Store) -> None:
-    """Nothing is asked, the error says why, the file is untouched."""
+    """No request is sent, the error has the reason, the file is unchanged."""
     hourly = Series(ADJUSTED.instrument, TIMEFRAMES["1h"])
     span = window("2022-01-03", "2022-02-01")
     load(store, FakeHistory.of(hourly, span), hourly, span, now=utc("2022-02-01"))
@@ -217,7 +217,7 @@ def test_adjusted_bars_that_one_request_cannot_reach_keep_the_old_file(store: St
 
 
 def test_a_whole_write_refuses_to_leave_a_held_bar(store: Store) -> None:
-    """Even if another process added bars between the question and the write."""
+    """Even if another process added bars between the request and the write."""
     span = window("2024-01-01", "2024-05-01")
     load(store, FakeHistory.of(ADJUSTED, span), ADJUSTED, span, now=utc("2024-05-01"))
     bars = store.read_bars(ADJUSTED)
@@ -277,8 +277,8 @@ def test_the_history_of_a_continuous_future_grows_by_its_tail(store: Store) -> N
     assert held_s == [s for s in everything.tolist() if s >= held_s[0]]
 
 
-def test_a_hole_of_a_continuous_future_is_asked_again_with_another_duration(store: Store) -> None:
-    """An end date is never sent, so only the duration can differ; two answers prove a hole."""
+def test_a_gap_of_a_continuous_future_is_requested_again_with_another_duration(store: Store) -> None:
+    """An end date is never sent, so only the duration can differ; two answers confirm that the bars are absent."""
     span = window("2024-06-03", "2024-06-15")
     history = FakeHistory.of(CONTINUOUS, span)
     history.truth = np.delete(history.truth, [40, 41])
@@ -289,7 +289,7 @@ def test_a_hole_of_a_continuous_future_is_asked_again_with_another_duration(stor
 
 
 def test_a_roll_that_restates_a_continuous_future_is_noticed(store: Store) -> None:
-    """Held bars that all came back a little higher: the file is left as it was."""
+    """All held bars are a little higher in IB's answer: the file is unchanged."""
     span = window("2024-06-03", "2024-06-13")
     load(store, FakeHistory.of(CONTINUOUS, span), CONTINUOUS, span, now=utc("2024-06-13"))
     before = store.csv_path(CONTINUOUS).read_bytes()
@@ -301,7 +301,7 @@ def test_a_roll_that_restates_a_continuous_future_is_noticed(store: Store) -> No
 
 @pytest.mark.parametrize("offset", [2.75, 0.03, -0.01])
 def test_a_roll_of_any_size_is_noticed(store: Store, offset: float) -> None:
-    """Contracts of a flat curve lie close together: every bar has moved by as much, however little."""
+    """Contracts of a flat curve lie close together: every bar has moved by the same amount, however small."""
     span = window("2024-06-03", "2024-06-13")
     load(store, FakeHistory.of(CONTINUOUS, span), CONTINUOUS, span, now=utc("2024-06-13"))
     before = store.csv_path(CONTINUOUS).read_bytes()
@@ -331,8 +331,8 @@ def test_a_revised_bar_of_a_continuous_future_is_no_roll(store: Store) -> None:
     assert job.report.revised_bars > 0
 
 
-def test_what_lies_before_the_reach_of_a_continuous_future_is_a_failure_not_a_gap_without_bars(store: Store) -> None:
-    """An old window is refused in words; nothing is asked and nothing proven empty."""
+def test_a_window_before_the_reach_of_a_continuous_future_fails_and_is_not_absent(store: Store) -> None:
+    """An old window is refused with a reason; no request is sent, and no bar is recorded as absent."""
     history = FakeHistory.of(CONTINUOUS, window("2020-01-01", "2024-06-15"))
     job, _ = load(store, history, CONTINUOUS, window("2020-01-01", "2020-02-01"))
     assert (history.requests, job.report.proven_empty, job.report.status) == ([], 0, "failed")

@@ -1,4 +1,4 @@
-"""What a bar is, and how IB's answers become bars. Pure tables of cases."""
+"""The bars table, its rules, and the conversion of IB's answers. Tables of cases, no I/O."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_bars_table_has_exact_columns_and_types() -> None:
         validate_bars(bars, AAPL_1M)
 
 
-def test_opens_survive_the_way_there_and_back() -> None:
+def test_opens_survive_the_round_trip() -> None:
     """Epoch seconds in, the same epoch seconds out, before 1970 too."""
     opens_s = np.array([-86400 * 365, 0, T0])
     ones = np.ones(3)
@@ -64,14 +64,14 @@ def test_opens_survive_the_way_there_and_back() -> None:
 
 
 def test_a_stamp_between_seconds_is_refused() -> None:
-    """Half seconds are never cut off silently."""
+    """Half seconds are never rounded."""
     bars = minute_bars()
     bars["timestamp"] += pd.Timedelta(milliseconds=500)
     with pytest.raises(DataError, match="whole second"):
         opens_of(bars)
 
 
-def spoil(column: str, row: int, value: float) -> Callable[[pd.DataFrame], pd.DataFrame]:
+def corrupt(column: str, row: int, value: float) -> Callable[[pd.DataFrame], pd.DataFrame]:
     def change(bars: pd.DataFrame) -> pd.DataFrame:
         bars.loc[row, column] = value
         return bars
@@ -82,19 +82,19 @@ def spoil(column: str, row: int, value: float) -> Callable[[pd.DataFrame], pd.Da
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        (spoil("close", 1, float("nan")), "a price is not a finite number"),
-        (spoil("open", 1, float("inf")), "a price is not a finite number"),
-        (spoil("low", 1, float("-inf")), "a price is not a finite number"),
-        (spoil("high", 1, 100.9), "high is below"),
-        (spoil("low", 1, 101.1), "low is above"),
-        (spoil("low", 1, 0.0), "a price is not positive"),
-        (spoil("volume", 1, -1.0), "volume is negative"),
-        (spoil("volume", 1, float("nan")), "volume is not a finite number"),
-        (spoil("volume", 1, 2.0**63 - 1), "volume is IB's mark for none"),
-        (spoil("volume", 1, 2.0**31 - 1), "volume is IB's mark for none"),
-        (spoil("volume", 1, 2.0**127 - 1), "volume is IB's mark for none"),
-        (spoil("volume", 1, 1.7976931348623157e308), "volume is IB's mark for none"),
-        (spoil("high", 1, 1.7976931348623157e308), "a price is IB's mark for none"),
+        (corrupt("close", 1, float("nan")), "a price is not a finite number"),
+        (corrupt("open", 1, float("inf")), "a price is not a finite number"),
+        (corrupt("low", 1, float("-inf")), "a price is not a finite number"),
+        (corrupt("high", 1, 100.9), "high is below"),
+        (corrupt("low", 1, 101.1), "low is above"),
+        (corrupt("low", 1, 0.0), "a price is not positive"),
+        (corrupt("volume", 1, -1.0), "volume is negative"),
+        (corrupt("volume", 1, float("nan")), "volume is not a finite number"),
+        (corrupt("volume", 1, 2.0**63 - 1), "volume is IB's mark"),
+        (corrupt("volume", 1, 2.0**31 - 1), "volume is IB's mark"),
+        (corrupt("volume", 1, 2.0**127 - 1), "volume is IB's mark"),
+        (corrupt("volume", 1, 1.7976931348623157e308), "volume is IB's mark"),
+        (corrupt("high", 1, 1.7976931348623157e308), "a price is IB's mark"),
         (lambda b: b.iloc[[0, 2, 1]].reset_index(drop=True), "strictly increase"),
         (lambda b: b.iloc[[0, 1, 1]].reset_index(drop=True), "strictly increase"),
         (lambda b: b.assign(timestamp=b["timestamp"] + pd.Timedelta(seconds=1)), "off the 1m grid"),
@@ -110,14 +110,14 @@ def spoil(column: str, row: int, value: float) -> Callable[[pd.DataFrame], pd.Da
     ],
 )
 def test_each_broken_rule_is_refused_by_name(change: Callable[[pd.DataFrame], pd.DataFrame], rule: str) -> None:
-    """Every rule bites by itself, and the message names it with the series and the window."""
+    """Every rule fails alone, and the message names it with the series and the window."""
     with pytest.raises(DataError, match=rule) as caught:
         validate_bars(change(minute_bars()), AAPL_1M, Window.from_epoch(T0, T0 + 180))
     assert caught.value.doing.startswith("checking bars of AAPL 1m 2024-01-02T14:30:00Z")
 
 
 def test_all_broken_rules_are_listed_at_once_with_their_rows() -> None:
-    """One look at the error is enough: each failing rule, and each bad row as text."""
+    """The error has each failing rule and each invalid row as text."""
     bars = minute_bars(5)
     bars.loc[1, "volume"] = -7.0
     bars.loc[3, "high"] = 1.0
@@ -151,7 +151,7 @@ def test_all_broken_rules_are_listed_at_once_with_their_rows() -> None:
     ],
 )
 def test_the_grid_of_each_timeframe(timeframe: str, good: list[str], bad: list[str]) -> None:
-    """Session opens off the hour are legal where IB sends them; a shifted stamp is not."""
+    """Session opens off the hour are valid where IB sends them; a shifted stamp is not."""
     series = Series(stock("AAPL"), parse_timeframe(timeframe))
     one = [1.0]
     for clock in good + bad:
@@ -174,7 +174,7 @@ def test_only_futures_and_indices_may_trade_below_zero() -> None:
 
 
 def test_a_futures_session_may_open_at_ten_past() -> None:
-    """Eurex opens at 01:10 Frankfurt: a legal hourly stamp for a future, a shifted one for a stock."""
+    """Eurex opens at 01:10 Frankfurt: a valid hourly stamp for a future, an invalid one for a stock."""
     opens_s = [int(pd.Timestamp("2024-01-02T00:10:00Z").timestamp())]
     bars = bars_from_columns(opens_s, [1.0], [1.0], [1.0], [1.0], [1.0])
     validate_bars(bars, Series(Instrument("FDAX", "FUT", "EUREX", "EUR"), parse_timeframe("1h")))
@@ -186,7 +186,7 @@ def test_a_futures_session_may_open_at_ten_past() -> None:
 
 
 def test_an_answer_is_cut_to_the_half_open_window() -> None:
-    """The bar at the window's start stays, the one at its end goes, and both counts are told."""
+    """The bar at the window's start stays, the one at its end is dropped, and the counts are reported."""
     answer = normalise_answer(minute_bars(5), AAPL_1M, Window.from_epoch(T0 + 60, T0 + 180), now_s=T0 + 10_000)
     assert opens_of(answer.bars).tolist() == [T0 + 60, T0 + 120]
     assert (answer.received, answer.outside, answer.forming, answer.duplicates) == (5, 3, 0, 0)
@@ -197,13 +197,13 @@ def test_an_answer_is_cut_to_the_half_open_window() -> None:
 
 @pytest.mark.parametrize(("now_s", "kept"), [(T0 + 180, 3), (T0 + 179.999, 2), (T0 + 120, 2), (T0, 0)])
 def test_the_forming_bar_is_dropped_until_it_has_closed(now_s: float, kept: int) -> None:
-    """A bar counts from the very second it closes, not before; an answer of nothing but forming bars is empty."""
+    """A bar counts from the second of its close, not before; an answer of forming bars alone is empty."""
     answer = normalise_answer(minute_bars(3), AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=now_s)
     assert (len(answer.bars), answer.forming) == (kept, 3 - kept)
 
 
 def test_closes_can_be_given_as_mapping_array_or_function() -> None:
-    """A half-hour bar at 09:30 is complete at 10:00 if the caller knows; unknown opens fall back on the full length."""
+    """A half-hour bar at 09:30 is complete at 10:00 if ``closes`` has it; other opens have the full length."""
     half, full = T0, T0 + 1800
     raw = flat_columns([half, full], [1.0, 1.0])
     window = Window.from_epoch(T0, T0 + 7200)
@@ -229,7 +229,7 @@ def test_a_daily_bar_without_a_calendar_waits_for_the_latest_session_end() -> No
     assert normalise_answer(raw, AAPL_1D, window, now_s=day_s + 86400 + 6 * 3600).forming == 0
 
 
-def test_disorder_and_equal_duplicates_are_repaired_and_told() -> None:
+def test_disorder_and_equal_duplicates_are_repaired_and_counted() -> None:
     """Rows in any order, equal ones repeated: the same bars come out, with the counts."""
     bars = minute_bars(3)
     answer = normalise_answer(bars.iloc[[2, 0, 1, 0]], AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
@@ -238,7 +238,7 @@ def test_disorder_and_equal_duplicates_are_repaired_and_told() -> None:
 
 
 def test_two_different_bars_with_one_stamp_are_refused_with_both_rows() -> None:
-    """Nobody can know which is right, so nothing of the window is taken, and a person sees both."""
+    """Which one is right is unknown, so the whole window is refused, and the error shows both."""
     bars = pd.concat([minute_bars(3), minute_bars(1).assign(close=100.25)], ignore_index=True)
     with pytest.raises(DataError, match="two different bars") as caught:
         normalise_answer(bars, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
@@ -247,7 +247,7 @@ def test_two_different_bars_with_one_stamp_are_refused_with_both_rows() -> None:
 
 
 def test_a_missing_volume_becomes_zero_and_is_flagged() -> None:
-    """IB's -1 means "none": 0 in the file, and the caller is told."""
+    """IB's -1 means "none": 0 in the file, and ``volume_missing`` is set."""
     raw = columns_of(minute_bars(2)) | {"volume": [-1.0, -1.0]}
     answer = normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
     assert answer.bars["volume"].tolist() == [0.0, 0.0]
@@ -256,14 +256,14 @@ def test_a_missing_volume_becomes_zero_and_is_flagged() -> None:
 
 @pytest.mark.parametrize("mark", [2.0**31 - 1, 2.0**63 - 1, 2.0**127 - 1, 1.7976931348623157e308])
 def test_marks_for_a_volume_that_is_not_set_are_none_where_none_is_expected(mark: float) -> None:
-    """Forex has no volume: however IB says so, it is 0 in the file. A share with such a mark is refused."""
+    """Forex has no volume: every such mark is 0 in the file. A share with such a mark is refused."""
     raw = columns_of(minute_bars(2)) | {"volume": [mark, 0.0]}
     span = Window.from_epoch(T0, T0 + 600)
     pair = Series(forex("EURUSD"), parse_timeframe("1m"))
     answer = normalise_answer(raw, pair, span, now_s=T0 + 10_000)
     assert answer.bars["volume"].tolist() == [0.0, 0.0]
     assert answer.volume_missing
-    with pytest.raises(DataError, match="mark for none"):
+    with pytest.raises(DataError, match="mark"):
         validate_bars(normalise_answer(raw, AAPL_1M, span, now_s=T0 + 10_000).bars, AAPL_1M)
 
 
@@ -280,7 +280,7 @@ def test_values_that_are_no_numbers_fail_the_whole_window(name: str, value: floa
 
 @pytest.mark.parametrize("stamp", [float("nan"), float("inf"), T0 + 0.5, 1e300])
 def test_stamps_that_are_no_whole_seconds_are_refused(stamp: float) -> None:
-    """A fraction is never rounded to somebody else's bar."""
+    """A fraction is never rounded to the stamp of another bar."""
     raw = columns_of(minute_bars(2)) | {"timestamp": [stamp, T0]}
     with pytest.raises(DataError, match="whole seconds"):
         normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
@@ -303,7 +303,7 @@ def test_stamps_in_any_zone_and_unit_are_read() -> None:
 
 @pytest.mark.parametrize("missing", COLUMNS)
 def test_an_answer_without_a_column_is_refused(missing: str) -> None:
-    """Half an answer is a data failure, not a crash."""
+    """An incomplete answer is a `DataError`."""
     raw = columns_of(minute_bars(2))
     del raw[missing]
     with pytest.raises(DataError, match=missing):
@@ -338,8 +338,8 @@ def test_what_goes_in_is_kept_or_counted(minutes: list[int], start: int, length:
     assert answer.received == len(answer.bars) + answer.outside + answer.forming + answer.duplicates
 
 
-def test_a_session_may_open_off_the_grid_where_the_calendar_says_so() -> None:
-    """New York opened at 09:32 on 27 December 2006; on any other day that stamp is no hourly bar's."""
+def test_a_session_may_open_off_the_grid_where_the_calendar_has_it() -> None:
+    """New York opened at 09:32 on 27 December 2006; on any other day that hourly stamp is invalid."""
     hourly = Series(stock("AAPL"), parse_timeframe("1h"))
     for day, fits in (("2006-12-27", True), ("2006-12-28", False)):
         bars = bars_from_columns(

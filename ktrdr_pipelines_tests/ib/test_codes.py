@@ -98,8 +98,8 @@ def test_every_row_is_complete(row) -> None:
 FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
     ((162,), "pacing violation", lambda o: o.row.error is PacingError and o.row.pauses_login),
     ((162,), "HMDS query returned no data: X", lambda o: o.is_empty),
-    ((162,), "query cancelled", lambda o: o.row.kind is Kind.CANCELLED and o.row.error.retry_helps),
-    ((366,), None, lambda o: o.row.kind is Kind.CANCELLED and o.row.error.retry_helps),
+    ((162,), "query cancelled", lambda o: o.row.kind is Kind.CANCELLED and o.row.error.is_transient),
+    ((366,), None, lambda o: o.row.kind is Kind.CANCELLED and o.row.error.is_transient),
     ((162,), "invalid step", lambda o: o.row.error is BugError),
     ((321,), None, lambda o: o.row.error is BugError),
     ((162,), "No market data permissions for X", lambda o: o.row.error is PermanentError and "Subscri" in o.row.advice),
@@ -107,9 +107,9 @@ FACTS: list[tuple[tuple[int, ...], str | None, Callable[[Outcome], bool]]] = [
     (
         (162,),
         "connected from a different IP address",
-        lambda o: o.row.error.retry_helps and o.row.pauses_login and "log out" in o.row.advice,
+        lambda o: o.row.error.is_transient and o.row.pauses_login and "log out" in o.row.advice,
     ),
-    ((10197,), None, lambda o: o.row.error.retry_helps and o.row.pauses_login and "log out" in o.row.advice),
+    ((10197,), None, lambda o: o.row.error.is_transient and o.row.pauses_login and "log out" in o.row.advice),
     ((162,), "anything else", lambda o: o.row.error is TransientError and "language to English" in o.row.advice),
     ((165,), None, lambda o: not o.ends_request and not o.begins),
     ((166,), None, lambda o: o.row.error is PermanentError),
@@ -213,15 +213,15 @@ def test_no_data_of_a_broken_farm_is_no_evidence(outages: set[Outage]) -> None:
     """While the history farm or the link is known to be down, "no data" is a failure that may be tried again."""
     outcome = classify(162, SERVICE + "HMDS query returned no data: X", now=NOON, outages=outages)
     assert not outcome.is_empty
-    assert outcome.row.error.retry_helps
+    assert outcome.row.error.is_transient
 
 
 @pytest.mark.parametrize("outages", [{Outage.DEFINITIONS}, {Outage.LINK}])
 def test_unknown_contract_of_a_broken_farm_is_not_believed(outages: set[Outage]) -> None:
     """While contracts cannot be looked up, "no such contract" may be tried again; history alone down changes nothing."""
     text = "No security definition has been found for the request"
-    assert classify(200, text, now=NOON, outages=outages).row.error.retry_helps
-    assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).row.error.retry_helps
+    assert classify(200, text, now=NOON, outages=outages).row.error.is_transient
+    assert not classify(200, text, now=NOON, outages={Outage.HISTORY}).row.error.is_transient
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_unknown_codes_fail_but_unknown_warnings_do_not_end_a_request() -> None:
     """A code without a row fails its request with a retry; one of the gateway's warnings (2100 to 2199) leaves it running."""
     for code in (1, 161, 163, 2099, 2200, 9999, 10400):
         outcome = classify(code, "?", now=NOON)
-        assert (outcome.row.kind, outcome.is_known, outcome.row.error.retry_helps) == (Kind.FAILED, False, True)
+        assert (outcome.row.kind, outcome.is_known, outcome.row.error.is_transient) == (Kind.FAILED, False, True)
     for code in (2100, 2137, 2199):
         outcome = classify(code, "?", now=NOON)
         assert (is_ignored(outcome), outcome.is_known, outcome.ends_request) == (True, False, False)

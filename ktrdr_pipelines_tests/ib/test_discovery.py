@@ -397,7 +397,7 @@ def test_short_bars_begin_six_months_back_and_continuous_futures_where_one_reque
     gateway = start_gateway()
     history = connect(gateway.port)
     short = estimate_history_start(Series(stock("RBLX"), TIMEFRAMES["30s"]), history, earliest=EARLIEST, now=NOON)
-    assert short == NOON - timedelta(days=183)
+    assert short == TIMEFRAMES["30s"].retained_from(NOON)
     before = len(gateway.requests)
     es = Series(Instrument("ES", "CONTFUT", "CME", "USD"), TIMEFRAMES["1d"])
     assert 360 <= (NOON - estimate_history_start(es, history, earliest=EARLIEST, now=NOON)).days <= 366

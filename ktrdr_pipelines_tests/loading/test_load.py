@@ -457,7 +457,7 @@ def test_empty_answers_without_a_word_prove_nothing(store: Store) -> None:
     history = FakeHistory.of(AAPL_1H, span, script=dict.fromkeys(range(1, 7), nothing), head=utc("1980-12-12"))
     job, _ = load(store, history, AAPL_1H, span)
     assert job.report.status == "failed"
-    assert job.report.failures[0].error.retry_helps
+    assert job.report.failures[0].error.is_transient
     assert not store.read_sidecar(AAPL_1H).proven_empty
     history.script.clear()
     load(store, history, AAPL_1H, span)
@@ -551,7 +551,7 @@ def test_weeks_and_months_may_be_labelled_with_any_of_their_days(store: Store, n
 @pytest.mark.parametrize("name", ["1w", "1mo"])
 @pytest.mark.parametrize("label", ["before", "after"])
 def test_labels_that_fit_two_weeks_or_months_are_refused(store: Store, name: str, label: str) -> None:
-    """All on Sundays, or on the last days of months whatever their weekday: which period they mean cannot be told, so nothing is
+    """All on Sundays, or on the last days of months whatever their weekday: their period is ambiguous, so nothing is
     stored; unless one lies after the request's end, for then it ends its period."""
     series = Series(stock("AAPL"), TIMEFRAMES[name])
     now, span = utc("2024-06-28T20:30:00"), window("2023-07-01", "2024-06-29")
@@ -572,7 +572,7 @@ def test_labels_that_fit_two_weeks_or_months_are_refused(store: Store, name: str
         history.fetch = fetch  # type: ignore[method-assign]
     job, _ = load(store, history, series, span, now=now)
     if label == "before":
-        assert "cannot be told" in str(job.report.failures[0].error)
+        assert "before their period" in str(job.report.failures[0].error)
         assert held(store, series) == []
         assert not store.read_sidecar(series).proven_empty
     else:
@@ -772,7 +772,7 @@ def test_bars_that_form_by_the_gateways_clock_are_not_stored(store: Store) -> No
     assert job.report.status == "partial"
     (failure,) = job.report.failures
     assert "5 bars that are complete" in str(failure.error)
-    assert failure.error.retry_helps
+    assert failure.error.is_transient
     assert not store.read_sidecar(series).proven_empty
     load(store, FakeHistory.of(series, span), series, span, now=now)
     assert held(store, series)[-1] == int(utc("2024-06-14T18:29:00").timestamp())

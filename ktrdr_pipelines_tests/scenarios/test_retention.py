@@ -13,7 +13,6 @@ from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.ib.discovery import retention_start
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.store import Store
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def kept() -> datetime:
-    found = retention_start(AAPL_30S.timeframe, datetime.now(UTC))
+    found = AAPL_30S.timeframe.retained_from(datetime.now(UTC))
     assert found is not None
     return found
 
@@ -49,7 +48,7 @@ def test_a_load_begins_where_ib_keeps_bars_and_says_so(ktrdr: Ktrdr) -> None:
     refused = ktrdr(*arguments, "--end", f"{kept() - timedelta(days=1):%Y-%m-%d}")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "six months" in refused.stderr
-    assert retention_start(TIMEFRAMES["1m"], datetime.now(UTC)) is None
+    assert TIMEFRAMES["1m"].retained_from(datetime.now(UTC)) is None
 
 
 def test_older_partitions_fail_and_nothing_of_them_is_proven_empty(

@@ -32,9 +32,6 @@ from ktrdr_pipelines.store.store import Store
 SETTLING_S = 10
 """A bar is due this long after its close: IB needs a moment to finish it."""
 
-SHORT_BARS_REACH = timedelta(days=180)
-"""IB serves bars of 30 s and less for six months only (docs/ib_facts.md, 5)."""
-
 MAX_UNNEEDED = 2_000
 """Partitions of series that do not need them, in one run. Dagster writes an event of about 10 ms for each partition of each
 series of a run before it starts, so one series that is years behind must not slow the others down."""
@@ -186,8 +183,7 @@ class Tails:
         after = self._bars_after(series, last_held_s)
         timeframe = series.timeframe
         earliest = first_partition_start(timeframe, self._settings)
-        if timeframe.seconds <= 30:
-            earliest = max(earliest, self._now - SHORT_BARS_REACH)
+        earliest = max(earliest, timeframe.retained_from(self._now) or earliest)
         wanted = after.take(slice(int(np.searchsorted(after.opens, int(earliest.timestamp()))), None))
         if not len(wanted):
             return None

@@ -13,7 +13,7 @@ from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe, parse_timeframe
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError
 from ktrdr_pipelines.ib.codes import Outage
-from ktrdr_pipelines.ib.discovery import SHORT_BAR_HISTORY, discover, known_to_account
+from ktrdr_pipelines.ib.discovery import discover, known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_head
 from ktrdr_pipelines.ib.pacing import rules as pacing
 from ktrdr_pipelines.ib.pacing.ledger import Grant, WaitCancelled
@@ -115,8 +115,7 @@ def data_ranges(
                         held = view.extent(series)
                 except KtrdrError as error:
                     why = why or Problem.of(error)
-                is_short = timeframe.seconds <= 30
-                earliest = max(head, now - SHORT_BAR_HISTORY) if head and is_short else head
+                earliest = max(head, timeframe.retained_from(now) or head) if head else head
                 found.append(
                     DataRange(
                         pinned.symbol,

@@ -207,7 +207,7 @@ def test_short_bars_are_asked_for_within_six_months_only(offline: Settings) -> N
     series = Series(stock("AAPL"), TIMEFRAMES["30s"])
     hold(offline.data_dir, series, utc("2024-01-02"), utc("2024-01-03"))
     (request,) = tick(offline, [series], utc("2025-01-08T12:00:00")).requests
-    assert partition_range(request) == ("2024-07-12", "2025-01-07")
+    assert partition_range(request) == ("2024-07-10", "2025-01-07")
 
 
 def test_a_file_that_ends_before_the_partitions_begin_starts_with_them(make_settings: MakeSettings) -> None:
