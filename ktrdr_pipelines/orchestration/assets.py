@@ -2,7 +2,7 @@
 
 The shape (a generator with ``output_required=False`` that yields one materialization per finished partition and raises
 ``Failure`` at the end) is the only one that marks exactly the right partitions (docs/dagster_facts.md, 3). What a load does is
-`loading/series_load.py`'s; what the UI shows is `metadata.py`'s and `checks.py`'s.
+`loading/machine.py`'s; what the UI shows is `metadata.py`'s and `checks.py`'s.
 """
 
 import math

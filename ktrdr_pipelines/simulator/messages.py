@@ -1,6 +1,6 @@
 """The fields of each message, by the negotiated protocol version: parsers of client messages, builders of answers.
 
-Sources of the layouts: the clients (ib_insync 0.9.86 and ib_async 2.1.0 ``client.py`` and ``decoder.py``, versions 157 to
+Sources of the layouts: the clients (ib_insync 0.9.86 and ib_async 2.1.0 client and decoder, versions 157 to
 178; ibapi 9.81 for those below). The order of messages is in `client_session.py`; framing in `wire.py`.
 """
 

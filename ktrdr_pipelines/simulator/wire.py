@@ -2,7 +2,7 @@
 
 A frame is a big-endian 4-byte length and that many bytes of payload; the payload is fields, each ended by a NUL. The first
 thing a client sends is the bare prefix ``API\\0`` and then one frame with the versions it speaks (``v100..176``).
-Sources: the installed clients (ib_insync 0.9.86 ``client.py``, ibapi 9.81 ``comm.py``).
+Sources: the installed clients (the client of ib_insync 0.9.86, the framing of ibapi 9.81).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1 << 16
 """The longest frame accepted from a client. Real requests stay under 2 KB; the limit bounds the memory of one connection."""
 MAX_ANSWER_BYTES = 0xFFFFFF
-"""The longest payload sent: IBKR's clients refuse longer ones (ibapi ``common.py``, MAX_MSG_LEN)."""
+"""The longest payload sent: IBKR's clients refuse longer ones (MAX_MSG_LEN of ibapi)."""
 
 
 class WireError(ValueError):

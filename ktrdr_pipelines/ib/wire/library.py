@@ -1,8 +1,8 @@
 """The client library that encodes requests and decodes answers: ib_insync, or ib_async by the setting ``IB_LIBRARY``.
 
 The only importer of either. In use, all public and the same in both (ib_insync 0.9.86, ib_async 2.1.0): the requests of
-``client.Client`` with their encoding and the limit of 45 messages a second, ``decoder.Decoder.interpret`` with a wrapper of our
-own (`answers.py`), ``contract.Contract``, ``util.parseIBDatetime``. Not in use: ``IB`` and its wrapper, which answer an error
+``Client`` with their encoding and the limit of 45 messages a second, ``Decoder.interpret`` with a wrapper of our
+own (`answers.py`), ``Contract``, ``parseIBDatetime``. Not in use: ``IB`` and its wrapper, which answer an error
 with an empty list; ``Client.connectAsync`` and the library's socket, for the reasons in `handshake.py` and `message_socket.py`.
 """
 
