@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import dagster as dg
 from pydantic import Field
@@ -26,7 +25,7 @@ from ktrdr_pipelines.orchestration.metadata import COLUMN_SCHEMA, describe_asset
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.orchestration.runs.door import current_door
 from ktrdr_pipelines.planning.modes import Held, Mode, narrow_window
-from ktrdr_pipelines.store.locks import taking_turn
+from ktrdr_pipelines.store.locks import series_lock
 
 GATEWAY_POOL = "ib_gateway"
 """At most one step at a time talks to the gateway. The pacing budget is the ledger's, not this."""
@@ -112,7 +111,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         door = current_door()
         door.reports.append(report)
         try:
-            with taking_turn(store.data_dir, series, on_wait=partial(_tell_of_another_load, context, series)):
+            with series_lock(store.data_dir, series, on_wait=partial(_report_wait, context)):
                 now = datetime.now(UTC)
                 report.notices += store.prepare(series, now=now).describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
@@ -165,10 +164,9 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
     return Window(kept, window.end)
 
 
-def _tell_of_another_load(context: dg.AssetExecutionContext, series: Series, lock: Path) -> None:
-    """Another load of the series goes on, and this one waits for its turn."""
-    reason = f"another load of {series} goes on; `fuser {lock}` tells which process it is"
-    context.log.info(f"waiting: {reason}")
+def _report_wait(context: dg.AssetExecutionContext, reason: str) -> None:
+    """This load waits for the series lock: ``reason`` names the other load."""
+    context.log.info(f"waiting for {reason}")
     current_door().on_wait(Waiting(reason, math.inf, None))
 
 

@@ -19,12 +19,14 @@ from ktrdr_pipelines.store.sidecar import (
     Sidecar,
     Span,
     UnreadableSidecar,
-    add_answered,
-    add_proven_empty,
-    drop_disproved,
     parse_sidecar,
     peek_unfinished_from,
     render_sidecar,
+)
+from ktrdr_pipelines.store.sidecar_claims import (
+    add_answered,
+    add_proven_empty,
+    drop_disproved,
     subtract_windows,
     withdraw_partitions,
 )
