@@ -79,7 +79,7 @@ class Pinned(_Model):
 
 
 class HistoryStart(_Model):
-    """The first bar that IB has, and how that is known ("head timestamp", "proven by an empty year before")."""
+    """The first bar that IB has, and how that is known (``head timestamp``, or an answer without bars before it)."""
 
     open: Instant
     known_by: str
@@ -166,11 +166,11 @@ class Sidecar(_Model):
 
         An edited partition loses its answered windows (`settle.py`), so deleted rows are missing again.
         """
-        proven = tuple(item.window for item in self.proven_empty)
+        absent = tuple(item.window for item in self.proven_empty)
         if self.sparse:
-            proven += self.answered_windows
+            absent += self.answered_windows
         after = self.instrument.after_expiry if self.instrument else None
-        return proven if after is None else (*proven, after)
+        return absent if after is None else (*absent, after)
 
     @property
     def rows(self) -> int:
@@ -210,7 +210,7 @@ def parse_sidecar(text: str, name: str) -> Sidecar:
     if isinstance(version, int) and version > VERSION:
         raise StoreError(
             f"{name} was written by a newer version of ktrdr (its format is {version}, this program reads {VERSION})",
-            advice="Update ktrdr, or move that file away: the bars stay, and absent bars are asked for again.",
+            advice="Update ktrdr, or move that file away: the bars stay, and absent bars are requested again.",
         )
     try:
         return Sidecar.model_validate(data)

@@ -82,7 +82,7 @@ class SidecarCache:
         return reading.corrected
 
     def ensure_sorted(self, series: Series, fd: int, state: FileState, doing: str) -> None:
-        """Read all stamps of the CSV once, unless it is as the sidecar says that we wrote it. Raises MalformedFile."""
+        """Read all stamps of the CSV once, unless the sidecar was written for this state. Raises MalformedFile."""
         reading = self._read(series, state, doing)
         if reading.is_sorted:
             return

@@ -104,7 +104,7 @@ def withdraw_partitions(
     """``sidecar`` corrected to the partitions ``found`` in the CSV, and the keys of those that had been changed.
 
     Where a recorded partition is gone or has other bytes, rows may have been lost: its answered windows are withdrawn, so
-    that its missing bars are asked for again. Partitions that were not recorded withdraw nothing.
+    that its missing bars are requested again. Partitions that were not recorded withdraw nothing.
     """
     changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
     answered = subtract_windows(sidecar.answered, partition_windows(timeframe, changed))
