@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars.answer import Answer, NormalisedAnswer
+from ktrdr_pipelines.bars.merging import merge_bars
 from ktrdr_pipelines.bars.schema import empty_bars, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
 from ktrdr_pipelines.domain.time import format_instant
@@ -40,7 +41,6 @@ from ktrdr_pipelines.loading.evidence import RequestEvidence
 from ktrdr_pipelines.planning.coverage import bars_inside
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.sidecar import Evidence
-from ktrdr_pipelines.store.splice import merge_bars
 
 
 class State(Enum):

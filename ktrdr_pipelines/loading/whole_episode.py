@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pandas as pd
 
+from ktrdr_pipelines.bars.merging import merge_bars
 from ktrdr_pipelines.bars.schema import empty_bars, opens_of
 from ktrdr_pipelines.calendars import match_held
 from ktrdr_pipelines.domain.time import format_instant
@@ -21,7 +22,6 @@ from ktrdr_pipelines.loading.context import LoadContext
 from ktrdr_pipelines.loading.episode import Episode, State, Transitions
 from ktrdr_pipelines.planning.open_ended import reshape_to_now
 from ktrdr_pipelines.planning.requests import Request
-from ktrdr_pipelines.store.splice import merge_bars
 
 MAX_ANSWERS = 5
 

@@ -2,7 +2,7 @@
 
 Renders and parses rows, and finds rows by bisecting the stamps of an open file, so that the cost of a window does not grow
 with the file. Reads through a descriptor with positioned reads and never maps the file: an editor that truncates a
-mapped file kills the reading process (SIGBUS). No locks, no writing: `store.py`. The format: docs/design.md, 5. Why not
+mapped file kills the reading process (SIGBUS). No locks, no writing: `store.py`. The format: docs/design.md, 4. Why not
 pandas.read_csv alone: it pads short rows, accepts quoted, blank and ``NA`` fields, and cannot name the line.
 """
 

@@ -1,6 +1,6 @@
 """The identity of a file: it never mixes contracts, currencies, hours, what to show, or simulated with real bars.
 
-Pure. See docs/design.md, 5.
+Pure. See docs/design.md, 4.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Pinned instrument, source, start of history, answered windows, absent bars with evidence, rows and checksum of each partition.
 Pure: `sidecar_cache.py` reads and writes the file. How claims change is in `sidecar_claims.py`, what is pinned in
-`identity.py`. Losing a sidecar costs requests, never bars. See docs/design.md, 5.
+`identity.py`. Losing a sidecar costs requests, never bars. See docs/design.md, 4.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Layout and dtypes: `bars/schema.py` describes the table, `csv_format.py` the bytes, `sidecar.py` what is known beside them.
 Promises: writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new
 one; the sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers take the write lock
-(`locks.py`), readers need none. The clock is passed in. See docs/design.md, 5.
+(`locks.py`), readers need none. The clock is passed in. See docs/design.md, 4.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def write(store: Store, minutes: range) -> Written:
 
 
 def run_worker(*arguments: object) -> dict[str, Any]:
-    """What `scenarios/crash_worker.py` reports."""
+    """What `crash_worker.py` reports."""
     done = subprocess.run(
         [sys.executable, str(WORKER), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(WORKER.parents[2]), "OPENBLAS_NUM_THREADS": "1"},
