@@ -27,12 +27,12 @@ class Row:
     lost: list[int] = field(default_factory=lambda: [0, 0])
     wrong: list[int] = field(default_factory=lambda: [0, 0])
     requests: list[int] = field(default_factory=lambda: [0, 0])
-    messages: Counter[str] = field(default_factory=Counter)
+    reports: Counter[str] = field(default_factory=Counter)
 
 
-def shorten(message: str) -> str:
-    """The core of the message: without series and window, which differ from cell to cell."""
-    text = message.split("Z: ")[-1] if "Z: " in message else message
+def shorten(text: str) -> str:
+    """A report without series and window, which differ from cell to cell."""
+    text = text.split("Z: ")[-1]
     return text.replace("the gateway answered ", "").replace("Historical Market Data Service error message:", "")[:88]
 
 
@@ -43,7 +43,7 @@ def play(cell: Cell, row: Row, scratch: Path) -> str:
         runs = cell.play(scratch, folder)
         row.cells += 1
         row.failed += bool(runs[0].report.failures)
-        row.messages[shorten(runs[0].told)] += 1
+        row.reports[shorten(runs[0].summary)] += 1
         for n, run in enumerate(runs):
             row.lost[n] += sum(run.window.start_s <= s < run.window.end_s for s in run.verdict.lost)
             row.wrong[n] += len(run.verdict.wrong) + len(run.verdict.invented) + run.verdict.doubled
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("texts", nargs="*", help="only cells whose name contains one of these")
     wanted = parser.parse_args().texts
     cells = [cell for cell in list_cells() if not wanted or any(text in cell.name for text in wanted)]
-    logging.disable(logging.CRITICAL)  # every fault is logged; the table has it once
+    logging.disable(logging.CRITICAL)  # every fault is logged; the table lists it once
     rows: dict[str, Row] = {}
     broken: list[str] = []
     begun = time.monotonic()
@@ -71,12 +71,12 @@ def main() -> int:
                 broken.append(f"{cell.name}: {why}")
     print("runs: first with the fault, second without; bars summed over the cells of a row\n")
     print(
-        f"{'fault':<37} {'cells':>5} {'failed':>6} {'lost 1':>6} {'lost 2':>6} {'wrong 1, 2':>10} {'requests':>8}  message (1)"
+        f"{'fault':<37} {'cells':>5} {'failed':>6} {'lost 1':>6} {'lost 2':>6} {'wrong 1, 2':>10} {'requests':>8}  run 1"
     )
     for name, row in rows.items():
         lost, wrong, asked = row.lost, f"{row.wrong[0]}, {row.wrong[1]}", "+".join(map(str, row.requests))
-        message = row.messages.most_common(1)[0][0] if row.messages else "?"
-        print(f"{name:<37} {row.cells:>5} {row.failed:>6} {lost[0]:>6} {lost[1]:>6} {wrong:>10} {asked:>8}  {message}")
+        reports = row.reports.most_common(1)[0][0] if row.reports else "?"
+        print(f"{name:<37} {row.cells:>5} {row.failed:>6} {lost[0]:>6} {lost[1]:>6} {wrong:>10} {asked:>8}  {reports}")
     print(f"\n{len(cells)} cells in {time.monotonic() - begun:.0f} s, {len(broken)} promises broken")
     print("\n".join(broken))
     return 1 if broken else 0

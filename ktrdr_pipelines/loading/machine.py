@@ -46,7 +46,7 @@ from ktrdr_pipelines.loading.load_plan import plan_load
 from ktrdr_pipelines.loading.report import Completed, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.loading.whole_episode import WholeEpisode
 from ktrdr_pipelines.loading.window_episode import WindowEpisode
-from ktrdr_pipelines.planning.coverage import bars_inside, owed_from, owed_until
+from ktrdr_pipelines.planning.coverage import bars_inside, unfinished_from, unfinished_until
 from ktrdr_pipelines.planning.requests import Request, plan_requests
 
 
@@ -353,8 +353,8 @@ class LoadMachine:
             return []
         missing = self._load.expected.take(np.flatnonzero(self._is_missing))
         ends = (held.first_s, held.last_s) if held.first_s is not None and held.last_s is not None else None
-        since = owed_from(noted[0], self.plan.span, missing, ends)
-        until = owed_until(noted[1], self.plan.span, missing, ends)
+        since = unfinished_from(noted[0], self.plan.span, missing, ends)
+        until = unfinished_until(noted[1], self.plan.span, missing, ends)
         return [Remember(since, until)] if (since, until) != noted else []
 
     def _sum_up(self) -> None:

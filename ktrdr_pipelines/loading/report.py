@@ -1,6 +1,7 @@
-"""What a load tells: events while it runs, and the report at its end, with the specification's result fields.
+"""Events of a load while it runs, and the report at its end, with the specification's result fields.
 
-Plain values, no behaviour beyond turning them into JSON. `machine.py` makes them; doors and Dagster show them.
+Plain values, no behaviour beyond turning them into JSON. `machine.py` and `driver.py` make them; entry points and Dagster show
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ktrdr_pipelines.planning.requests import Request
 
 @dataclass(frozen=True)
 class Planned:
-    """What this load found missing, and how it is going to ask for it."""
+    """The gaps that this load found, and the requests planned for them."""
 
     gaps: Sequence[Gap]
     requests: Sequence[Request]
@@ -37,7 +38,7 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Failure:
-    """A window that could not be loaded, and why."""
+    """A window that could not be loaded, and the error."""
 
     window: Window
     error: KtrdrError
@@ -45,7 +46,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Completed:
-    """Every expected bar of a partition, up to the last complete one, is held or proven empty."""
+    """Every expected bar of a partition, up to the last complete one, is held or absent at IB."""
 
     partition: Partition
     rows: int
@@ -54,9 +55,9 @@ class Completed:
     is_unfinished: bool
     """The partition's window has not ended yet."""
     proven_empty: int
-    """Expected bars that IB proved not to exist."""
+    """Expected bars that are absent at IB."""
     unexpected: int
-    """Held bars that the calendar did not promise; IB knows better."""
+    """Held bars that the calendar does not expect; IB has them."""
 
 
 Event = Planned | Fetched | Failure | Completed
@@ -64,7 +65,7 @@ Event = Planned | Fetched | Failure | Completed
 
 @dataclass
 class LoadReport:
-    """What a load did, true at every moment of it. The fields from ``status`` to ``ib_requests_made`` are the specification's."""
+    """What a load has done so far. The fields from ``status`` to ``ib_requests_made`` are the specification's."""
 
     series: Series
     window: Window
@@ -74,31 +75,31 @@ class LoadReport:
     """Bars that were not in the file before."""
     cached_before: bool = False
     merged_file: str = ""
-    """The series' CSV; it is not there while no bar was ever loaded."""
+    """The series' CSV; it does not exist before the first bar was loaded."""
     gaps_analyzed: int = 0
     segments_fetched: int = 0
     """Planned requests that succeeded."""
     ib_requests_made: int = 0
-    """History requests that went out, retries, confirmations and head timestamps included."""
+    """History requests sent, including retries, probes and head timestamps."""
     requests_planned: int = 0
     retries: int = 0
     pacing_wait_s: float = 0.0
     retry_wait_s: float = 0.0
-    """Waited before retries, and for the gateway, its link or a farm to come back."""
+    """Waits before retries, and during outages of the gateway, its link or a farm."""
     revised_bars: int = 0
-    """Held bars that IB now answers differently; the new values are in the file."""
+    """Held bars for which IB now has other values; the new values are in the file."""
     proven_empty: int = 0
     unexpected_bars: int = 0
-    """Bars that IB has where the calendar says that nothing trades; kept."""
+    """Bars that IB has where the calendar expects none; kept."""
     empty_sessions: int = 0
-    """Whole sessions of the calendar, after the first held bar, that IB proved to have no bar."""
+    """Whole sessions of the calendar, after the first held bar, whose bars are all absent at IB."""
     missing_bars: int = 0
-    """Bars of the window that are expected and still neither held nor proven empty."""
+    """Bars of the window that are expected and still neither held nor absent."""
     failures: list[Failure] = field(default_factory=list)
     completed: dict[str, Completed] = field(default_factory=dict)
-    """By partition key, each as it was last reported."""
+    """By partition key, the last event of each."""
     notices: list[str] = field(default_factory=list)
-    """What a person should know although nothing failed (an adopted file, a rebuilt sidecar, revised bars)."""
+    """For users, although nothing failed: an adopted file, a new sidecar, revised bars."""
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; times in ISO 8601 UTC."""

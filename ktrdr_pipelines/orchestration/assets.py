@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import dagster as dg
 from pydantic import Field
@@ -33,7 +32,7 @@ from ktrdr_pipelines.orchestration.metadata import (
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 from ktrdr_pipelines.planning.modes import Held, resolve_window
-from ktrdr_pipelines.store.locks import taking_turn
+from ktrdr_pipelines.store.locks import series_lock
 
 GATEWAY_POOL = "ib_gateway"
 """At most one step at a time talks to the gateway. The pacing budget is the ledger's, not this."""
@@ -127,7 +126,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
         entry_point.reports.append(report)
         try:
             request = config.request(series)
-            with taking_turn(store.data_dir, series, on_wait=partial(_report_wait, context, entry_point, series)):
+            with series_lock(store.data_dir, series, on_wait=partial(_report_wait, context, entry_point)):
                 now = datetime.now(UTC)
                 report.notices += store.prepare(series, now=now).describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
@@ -202,9 +201,8 @@ def _cut_to_kept(series: Series, window: Window, now: datetime, report: LoadRepo
     return Window(kept, window.end)
 
 
-def _report_wait(context: dg.AssetExecutionContext, entry_point: EntryPoint, series: Series, lock: Path) -> None:
-    """This load waits for the series lock, which another load of the series has."""
-    reason = f"another load of {series}; `fuser {lock}` shows its process"
+def _report_wait(context: dg.AssetExecutionContext, entry_point: EntryPoint, reason: str) -> None:
+    """This load waits for the series lock: ``reason`` names the other load."""
     context.log.info(f"waiting for {reason}")
     entry_point.on_wait(Waiting(reason, math.inf, None))
 

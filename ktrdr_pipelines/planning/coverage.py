@@ -1,9 +1,8 @@
-"""Which expected bars are missing, and what that says of each partition: the one judgement that all doors share.
+"""Which expected bars are missing, gaps, and which partitions are complete: one rule for all entry points.
 
-Pure. The load judges the partitions of one run by it and the reconcile sensor those of a whole file, so what Dagster
-shows cannot mean two things. Reading files is `store/`'s, comparing with Dagster's record
-`orchestration/automation/reconcile.py`'s. A partition is complete when every expected bar in it, up to the last complete
-one, is held or known not to exist.
+Pure. The load applies it to the partitions of one run and the reconcile sensor to those of a whole file, so Dagster shows one
+meaning of "complete": every expected bar of the partition, up to the last complete one, is held or absent at IB. Files are
+read in `store/`; the comparison with Dagster's records is in `orchestration/automation/reconcile.py`.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ class Gap:
 
 
 def missing_bars(
-    expected: ExpectedBars, held_opens: IntArray, proven_empty: Sequence[Window], timeframe: Timeframe
+    expected: ExpectedBars, held_opens: IntArray, absent: Sequence[Window], timeframe: Timeframe
 ) -> ExpectedBars:
-    """The bars of ``expected`` that are neither held nor known to be empty.
+    """The bars of ``expected`` that are neither held nor absent.
 
-    ``held_opens`` are sorted epoch seconds. ``proven_empty`` are half-open windows, in any order, that may overlap; a bar
-    is known to be empty when its stamp lies in one of them.
+    ``held_opens`` are sorted epoch seconds. ``absent`` are half-open windows, in any order, that may overlap; a bar is absent
+    when its stamp is in one of them.
     """
     missing = ~match_held(expected, held_opens, timeframe)
-    for window in proven_empty:
+    for window in absent:
         lo, hi = np.searchsorted(expected.opens, [window.start_s, window.end_s], side="left")
         missing[lo:hi] = False
     return expected.take(missing)
@@ -58,8 +57,8 @@ def missing_bars(
 def find_gaps(expected: ExpectedBars, missing: ExpectedBars) -> list[Gap]:
     """Maximal runs of consecutive bars of ``expected`` that are ``missing`` (a part of it), oldest first.
 
-    Closed time does not separate: Friday's last and Monday's first bar are consecutive. The reason tells where the run
-    lies among the bars of ``expected`` that are not missing.
+    Closed time does not separate: Friday's last and Monday's first bar are consecutive. The reason is the place of the run
+    among the bars of ``expected`` that are not missing.
     """
     if not len(missing):
         return []
@@ -85,9 +84,9 @@ class PartitionState:
     """One partition as the files have it.
 
     ``rows`` bars are held in it, the first at ``first_open``, the last at ``last_open``. ``missing`` counts expected bars
-    that are complete and neither held nor known to be empty; ``missing_before_last`` those of them that are older than
-    the last held bar of the file (all, when nothing is held): the others are the tail's business. ``is_within_known`` is
-    false where nothing was ever learned: after the last and before the first held or proven bar.
+    that are complete and neither held nor absent; ``missing_before_last`` those of them that are older than the last held
+    bar of the file (all, when nothing is held): the tail loads the others. ``is_within_known`` is false before the first and
+    after the last bar that is held or absent.
     """
 
     partition: Partition
@@ -100,7 +99,7 @@ class PartitionState:
 
     @property
     def is_complete(self) -> bool:
-        """As `loading/machine.py` judges it."""
+        """True if no expected bar is missing."""
         return self.missing == 0
 
 
@@ -115,13 +114,13 @@ def valid_history_start_s(sidecar: Sidecar, first_held_s: int | None) -> int | N
 def mark_missing(
     expected: ExpectedBars, held_opens: IntArray, sidecar: Sidecar, first_held_s: int | None, timeframe: Timeframe
 ) -> BoolArray:
-    """For each bar of ``expected``: is it neither held nor known to be empty?
+    """True for each bar of ``expected`` that is neither held nor absent.
 
     ``held_opens`` (epoch seconds, sorted) reach `STAMP_SLACK_S` beyond ``expected`` on both sides where bars are held;
     ``first_held_s`` is the first bar of the whole file, None without one.
     """
-    lacking = missing_bars(expected, held_opens, sidecar.empty_windows, timeframe)
-    missing = np.isin(expected.opens, lacking.opens, assume_unique=True)
+    not_held = missing_bars(expected, held_opens, sidecar.empty_windows, timeframe)
+    missing = np.isin(expected.opens, not_held.opens, assume_unique=True)
     start_s = valid_history_start_s(sidecar, first_held_s)
     if start_s is not None:
         missing &= expected.opens >= start_s
@@ -129,7 +128,7 @@ def mark_missing(
 
 
 def known_span(held_opens: IntArray, sidecar: Sidecar, grid_start: datetime) -> Window | None:
-    """From the oldest to the newest instant of which something is known (a bar, or that there is none); None if nothing.
+    """From the oldest to the newest bar that is held or absent; None if there is none.
 
     Reaches back to ``grid_start`` when the start of history is known.
     """
@@ -188,7 +187,7 @@ def judge_partitions(
 
 
 def _count_between(mask: BoolArray, bounds: IntArray) -> IntArray:
-    """How many are true between each bound and the next."""
+    """The number of true values between each bound and the next."""
     sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return np.diff(sums[bounds])
 
@@ -204,28 +203,32 @@ def bars_inside(bars: ExpectedBars, window: Window) -> ExpectedBars:
 
 
 def widen(window: Window) -> Window:
-    """Room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock grid)."""
+    """``window`` with room for stamps that satisfy an expected bar without being equal to it (a week's label, a bar on the clock
+    grid)."""
     return Window.from_epoch(max(0, window.start_s - STAMP_SLACK_S), window.end_s + STAMP_SLACK_S)
 
 
-def owed_from(
+def unfinished_from(
     since: datetime | None, span: Window, missing: ExpectedBars, held: tuple[int, int] | None
 ) -> datetime | None:
-    """The first of ``missing`` (all of ``span``) from ``since`` on that is older than the last held bar: where tail has to
-    begin. ``held`` is the first and the last held open, epoch seconds. Unchanged if ``since`` lies before ``span``; None when
-    nothing is owed, or nothing held at all."""
+    """Where tail has to begin: the first of ``missing`` (all of ``span``) from ``since`` on that is older than the last held bar.
+
+    ``held`` is the first and the last held open, epoch seconds. ``since`` itself if it is before ``span``; None without such a
+    bar, or when nothing is held.
+    """
     if since is None or held is None or since < span.start:
         return since if held is not None else None
-    owed = missing.opens[(missing.opens >= int(since.timestamp())) & (missing.opens < held[1])]
-    return datetime.fromtimestamp(int(owed[0]), UTC) if len(owed) else None
+    unfinished = missing.opens[(missing.opens >= int(since.timestamp())) & (missing.opens < held[1])]
+    return datetime.fromtimestamp(int(unfinished[0]), UTC) if len(unfinished) else None
 
 
-def owed_until(
+def unfinished_until(
     until: datetime | None, span: Window, missing: ExpectedBars, held: tuple[int, int] | None
 ) -> datetime | None:
-    """The other way round: the end of the last of ``missing`` before ``until`` that is newer than the first held bar."""
+    """Where backfill has to end: the end of the last of ``missing`` before ``until`` that is newer than the first held bar.
+    Otherwise as `unfinished_from`."""
     if until is None or held is None or until > span.end:
         return until if held is not None else None
-    is_owed = (missing.opens < int(until.timestamp())) & (missing.opens > held[0])
-    owed = missing.closes[is_owed]
-    return datetime.fromtimestamp(int(owed[-1]), UTC) if len(owed) else None
+    is_unfinished = (missing.opens < int(until.timestamp())) & (missing.opens > held[0])
+    unfinished = missing.closes[is_unfinished]
+    return datetime.fromtimestamp(int(unfinished[-1]), UTC) if len(unfinished) else None

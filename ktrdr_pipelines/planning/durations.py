@@ -1,7 +1,7 @@
 """How far back one request reaches: IB's duration strings, how gateways read them, and what the limits allow.
 
 Pure arithmetic on epoch seconds. Which requests are made is in `requests.py`; the limits of each bar size are in
-`timeframes.TIMEFRAMES`; facts and their sources in `docs/ib_facts.md`, 1 and 2.
+`domain/timeframes.py`. Source: docs/ib_facts.md, 1 and 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNIT_MATRIX: dict[DurationUnit, tuple[int, int, int]] = {
     "Y": (60, 86400, 68),
 }
 """Shortest and longest bar (seconds) that each unit is accepted with, and its largest count. Outside it the gateway answers
-error 321. Source: IBKR's "Historical Data Limitations" page (`docs/ib_facts.md`, 1)."""
+error 321. Source: IBKR's "Historical Data Limitations" page (docs/ib_facts.md, 1)."""
 
 NOMINAL_S: dict[DurationUnit, int] = {"S": 1, "D": _DAY_S, "W": 7 * _DAY_S, "M": 30 * _DAY_S, "Y": 365 * _DAY_S}
 """Length of each unit when durations of different units are compared with a limit."""
@@ -32,7 +32,7 @@ NOMINAL_S: dict[DurationUnit, int] = {"S": 1, "D": _DAY_S, "W": 7 * _DAY_S, "M":
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a request has to reach: ``start_s`` to ``end_s`` (epoch seconds), touching ``sessions`` trading sessions of a
+    """What a request has to cover: ``start_s`` to ``end_s`` (epoch seconds), touching ``sessions`` trading sessions of a
     calendar with ``sessions_per_week`` (5, or 7 round the clock)."""
 
     start_s: int
@@ -43,11 +43,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How carefully a request is made, against gateways that read durations differently.
+    """How carefully a request is made, since gateways read durations differently.
 
     ``months_by_sessions``: a month has to cover the span as 22 sessions too (30 round the clock), not only as a month of
-    the calendar. ``margin_s``: what D, W, M and Y have to reach beyond the start when the span touches several sessions:
-    days of a local clock can sum up to an hour less. ``whole_sessions``: requests are parted between sessions.
+    the calendar. ``margin_s``: how far D, W, M and Y have to reach beyond the start when the span touches several sessions:
+    days of a local clock can add up to an hour less. ``whole_sessions``: requests are divided between sessions.
     """
 
     months_by_sessions: bool
@@ -56,13 +56,13 @@ class Reading:
 
 
 READINGS = (Reading(True, _HOUR_S, True), Reading(True, 0, False), Reading(False, 0, False))
-"""The most careful first; the last only asks what the calendar asks. A careful one is used wherever it costs no request."""
+"""The most careful first; the last covers the span as the calendar counts. A careful one is used where it costs no request."""
 
 LOOSEST = READINGS[-1]
 
 
 def reach_back(end_s: int, duration: Duration) -> int:
-    """Where ``duration`` begins when it is read as a span of the calendar that ends at ``end_s`` (UTC, epoch seconds)."""
+    """The start of ``duration`` when it is read as a span of the calendar that ends at ``end_s`` (UTC, epoch seconds)."""
     if duration.unit in ("S", "D", "W"):
         return end_s - duration.count * NOMINAL_S[duration.unit]
     end = datetime.fromtimestamp(end_s, UTC)
@@ -84,15 +84,15 @@ def is_allowed(timeframe: Timeframe, duration: Duration, limits: HistoryLimits) 
 
 
 def list_durations(timeframe: Timeframe, span: Span, limits: HistoryLimits, reading: Reading) -> Iterator[Duration]:
-    """The ways, at most one per unit, to ask for ``span`` within ``limits``; the preferred one first, none if it is too long.
+    """The durations, at most one per unit, that cover ``span`` within ``limits``; the preferred first; none if it is too long.
 
     Rounded up so that the span is covered whether the gateway reads D and W as spans of the calendar or as counts of
-    sessions, a week as ``sessions_per_week``; months as ``reading`` says. S and Y are spans of the calendar in any case.
-    Hour is not a unit.
+    sessions, a week as ``sessions_per_week``; months by ``reading``. S and Y are spans of the calendar in any case. There is
+    no unit for hours.
     """
     longest = timeframe.longest_request(limits)
     if span.end_s - span.start_s > 1.1 * longest.count * NOMINAL_S[longest.unit]:
-        return  # hopeless, and counting up to it would be slow
+        return  # far too long, and counting up to it would be slow
     for unit in _units_for(timeframe):
         count = _count_needed(unit, span, reading)
         # Whole minutes of seconds where the limit leaves room.
@@ -110,7 +110,7 @@ def duration_for(
 
 
 def _units_for(timeframe: Timeframe) -> tuple[DurationUnit, ...]:
-    """Units to try, in order: seconds below one minute, else whole days; coarser ones where the matrix wants them."""
+    """Units to try, in order: seconds below one minute, else whole days; coarser ones where the matrix demands them."""
     if timeframe.seconds >= _DAY_S:
         return ("Y",)  # weekly and monthly bars are in no row of the matrix; years come nearest
     order: tuple[DurationUnit, ...] = ("S", "D", "W", "M") if timeframe.seconds < 60 else ("D", "W", "M", "S")

@@ -1,8 +1,7 @@
-"""Requests for series that IB tells only up to now: continuous futures and adjusted prices take no end date.
+"""Requests for series that IB serves only up to now: continuous futures and adjusted prices take no end date.
 
-One request, however long, has to reach from now back to the oldest bar that is wanted: nothing older can be asked for later.
-Where the limits in force do not reach, IBKR's present ones do, for no other request could bring those bars. Pure, as
-`requests.py`.
+A single request has to reach from now back to the oldest wanted bar: no later request can bring anything older. Where the
+configured limits do not reach that far, IBKR's current ones are used, since no other request could bring those bars. Pure.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from ktrdr_pipelines.planning.requests import Request, longest_back
 
 @dataclass(frozen=True, slots=True)
 class PlannedToNow:
-    """``request`` (None: nothing of it can be had) brings the wanted bars except the ``unreachable`` ones, which are older than
-    one request can reach."""
+    """``request`` covers the wanted bars except the ``unreachable`` ones, which are older than one request can reach. None when
+    all are unreachable."""
 
     request: Request | None
     unreachable: ExpectedBars
@@ -43,7 +42,7 @@ def plan_to_now(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now
 
 
 def reach_from_now(series: Series, limits: HistoryLimits, now_s: int) -> Window:
-    """What the longest request up to ``now_s`` can bring under ``limits``; ends at ``now_s``."""
+    """The window that the longest request up to ``now_s`` covers under ``limits``; ends at ``now_s``."""
     bars = expected_bars(series, longest_back(series, now_s, limits))
     lo, hi = 0, len(bars)
     while lo < hi:  # a request that reaches one bar reaches all younger ones
@@ -58,8 +57,8 @@ def reach_from_now(series: Series, limits: HistoryLimits, now_s: int) -> Window:
 def reshape_to_now(
     series: Series, wanted: ExpectedBars, limits: HistoryLimits, now_s: int, *, previous: Sequence[Request]
 ) -> Request:
-    """A request for ``wanted`` bars with another duration than any of ``previous``, where there is one; else the same again, for
-    which pacing waits."""
+    """A request for ``wanted`` bars with another duration than any of ``previous`` where there is one; else the first of
+    ``previous`` again, for which pacing waits."""
     window = Window.from_epoch(wanted.earliest_at(0), int(wanted.closes[-1]))
     used = {str(request.duration) for request in previous}
     bases = _find_durations(series, wanted, limits, now_s) or [previous[0].duration]
@@ -69,7 +68,7 @@ def reshape_to_now(
 
 
 def _find_durations(series: Series, wanted: ExpectedBars, limits: HistoryLimits, now_s: int) -> list[Duration]:
-    """The ways to reach from now back to the first of ``wanted``, under the limits in force or else IBKR's present ones."""
+    """The durations that reach from now back to the first of ``wanted``, under ``limits`` or else IBKR's current ones."""
     span = _span_to_now(series, wanted, now_s)
     for each in (limits, HistoryLimits.CURRENT):
         if duration_for(series.timeframe, span, each) is not None:

@@ -1,4 +1,4 @@
-"""Decide what to ask Interactive Brokers for: expected bars minus held minus proven empty, as the fewest requests.
+"""The fewest requests for missing bars: expected minus held minus absent.
 
 No files, no network, no clock: callers pass what is expected (`calendars`), what is held, and now. How far one request
 reaches, and how that is written, is in `durations.py`. What happens with the answers is in `loading/machine.py`.
@@ -39,8 +39,8 @@ from ktrdr_pipelines.planning.durations import (
 class Request:
     """One historical-data call.
 
-    ``window`` (half-open, UTC) is what it answers for: from the first missing stamp, or the begin of its trading when that
-    is earlier, to the end of the last missing bar. ``end`` (UTC) and ``duration`` are IB's ``endDateTime`` and
+    ``window`` (half-open, UTC) is the time that its answer settles: from the first missing stamp, or the begin of its trading
+    when that is earlier, to the end of the last missing bar. ``end`` (UTC) and ``duration`` are IB's ``endDateTime`` and
     ``durationStr``; they reach at least as far as the window, often further: cut the answer.
     """
 
@@ -76,9 +76,9 @@ def plan_requests(
     bar, if that is not the last one expected, and back to the close before its first one, four days at most. Auctions
     after the close, and sessions that the calendar takes for holidays, are caught by that.
 
-    Requests are parted between sessions, and a month is counted as 22 sessions, where that costs no further request
-    (`durations.READINGS`). Where a month of the calendar that holds 23 sessions saves one, it is asked for: a gateway that
-    counts sessions then leaves out the oldest, which shows as a hole.
+    Requests are divided between sessions, and a month is counted as 22 sessions, where that costs no further request
+    (`durations.READINGS`). Where a month of the calendar with 23 sessions saves one, it is requested: a gateway that counts
+    sessions then leaves out the oldest, whose bars stay missing and are requested again.
     """
     fewest = len(_split(timeframe, missing, limits, LOOSEST))
     runs = next(r for reading in READINGS if len(r := _split(timeframe, missing, limits, reading)) == fewest)
@@ -96,7 +96,7 @@ def plan_requests(
 
 
 def _span_of(bars: ExpectedBars, i: int, j: int) -> Span:
-    """What a request for bars ``i`` to ``j``, both included, has to reach."""
+    """What a request for bars ``i`` to ``j``, both included, has to cover."""
     sessions = int(bars.sessions[j] - bars.sessions[i]) + 1
     return Span(bars.earliest_at(i), int(bars.closes[j]), sessions, bars.sessions_per_week)
 
@@ -129,7 +129,7 @@ def _fits_until(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits,
 def _count_most(fits: Callable[[int], bool], most: int) -> int:
     """The largest number up to ``most`` that fits, by doubling and bisection; zero has to, and all below a fitting one do."""
     if not fits(0):
-        raise BugError("a single bar does not fit in one request", advice="Check the limits in series.TIMEFRAMES.")
+        raise BugError("a single bar does not fit in one request", advice="Check the limits in domain/timeframes.py.")
     good, step = 0, 1
     while good + step <= most and fits(good + step):
         good += step
@@ -142,21 +142,21 @@ def _count_most(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _closed_around(expected: ExpectedBars, missing: ExpectedBars, i: int, j: int, within: Window) -> tuple[int, int]:
-    """How far closed time reaches before bar ``i`` and after bar ``j`` of ``missing``, as far as it may be asked for."""
+    """How far closed time reaches before bar ``i`` and after bar ``j`` of ``missing``, as far as a request may cover it."""
     span = _span_of(missing, i, j)
     first, last = (int(k) for k in np.searchsorted(expected.opens, missing.opens[[i, j]]))
     closed_s = int(expected.closes[first - 1]) if first else 0
     before_s = max(span.start_s - _STRETCH_BEFORE_S, within.start_s, closed_s)
     after_s = span.end_s
     if last + 1 < len(expected):  # else a bar may be forming there
-        # Half the way at most: a request that ends at the next open could be read as counting that session.
+        # At most half the closed time: a request that ends at the next open could be read as counting that session.
         half_way_s = (span.end_s + expected.earliest_at(last + 1)) // 2
         after_s = min(span.end_s + _STRETCH_AFTER_S, within.end_s, half_way_s)
     return min(before_s, span.start_s), max(after_s, span.end_s)
 
 
 def _widen(timeframe: Timeframe, span: Span, before_s: int, after_s: int, limits: HistoryLimits) -> Request:
-    """The request for ``span`` that answers for as much of ``before_s`` to ``after_s`` as one request can."""
+    """The request for ``span`` whose window covers as much of ``before_s`` to ``after_s`` as one request can."""
     before_s = min(before_s, span.start_s)
     for reading in READINGS:
         for start_s, end_s in (
@@ -170,35 +170,35 @@ def _widen(timeframe: Timeframe, span: Span, before_s: int, after_s: int, limits
             if duration is not None:
                 covered_s = min(start_s, max(before_s, reach_back(end_s, duration)))
                 return Request(Window.from_epoch(covered_s, end_s), datetime.fromtimestamp(end_s, UTC), duration)
-    raise BugError("the bars of a request do not fit in one", advice="Report this: it is a fault of the planner.")
+    raise BugError("the bars of a request do not fit in one", advice="Report this: it is a defect of the planner.")
 
 
-# --- asking again, and asking for older bars -------------------------------------------------------------------------
+# --- the same bars again, and older bars -----------------------------------------------------------------------------
 
 
 def refetch_requests(
     timeframe: Timeframe,
-    hole: ExpectedBars,
+    missing: ExpectedBars,
     limits: HistoryLimits,
     *,
     previous: Sequence[Request],
     attempt: int = 1,
     until_s: int | None = None,
 ) -> list[Request]:
-    """Ask for the bars of ``hole`` again, in another shape than any of ``previous``: another end and another duration
-    where possible, else one of them.
+    """Requests for ``missing`` bars in another shape than any of ``previous``: another end and another duration where
+    possible, else one of them.
 
     An identical request is paced (15 s) and may be answered from the same faulty cache. ``attempt`` counts from 1 and
-    moves the end on by a minute each; ``until_s`` (now) bounds it. Usually one request. A hole as long as the limit allows
-    cannot be asked for in one piece with another end: it is halved, as often as needed.
+    moves the end on by a minute each; ``until_s`` (now) bounds it. Usually one request. Bars that span as much as the limit
+    allows do not fit in one request with another end: they are halved, as often as needed.
 
     Raises:
-        BugError: ``hole`` is empty.
+        BugError: ``missing`` is empty.
     """
-    if not len(hole):
-        raise BugError("no hole to ask for again")
+    if not len(missing):
+        raise BugError("no missing bars to request again")
     requests: list[Request] = []
-    for run in split_runs(timeframe, hole, limits):
+    for run in split_runs(timeframe, missing, limits):
         requests += _reshape(timeframe, run, limits, previous, attempt, until_s)
     return requests
 
@@ -210,14 +210,14 @@ def split_runs(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits) 
 
 def _reshape(
     timeframe: Timeframe,
-    hole: ExpectedBars,
+    missing: ExpectedBars,
     limits: HistoryLimits,
     previous: Sequence[Request],
     attempt: int,
     until_s: int | None,
 ) -> list[Request]:
-    """Requests for a hole that one request can cover."""
-    span = _span_of(hole, 0, len(hole) - 1)
+    """Requests for ``missing`` bars that one request can cover."""
+    span = _span_of(missing, 0, len(missing) - 1)
     shapes = {(int(r.end.timestamp()), str(r.duration)) for r in previous}
     ends, durations = {end_s for end_s, _ in shapes}, {duration for _, duration in shapes}
     fresh = [s for s in _shapes_of(timeframe, span, limits, attempt, until_s) if (s[0], str(s[1])) not in shapes]
@@ -225,10 +225,10 @@ def _reshape(
         best = next((s for s in fresh if s[0] not in ends and str(s[1]) not in durations), fresh[0])
         window = Window.from_epoch(span.start_s, span.end_s)
         return [Request(window, datetime.fromtimestamp(best[0], UTC), best[1])]
-    middle = len(hole) // 2
+    middle = len(missing) // 2
     if not middle:
-        return plan_requests(timeframe, hole, limits)  # one bar, every shape used up: pacing has to wait 15 s
-    halves = (hole.take(slice(0, middle)), hole.take(slice(middle, None)))
+        return plan_requests(timeframe, missing, limits)  # one bar, every shape used up: pacing has to wait 15 s
+    halves = (missing.take(slice(0, middle)), missing.take(slice(middle, None)))
     return [r for half in halves for r in _reshape(timeframe, half, limits, previous, attempt, until_s)]
 
 
@@ -236,8 +236,8 @@ def _shapes_of(
     timeframe: Timeframe, span: Span, limits: HistoryLimits, attempt: int, until_s: int | None
 ) -> Iterator[tuple[int, Duration]]:
     """Ends (epoch seconds) and durations that cover ``span``, the most unlike the plain one first."""
-    # Never further than a bar: a gateway that sends a few bars at a time would only send later ones. Of a day by a whole one too,
-    # because a daily bar may carry the date on which its session began.
+    # Never further than a bar: a gateway that sends few bars an answer would only send later ones. For daily bars a whole
+    # day too, because a daily bar may carry the date on which its session began.
     steps = [min(60 * (attempt + n), timeframe.seconds) for n in range(3)]
     for shift_s in ([] if timeframe.is_intraday else [86400]) + [*steps, 1, 0]:
         end_s = span.end_s + shift_s
@@ -252,8 +252,8 @@ def _shapes_of(
 
 
 def longest_back(series: Series, before_s: int, limits: HistoryLimits) -> Window:
-    """What one longest request before ``before_s`` (epoch seconds) can bring: as many bars as it may hold, closed time
-    before ``before_s`` skipped. Half-open, ends at ``before_s``; empty when the calendar has nothing earlier.
+    """The window of one longest request before ``before_s`` (epoch seconds): as many bars as it may hold, closed time before
+    ``before_s`` skipped. Half-open, ends at ``before_s``; empty when the calendar has nothing earlier.
 
     Raises:
         InputError: no calendar is known for the instrument, or ``before_s`` is outside the years of calendars.
@@ -262,7 +262,7 @@ def longest_back(series: Series, before_s: int, limits: HistoryLimits) -> Window
     first = min(before, datetime(FIRST_YEAR, 1, 1, tzinfo=UTC))
     timeframe, longest = series.timeframe, series.timeframe.longest_request(limits)
     span = timedelta(seconds=int(1.1 * longest.count * NOMINAL_S[longest.unit]) + 2 * timeframe.seconds)
-    for widening in (0, 7, 40):  # days; no market was ever shut for longer than the last of these
+    for widening in (0, 7, 40):  # days; no market was ever closed for longer than the last of these
         start = max(first, before - span - timedelta(days=widening))
         bars = expected_bars(series, Window(start, before))
         if len(bars):

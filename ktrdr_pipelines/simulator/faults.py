@@ -259,7 +259,6 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     "oldest": _spoil(lambda rule, bars: bars.take(slice(0, rule.rows))),
     "without_first": _spoil(lambda rule, bars: bars.take(slice(rule.rows, None))),
     "without_last": _spoil(lambda rule, bars: bars.take(slice(0, max(0, len(bars) - rule.rows)))),
-    "every": _spoil(lambda rule, bars: bars.take(np.arange(len(bars)) % rule.rows != rule.rows - 1)),
     "empty": _spoil(lambda _, bars: bars.take(slice(0, 0))),
     "lag": _lag,
     "revise": _spoil(_revise),
@@ -274,10 +273,9 @@ KINDS: dict[str, Callable[[Step], Step]] = {
     **dict.fromkeys(DISTURBANCES, _begin),
 }
 """Every fault by name. Rows are taken from the middle of the answer, for ``newest`` and ``revise`` from its end, for ``oldest``
-from its start. ``gap`` leaves out ``rows`` bars, ``without_first`` and ``without_last`` so many at one end, ``every`` each
-``rows``-th bar; ``shift`` moves all stamps, or a head timestamp, by ``seconds``; ``lag`` leaves out bars that opened less than
-``seconds`` ago; ``query_notice`` sends 165 before the answer, ``unknown_query`` 366 in place of it; ``empty`` sends no bars and
-no error."""
+from its start. ``gap`` leaves out ``rows`` bars, ``without_first`` and ``without_last`` so many at one end; ``shift`` moves all
+stamps, or a head timestamp, by ``seconds``; ``lag`` leaves out bars that opened less than ``seconds`` ago; ``query_notice``
+sends 165 before the answer, ``unknown_query`` 366 in place of it; ``empty`` sends no bars and no error."""
 
 
 class FaultBook:

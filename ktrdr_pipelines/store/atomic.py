@@ -1,7 +1,7 @@
-"""How a file is replaced so that a crash leaves the old one or the new one, and what to tell people when the disk refuses.
+"""Atomic replacement of a file: a crash leaves the old one or the new one. Also the state of a file, and errors of the disk.
 
 `Disk` is the one seam between the store and the operating system: tests pass one whose n-th call fails or kills the
-process. What the bytes mean is in `csv_format.py` and `sidecar.py`; who may write, in `store.py` (the lock). No library: the
+process. What the bytes mean is in `csv_format.py` and `sidecar.py`; who may write is in `locks.py`. No library: the
 atomic-write packages tried take the content as one string and cannot copy a range of the old file inside the kernel.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class FileRange:
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What identifies one version of a file: a write or an edit changes at least one of these."""
+    """One version of a file: a write or an edit changes at least one of these."""
 
     inode: int
     size: int
@@ -46,7 +46,7 @@ class SourceChanged(Exception):
 
 
 class Disk:
-    """The calls through which bytes reach the disk, as thin as can be."""
+    """The system calls by which bytes reach the disk."""
 
     def create(self, path: Path, mode: int) -> int:
         """A new file for writing; it must not exist."""
@@ -56,7 +56,7 @@ class Disk:
         return os.write(fd, data)
 
     def copy(self, target: int, source: int, offset: int, count: int) -> int:
-        """Append up to ``count`` bytes of ``source`` to ``target``; how many were. 0 means that ``source`` ended.
+        """Append up to ``count`` bytes of ``source`` to ``target``; the number appended. 0 means that ``source`` ended.
 
         sendfile copies inside the kernel; where it cannot (macOS, odd file systems) the bytes go through memory.
         """
@@ -110,7 +110,7 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def sync_directory(self, path: Path) -> None:
-        """Make renames in ``path`` last. Some network file systems cannot, and say EINVAL."""
+        """Make renames in ``path`` durable. Some network file systems cannot, and refuse with EINVAL."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -127,9 +127,27 @@ def _write_all(disk: Disk, fd: int, data: bytes) -> None:
         rest = rest[disk.write(fd, rest) :]
 
 
+def _copy_all(disk: Disk, fd: int, part: FileRange) -> None:
+    """Append ``part`` to ``fd``. Raises SourceChanged when the file it is in ends early."""
+    offset = part.start
+    while offset < part.end:
+        copied = disk.copy(fd, part.fd, offset, part.end - offset)
+        if not copied:
+            raise SourceChanged
+        offset += copied
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of ``path``; None when there is no such file."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return None
+
+
 def temporary_name(target: Path) -> Path:
-    """Where the new content of ``target`` grows. One name is enough: writers hold ``target``'s lock, and each begins by
-    removing what a dead one left."""
+    """The temporary file for the new content of ``target``. One name is enough: a writer has ``target``'s lock, and begins by
+    removing what a dead writer left."""
     return target.with_name(f".{target.name}.new")
 
 
@@ -145,17 +163,13 @@ def replace_file(
 
     The bytes go to a temporary file in the same directory, are synced, and take the name in one step. When anything fails
     before that step, ``target`` is as before and the temporary file is gone. ``examine`` may read the new content through its
-    descriptor before it takes the name. ``target``'s permissions are kept. Callers hold
-    the lock of ``target``.
+    descriptor before it takes the name. ``target``'s permissions are kept. Callers have the lock of ``target``.
 
     Raises:
-        SourceChanged: ``still_valid``, asked last, says no, or a range ended early.
+        SourceChanged: ``still_valid``, called last, is false, or a range ended early.
         OSError: the disk refuses (`explain_refusal` turns it into a StoreError).
     """
-    try:
-        mode = target.stat().st_mode & 0o777
-    except FileNotFoundError:
-        mode = None
+    mode = _mode_of(target)
     temporary = temporary_name(target)
     disk.remove(temporary)
     fd = disk.create(temporary, 0o666)
@@ -166,13 +180,8 @@ def replace_file(
             for part in parts:
                 if isinstance(part, bytes):
                     _write_all(disk, fd, part)
-                    continue
-                offset = part.start
-                while offset < part.end:
-                    copied = disk.copy(fd, part.fd, offset, part.end - offset)
-                    if not copied:
-                        raise SourceChanged
-                    offset += copied
+                else:
+                    _copy_all(disk, fd, part)
             disk.sync(fd)
             state = FileState.of(os.fstat(fd))
             if examine is not None:
@@ -212,7 +221,7 @@ _REFUSALS: dict[int, tuple[str, str]] = {
     ),
     errno.ENAMETOOLONG: ("the file name is too long", "Give the symbol a shorter alias in the universe file."),
     errno.EFBIG: ("the file would be larger than the system allows", "Raise the limit (ulimit -f) and run it again."),
-    errno.EIO: ("the disk reports an input/output error", "Check the disk; the system log says more."),
+    errno.EIO: ("the disk reports an input/output error", "Check the disk; the system log has details."),
     errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n) and run it again."),
     errno.ENOTDIR: ("part of the path is not a directory", "Check KTRDR_DATA_DIR."),
     errno.EISDIR: ("there is a directory in place of the file", "Move it away and run it again."),
@@ -221,16 +230,16 @@ _REFUSALS: dict[int, tuple[str, str]] = {
 
 
 def explain_refusal(failure: OSError, path: Path, doing: str) -> StoreError:
-    """The StoreError for what the operating system said about ``path``."""
+    """The StoreError for an OSError of ``path``."""
     observed, advice = _REFUSALS.get(
-        failure.errno or 0, (f"the system says {failure.strerror or failure!s}", "Put that right and run it again.")
+        failure.errno or 0, (f"the system reports {failure.strerror or failure!s}", "Correct that and run it again.")
     )
     name = failure.filename if isinstance(failure.filename, str) else str(path)
     return StoreError(f"{name}: {observed}", doing=doing, advice=f"{advice} Bars that were on disk are still there.")
 
 
 def keep_copy(disk: Disk, source: Path, suffix: str) -> Path:
-    """Keep ``source`` under its name with ``suffix``, numbered when that name is taken; the new path."""
+    """Keep ``source`` under its name with ``suffix``, numbered when that name is taken; the path of the copy."""
     copies = [source.with_name(f"{source.name}.{suffix}" + (f"-{n}" if n else "")) for n in range(100)]
     for copy in copies:
         try:
@@ -239,3 +248,12 @@ def keep_copy(disk: Disk, source: Path, suffix: str) -> Path:
             continue
         return copy
     raise FileExistsError(errno.EEXIST, "a hundred copies exist already", str(copies[0]))
+
+
+@contextlib.contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError of the block into a StoreError that names ``path`` and what to do."""
+    try:
+        yield
+    except OSError as failure:
+        raise explain_refusal(failure, path, doing) from failure

@@ -2,8 +2,8 @@
 
 Renders and parses rows, and finds rows by bisecting the stamps of an open file, so that the cost of a window does not grow
 with the file. Reads through a descriptor with positioned reads and never maps the file: an editor that truncates a
-mapped file kills the reading process (SIGBUS). No locks, no writing: `store.py`. The format: docs/design.md, 4. Why parsed
-here and not by pandas.read_csv alone: that pads short rows, accepts quoted, blank and ``NA`` fields, and cannot name the line.
+mapped file kills the reading process (SIGBUS). No locks, no writing: `store.py`. The format: docs/design.md, 4. Why not
+pandas.read_csv alone: it pads short rows, accepts quoted, blank and ``NA`` fields, and cannot name the line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ktrdr_pipelines.errors import BugError
 HEADER = (",".join(COLUMNS) + "\n").encode()
 STAMP_BYTES = 20
 MAX_ROW_BYTES = 4096
-"""Longer lines are no bars: five numbers of at most 330 digits fit."""
+"""The longest row: five numbers of at most 330 digits fit."""
 
 _STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ,")
 _CHUNK_BYTES = 1 << 22
@@ -42,7 +42,7 @@ _ROW_BYTE[list(b"0123456789.,-+eTZ:\n")] = True
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """One bad line: its number (the header is line 1), its text, and what is wrong with it."""
+    """One bad line: its number (the header is line 1), its text, and the reason."""
 
     line: int
     text: str
@@ -53,9 +53,9 @@ class RowFault:
 
 
 class MalformedFile(Exception):
-    """The bytes are not what this module writes. Only `store.py` sees it; people get a DataError.
+    """The bytes are not what this module writes. Stays inside `store/`; users get a DataError.
 
-    ``offset`` is where the trouble was met. Lines are counted by whoever reports it, since counting reads the file.
+    ``offset`` is that of the bad bytes. The caller that reports it counts the lines, since counting reads the file.
     """
 
     def __init__(self, why: str, offset: int) -> None:
@@ -153,9 +153,9 @@ def _split_rows(data: npt.NDArray[np.uint8]) -> tuple[IntArray, IntArray]:
 
 
 def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[tuple[int, int, str]]]:
-    """Rows as a bars table, and what is wrong with them as (row number, offset in ``data``, why).
+    """Rows as a bars table, and their faults as (row number, offset in ``data``, why).
 
-    The table is complete, exact and strictly increasing only when nothing is wrong; otherwise it is empty. Each row has
+    The table is complete, exact and strictly increasing only without faults; otherwise it is empty. Each row has
     exactly six fields of plain characters, keeps ``rules``, and comes after the one before.
     """
     array = np.frombuffer(data, np.uint8)
@@ -174,7 +174,7 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
             skip_blank_lines=False,
         )
     except (ValueError, pd.errors.EmptyDataError, pd.errors.ParserError):
-        # Also the way of no rows at all: nothing to parse, nothing to diagnose.
+        # Also for no rows at all: nothing to parse, nothing to diagnose.
         return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
     bars = bars_from_columns(opens_s, *(values[name] for name in COLUMNS[1:]))
     if find_faults(BarArrays.of(bars), rules) or (np.diff(opens_s) <= 0).any():
@@ -194,7 +194,7 @@ _NUMBER_CHARACTERS = "0123456789.+-eE"
 
 
 def parse_number(text: str) -> float:
-    """A decimal number as people and programs write it; NaN for anything else, an empty field too."""
+    """A decimal number; NaN for anything else, an empty field too."""
     if text.strip(_NUMBER_CHARACTERS):  # float() also reads "nan", "inf", "1_000" and other scripts' digits
         return float("nan")
     try:
@@ -206,7 +206,7 @@ def parse_number(text: str) -> float:
 def _diagnose(
     data: bytes, starts: IntArray, ends: IntArray, opens_s: IntArray, stamped: BoolArray, rules: Sequence[Rule]
 ) -> list[tuple[int, int, str]]:
-    """The slow, line by line way, taken only when something is known to be wrong."""
+    """Faults line by line: slow, and only for rows known to have one."""
     faults: dict[int, str] = {}
     values: FloatArray = np.ones((len(starts), 5))
     for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
@@ -243,10 +243,10 @@ def read_range(fd: int, start: int, end: int) -> bytes:
 def find_row(fd: int, size: int, open_s: int) -> int:
     """Offset of the first row that opens at or after ``open_s``; ``size`` when there is none.
 
-    Correct for a sorted file only: the store knows whether a file was edited by its size and time of change.
+    Correct for a sorted file only (`sidecar_cache.SidecarCache.ensure_sorted`).
 
     Raises:
-        MalformedFile: a line that was looked at is no row.
+        MalformedFile: a line that was read is no row.
     """
     wanted = render_stamp(open_s)
     low, high = len(HEADER), size  # both are starts of rows, or the end

@@ -1,8 +1,8 @@
-"""Reading a CSV that something else made: which columns, which way of writing time, which rows are good.
+"""Bars from a CSV of another program: which columns, which format of time, which rows are good.
 
-Pure: bytes in, bars and the list of dropped rows out. `store.py` keeps the original and writes the result. Layouts seen in
-the wild: `docs/ib_facts.md`, 10. Read line by line with the standard csv module and not with
-pandas.read_csv, which guesses zones and number formats and cannot say which line was bad.
+Pure: bytes in, bars and the list of dropped rows out. `settle.py` keeps the original and writes the result. Layouts seen in
+practice: docs/ib_facts.md, 10. Read line by line with the standard csv module and not with pandas.read_csv, which guesses
+zones and number formats and cannot name the bad line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, bars_from_columns, find_faults, rules_for
+from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.csv_format import RowFault, parse_number
@@ -36,14 +37,14 @@ _HALF_SECOND: Final = re.compile(r"[.,]0*[1-9]")
 
 @dataclass(frozen=True, slots=True)
 class AdoptedRows:
-    """What a foreign file turned out to hold."""
+    """The content of a foreign file."""
 
     bars: pd.DataFrame
     """The good rows: sorted, unique, valid."""
     dropped: tuple[RowFault, ...]
     """The bad rows with their line numbers."""
     notices: tuple[str, ...]
-    """What was put right without losing anything: columns left out, rows sorted, equal duplicates."""
+    """Corrections that lost nothing: columns left out, rows sorted, equal duplicates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,14 @@ def read_foreign(
     without a zone are refused unless ``assume_utc``: a guessed zone shifts the whole file. For daily and longer bars the
     date as written is the session date, in whatever zone its midnight is.
 
-    ``last_complete_s`` (epoch seconds) is the last open whose bar is surely complete; later ones are dropped: half a bar would
-    stay wrong, and one of the future would make the tail believe that nothing is missing. ``outside`` tells which opens the
+    ``last_complete_s`` (epoch seconds) is the last open whose bar is certainly complete; later ones are dropped: a forming bar
+    would stay wrong, and after one of the future the tail would find nothing missing. ``outside`` marks the opens that the
     series cannot have (`foreign_hours.py`); those bars are dropped too.
 
     Rows that break the rules are dropped and reported; of two different bars with one stamp neither is kept.
 
     Raises:
-        DataError: no bar file at all, stamps without a zone or of another one, or not one good row.
+        DataError: no bar file, stamps without a zone or of another one, or no good row.
     """
     doing = f"adopting {name} as {series}"
     text = _decode(data, name, doing)
@@ -100,15 +101,19 @@ def read_foreign(
             f"{name} holds no usable bar; {first}",
             rows="\n".join(str(fault) for fault in rows.faults[:10]),
             doing=doing,
-            advice=f"The file was left alone. Put it right, or move it away; the normal header is {','.join(COLUMNS)}.",
+            advice=f"The file was left alone. Correct it, or move it away; the normal header is {','.join(COLUMNS)}.",
         )
     strays = _find_strays(rows, outside, name, doing, assume_utc=assume_utc)
     return _settle_rows(rows, layout, series, lines, name, doing, last_complete_s, strays)
 
 
 def _find_strays(rows: _Rows, outside: Judge | None, name: str, doing: str, *, assume_utc: bool) -> list[int]:
-    """The rows that the calendar has no room for. Most of them, in stamps that were said to be UTC: they are of another zone,
-    and the rest of such a file would be kept at wrong times."""
+    """The rows that the calendar has no room for.
+
+    Raises:
+        DataError: they are most rows, and ``assume_utc`` was given: the stamps are of another zone, and the rest would be kept
+            at wrong times.
+    """
     if outside is None:
         return []
     strays = np.flatnonzero(outside(np.array(rows.opens_s, dtype=np.int64))).tolist()
@@ -123,7 +128,7 @@ def _find_strays(rows: _Rows, outside: Judge | None, name: str, doing: str, *, a
 
 
 class _Lines:
-    """Physical lines one after the other; any of them again by number, for reports."""
+    """Physical lines in order; any of them by number, for reports."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -135,7 +140,7 @@ class _Lines:
         for line in io.StringIO(self._text, newline="\n"):
             self.number += 1
             self.is_blank = not line.strip()
-            # A quote would let one field swallow the lines after it; numbers and stamps need none.
+            # A quote could join a field with the lines after it; numbers and stamps need none.
             yield line.rstrip("\r\n").replace('"', "")
 
     def __getitem__(self, number: int) -> str:
@@ -156,7 +161,7 @@ class _Rows:
 
 def _decode(data: bytes, name: str, doing: str) -> str:
     advice = "The file was left alone. Move it away, or replace it by a CSV of bars."
-    if b"\0" in data[:4096].split(b"\n", 1)[0]:  # further down they are what a crash of the machine leaves: bad rows
+    if b"\0" in data[:4096].split(b"\n", 1)[0]:  # later NULs are the bad rows that a crash of the machine leaves
         raise DataError(f"{name} is not a text file", doing=doing, advice=advice)
     try:
         text = data.decode("utf-8-sig")
@@ -216,7 +221,7 @@ def _number_rows(reader: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[i
             fields = next(reader)
         except StopIteration:
             return
-        except csv.Error:  # a field beyond the csv module's limit: no bar; the line is reported as such
+        except csv.Error:  # a field beyond the csv module's limit: reported as a bad line
             fields = []
         if fields or not lines.is_blank:
             yield lines.number, fields
@@ -261,7 +266,7 @@ def _read_row(
 
 
 def _read_volume(text: str, series: Series) -> float:
-    """IB's -1, and an empty field where the kind has no volume, are "none": 0."""
+    """IB's -1, and an empty field where the kind has no volume, mean no volume: 0."""
     if not text and not series.instrument.has_volume:
         return 0.0
     volume = parse_number(text)
@@ -269,7 +274,7 @@ def _read_volume(text: str, series: Series) -> float:
 
 
 def has_zone(text: str) -> bool:
-    """True if the stamp ``text`` says which zone it is in."""
+    """True if the stamp ``text`` includes its zone."""
     match = _STAMP.fullmatch(text)
     return match is not None and match[3] is not None
 
@@ -278,7 +283,7 @@ def read_stamp(text: str, *, is_intraday: bool, assume_utc: bool) -> int:
     """Epoch seconds of a stamp in ISO form; see `read_foreign`.
 
     Raises:
-        ValueError: no stamp, not a whole second, or a daily bar that is not at a midnight; the text says which.
+        ValueError: no stamp, not a whole second, or a daily bar that is not at a midnight; the text is the reason.
     """
     match = _STAMP.fullmatch(text)
     if not match:
@@ -324,8 +329,7 @@ def _settle_rows(
     if last_complete_s is not None:
         late = np.flatnonzero(opens_s > last_complete_s).tolist()
         faults = {**dict.fromkeys(late, "the bar is not complete yet"), **faults}
-    for i, why in faults.items():
-        rows.faults.append(RowFault(int(numbers[i]), lines[int(numbers[i])], why))
+    rows.faults += [RowFault(int(numbers[i]), lines[int(numbers[i])], why) for i, why in faults.items()]
     good = np.ones(len(opens_s), np.bool_)
     good[list(faults)] = False
     numbers, opens_s, values = numbers[good], opens_s[good], values[good]
@@ -334,22 +338,7 @@ def _settle_rows(
         notices.append("rows were not in order: sorted")
     order = np.argsort(opens_s, kind="stable")
     numbers, opens_s, values = numbers[order], opens_s[order], values[order]
-    group_starts = np.flatnonzero(np.diff(opens_s, prepend=opens_s[:1] - 1))
-    keep = np.zeros(len(opens_s), np.bool_)
-    keep[group_starts] = True
-    repeated = np.flatnonzero(np.diff(group_starts, append=len(opens_s)) > 1)
-    duplicates = 0
-    for group in repeated.tolist():
-        start = int(group_starts[group])
-        end = int(group_starts[group + 1]) if group + 1 < len(group_starts) else len(opens_s)
-        if (values[start:end] == values[start]).all():
-            duplicates += end - start - 1
-            continue
-        keep[start] = False
-        for i in range(start, end):
-            number = int(numbers[i])
-            others = ", ".join(str(n) for n in numbers[start:end].tolist() if n != number)
-            rows.faults.append(RowFault(number, lines[number], f"another bar has the same timestamp (line {others})"))
+    keep, duplicates = _resolve_duplicates(rows, numbers, opens_s, values, lines)
     if duplicates:
         notices.append(f"{duplicates} equal duplicates removed")
     dropped = tuple(sorted(rows.faults, key=lambda fault: fault.line))
@@ -358,6 +347,31 @@ def _settle_rows(
             f"{name} holds no usable bar; {dropped[0]}",
             rows="\n".join(str(fault) for fault in dropped[:10]),
             doing=doing,
-            advice="The file was left alone. Put it right, or move it away.",
+            advice="The file was left alone. Correct it, or move it away.",
         )
     return AdoptedRows(bars_from_columns(opens_s[keep], *values[keep].T), dropped, tuple(notices))
+
+
+def _resolve_duplicates(
+    rows: _Rows, numbers: IntArray, opens_s: IntArray, values: FloatArray, lines: _Lines
+) -> tuple[BoolArray, int]:
+    """Which of the sorted rows to keep, one of each stamp, and how many equal ones that leaves out.
+
+    Of different bars with one stamp none is kept; each becomes a fault of ``rows``.
+    """
+    group_starts = np.flatnonzero(np.diff(opens_s, prepend=opens_s[:1] - 1))
+    group_ends = np.append(group_starts[1:], len(opens_s))
+    keep = np.zeros(len(opens_s), np.bool_)
+    keep[group_starts] = True
+    duplicates = 0
+    for group in np.flatnonzero(group_ends - group_starts > 1).tolist():
+        start, end = int(group_starts[group]), int(group_ends[group])
+        if (values[start:end] == values[start]).all():
+            duplicates += end - start - 1
+            continue
+        keep[start] = False
+        same = numbers[start:end].tolist()
+        for number in same:
+            others = ", ".join(str(n) for n in same if n != number)
+            rows.faults.append(RowFault(number, lines[number], f"another bar has the same timestamp (line {others})"))
+    return keep, duplicates

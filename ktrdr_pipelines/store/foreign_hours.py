@@ -1,8 +1,8 @@
-"""Bars that no session of their series' calendar has room for, in files that something else made.
+"""Bars of foreign files that no session of the series' calendar has room for.
 
-IB knows better than the calendar, so what IB sent is kept whatever the calendar says. A bar of a foreign file has no other
-witness than the calendar: a file stamped on the hour where IB stamps 13:30 would hold each first bar of a day twice after a
-load. Used by `settle.py` and `store.py`; which bars are expected is `calendars/expected.py`'s.
+Bars that IB sent are kept whatever the calendar expects. For a bar of a foreign file the calendar is the only evidence: a file
+stamped on the hour where IB stamps 13:30 would hold the first bar of each day twice after a load. Which bars are expected is
+in `calendars/expected.py`.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ Judge = Callable[[IntArray], BoolArray]
 """True for each of these opens (epoch seconds, in any order) that the series cannot have."""
 
 _ROOM_S = 40 * 86400
-"""A month may carry any date of itself: the bars expected are looked at so far beyond the stamps."""
+"""A month may carry any of its dates: expected bars are computed so far beyond the stamps."""
 _BARS_AT_ONCE = 500_000
 _FIRST_S, _END_S = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) for year in (FIRST_YEAR, LAST_YEAR + 1))
 
 
 def is_outside(series: Series) -> Judge:
-    """Opens that satisfy no bar of the calendar. All are inside where no calendar is known, or where it does not reach."""
+    """True for opens that satisfy no bar of the calendar; false for all where no calendar is known, or beyond its years."""
     return lambda opens_s: _judge(series, opens_s, _find_outside)
 
 
 def is_overlapping(series: Series) -> Judge:
-    """Those of `is_outside` that share time with an expected bar, which would then be held twice. Leaving one out costs a
-    request and never a bar: the expected one is missing and is asked for."""
+    """True for those of `is_outside` that share time with an expected bar, which would then be held twice. To leave one out costs
+    a request and never a bar: the expected one is missing and is requested."""
     return lambda opens_s: _judge(series, opens_s, _find_overlapping)
 
 
 def why_outside(series: Series) -> str:
-    """What is told of such a row."""
+    """The reason reported for such a row."""
     instrument = series.instrument
     if series.timeframe.is_intraday:
         hours = f", {instrument.hours} hours" if instrument.sec_type == "STK" else ""
         return f"outside the trading hours of {instrument.symbol}{hours}"
-    return f"not a trading day of {instrument.symbol}"
+    return f"outside the trading days of {instrument.symbol}"
 
 
 def _find_outside(expected: ExpectedBars, opens_s: IntArray, series: Series) -> BoolArray:
@@ -77,14 +77,14 @@ def _judge(series: Series, opens_s: IntArray, find: Callable[[ExpectedBars, IntA
     found = np.zeros(len(opens_s), np.bool_)
     try:
         calendar_of(series.instrument)
-    except InputError:  # nothing to judge by
+    except InputError:  # no calendar
         return found
     ordered, places = np.unique(opens_s, return_inverse=True)
-    told = np.zeros(len(ordered), np.bool_)
+    judged = np.zeros(len(ordered), np.bool_)
     for low, high in _parts(ordered, series):
         first_s, end_s = max(_FIRST_S, int(ordered[low]) - _ROOM_S), min(_END_S, int(ordered[high - 1]) + _ROOM_S)
-        told[low:high] = find(expected_bars(series, Window.from_epoch(first_s, end_s)), ordered[low:high], series)
-    return np.asarray(told[places], dtype=np.bool_)
+        judged[low:high] = find(expected_bars(series, Window.from_epoch(first_s, end_s)), ordered[low:high], series)
+    return np.asarray(judged[places], dtype=np.bool_)
 
 
 def _parts(ordered: IntArray, series: Series) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,6 @@
-"""Reading a whole CSV against its sidecar and the rules for bars, and listing everything that is wrong.
+"""Comparison of a whole CSV with its sidecar and the rules for bars: a list of everything that is wrong.
 
-Changes nothing and takes no lock. What puts a file right is in `settle.py`.
+Changes nothing and takes no lock. Repair is in `settle.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from ktrdr_pipelines.bars.schema import rules_for
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.store.atomic import explained
 from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
@@ -19,14 +20,15 @@ from ktrdr_pipelines.store.csv_format import (
     parse_rows,
     read_range,
 )
-from ktrdr_pipelines.store.paths import SeriesFiles, explained, fault_at, opened
+from ktrdr_pipelines.store.paths import fault_at, opened
 from ktrdr_pipelines.store.sidecar import PartitionMark, Sidecar, UnreadableSidecar
+from ktrdr_pipelines.store.sidecar_cache import SidecarCache
 from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong. ``partition`` and ``line`` are set where they are known."""
+    """One fault of a file. ``partition`` and ``line`` are set where they are known."""
 
     text: str
     partition: str = ""
@@ -36,18 +38,18 @@ class Problem:
         return self.text
 
 
-def verify_files(files: SeriesFiles, series: Series, window: Window | None) -> list[Problem]:
+def verify_files(sidecars: SidecarCache, series: Series, window: Window | None) -> list[Problem]:
     """See `Store.verify`."""
     doing = f"verifying {series}"
-    path = files.csv(series)
+    path = sidecars.files.csv(series)
     problems: list[Problem] = []
     recorded = Sidecar()
     try:
-        recorded = files.load_sidecar(series, doing)
+        recorded = sidecars.load(series, doing)
     except UnreadableSidecar as failure:
-        problems.append(Problem(f"{files.sidecar(series).name} is unreadable: {failure}"))
-    marks: dict[str, PartitionMark] = {}
+        problems.append(Problem(f"{sidecars.files.sidecar(series).name} is unreadable: {failure}"))
     wanted = None if window is None else {p.key for p in partitions_in(series.timeframe, window)}
+    marks: dict[str, PartitionMark] = {}
     with explained(path, doing), opened(path) as file:
         if file is not None:
             fd, state = file
@@ -60,15 +62,17 @@ def verify_files(files: SeriesFiles, series: Series, window: Window | None) -> l
             for key, (_, start, end) in places.items():
                 if wanted is None or key in wanted:
                     problems += _list_bad_rows(fd, start, end, series, key)
-    for key, mark in sorted(recorded.partitions.items()):
-        if wanted is not None and key not in wanted:
-            continue
-        if key not in marks:
-            problems.append(Problem(f"{key}: the {mark.rows} rows last written are gone", key))
-        elif marks[key] != mark:
-            text = f"{key}: its {marks[key].rows} rows are not the {mark.rows} rows last written"
-            problems.append(Problem(text, key))
-    return problems
+    return problems + [
+        _describe_change(key, mark, marks.get(key))
+        for key, mark in sorted(recorded.partitions.items())
+        if (wanted is None or key in wanted) and marks.get(key) != mark
+    ]
+
+
+def _describe_change(key: str, recorded: PartitionMark, found: PartitionMark | None) -> Problem:
+    if found is None:
+        return Problem(f"{key}: the {recorded.rows} rows last written are gone", key)
+    return Problem(f"{key}: its {found.rows} rows are not the {recorded.rows} rows last written", key)
 
 
 def _list_bad_rows(fd: int, start: int, end: int, series: Series, key: str) -> list[Problem]:
@@ -79,7 +83,7 @@ def _list_bad_rows(fd: int, start: int, end: int, series: Series, key: str) -> l
 
 
 def _list_bad_lines(fd: int, size: int, series: Series) -> list[Problem]:
-    """For a file without order, in which partitions cannot be told."""
+    """For a file that is not sorted, in which partitions cannot be located."""
     header_end = read_range(fd, 0, 4096).find(b"\n") + 1 or size
     problems = []
     if read_range(fd, 0, header_end) != HEADER:

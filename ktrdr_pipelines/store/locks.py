@@ -1,73 +1,127 @@
-"""One load of a series at a time, from whatever process and Dagster home it comes.
+"""Two locks of a series: the series lock, one load at a time, and the write lock, one write at a time.
 
-Two loads side by side would lose nothing (each write holds the lock in `paths.py`), but they would ask IB for the same bars
-twice. Dagster's pool does not part them: on SQLite two processes can claim its one slot in the same instant, and another
-Dagster home has a pool of its own. Readers and `ktrdr adopt` need no turn.
+Two loads side by side would lose nothing (each write takes the write lock), but would request the same bars twice. Dagster's
+pool does not prevent that: on SQLite two processes can claim its one slot in the same instant, and another Dagster home has
+a pool of its own. Readers and `ktrdr adopt` need no series lock.
+
+Both are files beside the CSV, not the CSV itself: a rename would leave the lock on the old file. filelock keeps its time-outs
+and is free at once after kill -9 (docs/dependencies.md).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.store.paths import explained
+from ktrdr_pipelines.errors import StoreError
+from ktrdr_pipelines.store.atomic import explained
 
-_LOOK_AGAIN_S = 0.2
+_RETRY_S = 0.2
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_HOLDER = re.compile(r"process \d+, since [0-9: -]+ UTC")
 
 
 @contextmanager
-def taking_turn(
+def series_lock(
     data_dir: Path,
     series: Series,
     *,
-    on_wait: Callable[[Path], None] = lambda _: None,
+    on_wait: Callable[[str], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[None]:
-    """Be the one load of ``series`` inside the block, after waiting for as long as another one goes on.
+    """The block is the one load of ``series``, after waiting for as long as another one goes on.
 
-    ``on_wait`` is told once, with the lock's file, that there is another one. Its end frees the turn, however it ends. In a
-    folder that cannot be written there are no turns: a load there can do no more than find that nothing is missing.
+    ``on_wait`` is called once, with what this load waits for, such as ``another load of AAPL 1h (process 4711, since
+    2024-01-02 14:02 UTC)``. The end of the other load frees the lock, however it ends. In a folder that cannot be
+    written there is no lock: a load there can do no more than find that no bar is missing.
 
     Raises:
         StoreError: the disk refuses for another reason.
     """
     path = data_dir / f".{series.name}.load.lock"
-    # The block may be left in another thread than it was entered in: a generator's end is where it is collected.
+    # The block may be left in another thread than it was entered in: a generator ends where it is collected.
     lock: FileLock | None = FileLock(path, timeout=0, thread_local=False)
     with explained(path, f"preparing the files of {series}"):
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            _make_lock_file(path)
         except OSError as refusal:
             if refusal.errno not in _UNWRITABLE:
                 raise
             lock = None
-    if lock is not None:
-        _acquire(lock, lambda: on_wait(path), sleep)
+    if lock is None:
+        yield
+        return
+    _acquire(lock, lambda: on_wait(f"another load of {series} ({_read_holder(path)})"), sleep)
+    try:
+        _write_holder(path)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def write_lock(data_dir: Path, series: Series, timeout_s: float, doing: str) -> Iterator[None]:
+    """The block may write the files of ``series``; ``data_dir`` is made when it is not there.
+
+    Raises:
+        StoreError: another process keeps the lock for longer than ``timeout_s``, or the disk refuses.
+    """
+    path = data_dir / f".{series.name}.lock"
+    lock = FileLock(path, timeout=timeout_s)
+    with explained(path, doing):
+        _make_lock_file(path)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StoreError(
+                f"another process has been writing {series.name}.csv for {timeout_s:g} s",
+                doing=doing,
+                advice=f"Wait for it, or find it with `fuser {path}`; the lock is free as soon as it ends.",
+            ) from None
     try:
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        lock.release()
 
 
-def _acquire(lock: FileLock, tell: Callable[[], None], sleep: Callable[[float], None]) -> None:
-    has_told = False
+def _make_lock_file(path: Path) -> None:
+    """filelock takes a file that cannot be made for one that is contended, and would wait for its whole time-out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+
+
+def _acquire(lock: FileLock, report: Callable[[], None], sleep: Callable[[float], None]) -> None:
+    has_reported = False
     while True:
         try:
             lock.acquire()
         except Timeout:
-            if not has_told:
-                tell()
-            has_told = True
-            sleep(_LOOK_AGAIN_S)
+            if not has_reported:
+                report()
+            has_reported = True
+            sleep(_RETRY_S)
         else:
             return
+
+
+def _write_holder(path: Path) -> None:
+    """Name this process in its lock file: a help for users who wait. The content never decides who has the lock."""
+    with suppress(OSError):
+        path.write_text(f"process {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n", encoding="ascii")
+
+
+def _read_holder(path: Path) -> str:
+    """The process that has the lock and since when; where that is unknown, how to find it."""
+    with suppress(OSError, ValueError):
+        if found := _HOLDER.match(path.read_text(encoding="ascii")):
+            return found[0]
+    return f"`fuser {path}` shows its process"

@@ -1,4 +1,4 @@
-"""What the store answers: where a file begins and ends, and what a write did. No I/O."""
+"""Results of the store: the extent of a file, and what a write did. No I/O."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one write did. Counts are rows; ``rows_held_in_window`` is about the answered window, afterwards."""
+    """What one write did. Counts are rows; ``rows_held_in_window`` are those of the answered window after the write."""
 
     rows_added: int
     rows_revised: int
     rows_held_in_window: int
     path: Path
     revised_from: pd.DataFrame
-    """Held bars that came again with other values, as they were; ``revised_to`` as they are now."""
+    """Held bars that were replaced by other values, as they were; ``revised_to`` as they are now."""
     revised_to: pd.DataFrame
     partitions: tuple[str, ...]
     """Keys of the partitions the bars fall into."""
     prepared: Prepared
     sidecar: Sidecar
-    """What is known of the series since."""
+    """The sidecar after the write."""

@@ -1,8 +1,8 @@
-"""Corrections of calendars on disk: what IB's schedule said otherwise, one JSON file per calendar and hours.
+"""Corrections of calendars on disk, from IB's schedule: one JSON file per calendar and hours.
 
-They lie beside the bars, ``data/calendars/NYSE_regular.json``: a folder of simulated bars has a simulator's corrections. A file
-holds only the session dates that differ from the installed calendar, and can be deleted: then the installed one counts again.
-What differs is decided in `calendars/ib_schedule.py`.
+They are beside the bars, ``data/calendars/NYSE_regular.json``: a folder of simulated bars has a simulator's corrections. A file
+holds only the session dates that differ from the installed calendar. When it is deleted, the installed calendar counts again.
+The comparison is in `calendars/ib_schedule.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ktrdr_pipelines.calendars import CalendarKey, Session, use_corrections
 from ktrdr_pipelines.domain.instruments import Hours
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.store.atomic import Disk, replace_file, state_of
-from ktrdr_pipelines.store.paths import explained
+from ktrdr_pipelines.store.atomic import Disk, explained, replace_file, state_of
 from ktrdr_pipelines.store.sidecar import Instant, Source, Span
 from ktrdr_pipelines.store.store import Store
 
@@ -32,7 +31,7 @@ class _Model(BaseModel):
 
 
 class CorrectedSession(_Model):
-    """IB's word on one session date: when it trades (``segments``, none if not at all), and on what evidence."""
+    """One session date by IB's schedule: when it trades (``segments``, none if not at all), and the evidence."""
 
     date: date
     segments: tuple[Span, ...]
@@ -43,14 +42,14 @@ class CorrectedSession(_Model):
 
     @property
     def session(self) -> Session:
-        """As `calendars` has it."""
+        """As the package `calendars` uses it."""
         midnight = datetime(self.date.year, self.date.month, self.date.day, tzinfo=UTC)
         spans = tuple((span.window.start_s, span.window.end_s) for span in self.segments)
         return Session(int(midnight.timestamp()), spans, self.time_zone)
 
     @classmethod
     def of(cls, session: Session, *, symbol: str, asked_at: datetime, source: Source) -> CorrectedSession:
-        """From what IB answered about ``symbol``."""
+        """From IB's answer for ``symbol``."""
         spans = tuple(
             Span(start=datetime.fromtimestamp(start, UTC), end=datetime.fromtimestamp(end, UTC))
             for start, end in session.segments
@@ -76,9 +75,9 @@ _applied: object = None
 
 
 def refresh_calendars(data_dir: Path) -> object:
-    """From now on, in this process, calendars are as corrected in ``data_dir``; what is returned changes when the corrections do.
+    """Use the calendars of this process as corrected in ``data_dir``; the result changes when the corrections do.
 
-    Cheap when nothing has changed: every door calls it before it counts bars.
+    Cheap when nothing has changed: every entry point calls it before it counts bars.
 
     Raises:
         StoreError: a file of corrections cannot be read.
@@ -104,7 +103,7 @@ def open_store(data_dir: Path) -> Store:
 def save_corrections(
     data_dir: Path, key: CalendarKey, dates: Iterable[date], found: Sequence[CorrectedSession]
 ) -> Path:
-    """Replace what is kept about ``dates`` of one calendar by ``found``; the file. What is kept about other dates stays.
+    """Replace the corrections of ``dates`` of one calendar by ``found``; the file. Those of other dates stay.
 
     Raises:
         StoreError: the disk refuses, or the file there cannot be read.
@@ -153,7 +152,7 @@ def _read(path: Path) -> _CorrectionsFile:
         raise StoreError(
             f"{path} holds no corrections ({where}: {first['msg']})",
             doing=doing,
-            advice="Delete it: the installed calendar counts then, and `ktrdr calendar SYMBOL --apply` asks IB again.",
+            advice="Delete it: then the installed calendar counts. `ktrdr calendar SYMBOL --apply` requests IB's schedule again.",
         ) from None
 
 

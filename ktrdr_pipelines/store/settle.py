@@ -1,7 +1,7 @@
-"""Taking in what others did to a series' files: foreign CSVs, edited ones, lost or broken sidecars.
+"""Repair of a series' files after other programs: foreign CSVs, edited ones, lost or broken sidecars.
 
 `settle` is the first step of each write and of each load: afterwards the CSV is a normal one and the sidecar claims no more
-than it holds. How a foreign file is read is in `foreign.py`. Everything here runs under the lock of the series.
+than it holds. How a foreign file is read is in `foreign.py`. Everything here runs under the write lock of the series.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.store.atomic import FileState, SourceChanged, keep_copy, replace_file, state_of
+from ktrdr_pipelines.store.atomic import SourceChanged, keep_copy, replace_file, state_of
 from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
@@ -33,15 +33,10 @@ from ktrdr_pipelines.store.csv_format import (
 )
 from ktrdr_pipelines.store.foreign import read_foreign
 from ktrdr_pipelines.store.foreign_hours import Judge, is_outside, is_overlapping, why_outside
-from ktrdr_pipelines.store.paths import SeriesFiles, is_as_written, mark_of, opened
-from ktrdr_pipelines.store.sidecar import (
-    FileMark,
-    PartitionMark,
-    Sidecar,
-    UnreadableSidecar,
-    partition_windows,
-    withdraw_partitions,
-)
+from ktrdr_pipelines.store.paths import SeriesFiles, opened
+from ktrdr_pipelines.store.sidecar import FileMark, PartitionMark, Sidecar, UnreadableSidecar
+from ktrdr_pipelines.store.sidecar_cache import SidecarCache
+from ktrdr_pipelines.store.sidecar_claims import partition_windows, withdraw_all, withdraw_partitions
 from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 logger = logging.getLogger(__name__)
@@ -55,52 +50,52 @@ class Adopted:
 
     rows: int
     dropped: tuple[RowFault, ...]
-    """Bad rows with their lines, left out: the next load asks IB for those bars."""
+    """Bad rows with their lines, left out: the next load requests those bars."""
     notices: tuple[str, ...]
-    """What was put right without losing anything."""
+    """Corrections that lost nothing."""
     backup: Path | None
-    """The original; None when the file was normal already, or was read from elsewhere and left there."""
+    """The original; None when the file was normal already, or is another file and was left where it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What had to be put right before a series could be used. All fields are empty for files that nobody touched."""
+    """What had to be corrected before a series could be used. All fields are empty for files that nothing else touched."""
 
     adopted: Adopted | None = None
     corrupt_sidecar: Path | None = None
-    """Where the unreadable sidecar was kept; a new one was built from the CSV."""
+    """The copy of the unreadable sidecar; a new one was built from the CSV."""
     changed_partitions: tuple[str, ...] = ()
-    """Partitions whose rows are not those we wrote: what is missing there counts as never asked."""
+    """Partitions whose rows are not those of the last write: bars that are missing there are requested again."""
     notices: tuple[str, ...] = ()
-    """What was left as it is and is odd."""
+    """Oddities that were left as they are."""
     csv_gone: bool = False
-    """The sidecar knew of bars, but there is no CSV any more: everything counts as never asked."""
+    """The sidecar lists bars, but there is no CSV: all of them are missing."""
 
     def changed_windows(self, timeframe: Timeframe) -> tuple[Window, ...]:
-        """Where bars may be gone that were there before: the changed partitions, everything with the CSV."""
+        """Where bars may have gone: the changed partitions; all time when the CSV is gone, adopted, or its sidecar is new."""
         if self.csv_gone or self.adopted is not None or self.corrupt_sidecar is not None:
             return (Window(datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)),)
         return partition_windows(timeframe, self.changed_partitions)
 
     def describe(self) -> list[str]:
-        """What was put right in the files before the load, as sentences."""
-        said = []
+        """One sentence for each correction, for users."""
+        lines = []
         if (adopted := self.adopted) is not None:
             kept = f"; the original is {adopted.backup}" if adopted.backup else ""
-            said.append(f"adopted a file made elsewhere: {adopted.rows} rows, {len(adopted.dropped)} refused{kept}")
-            said += [str(fault) for fault in adopted.dropped[:5]] + list(adopted.notices)
+            lines.append(f"adopted a CSV of another program: {adopted.rows} rows, {len(adopted.dropped)} refused{kept}")
+            lines += [str(fault) for fault in adopted.dropped[:5]] + list(adopted.notices)
         if self.corrupt_sidecar is not None:
-            said.append(f"the sidecar was unreadable and was built anew; the old one is {self.corrupt_sidecar}")
+            lines.append(f"replaced an unreadable sidecar by a new one; the old one is {self.corrupt_sidecar}")
         if self.changed_partitions:
-            said.append(f"edited since the last load: {', '.join(self.changed_partitions)}")
-        said += self.notices
+            lines.append(f"the CSV was edited since the last load: {', '.join(self.changed_partitions)}")
+        lines += self.notices
         if self.csv_gone:
-            said.append("the CSV is gone; everything counts as never asked")
-        return said
+            lines.append("the CSV is gone: all of its bars are missing")
+        return lines
 
 
 def settle(
-    files: SeriesFiles,
+    sidecars: SidecarCache,
     series: Series,
     now: datetime,
     doing: str,
@@ -109,75 +104,66 @@ def settle(
     recheck: bool = False,
     made_elsewhere: bool = False,
 ) -> tuple[Sidecar, Prepared]:
-    """Make the files of ``series`` normal and true to each other; the sidecar, and what had to be done.
+    """Make the CSV of ``series`` a normal one and its sidecar true to it; the sidecar, and what had to be done.
 
-    Costs two looks at file states when nobody touched the files, unless ``recheck`` asks to read them all the same.
+    Costs two looks at file states when nothing else touched the files, unless ``recheck`` demands that they are read.
 
-    A CSV without a sidecar was made by something else, and the calendar is asked about its bars (`foreign_hours.py`). If it
-    is written just as ours are it may be ours and have lost its sidecar, which shall never cost a bar: then only bars that
-    would be held twice are taken out, unless a person said that it was ``made_elsewhere``.
+    A CSV without a sidecar was made by something else, and its bars are compared with the calendar (`foreign_hours.py`). If it
+    is formatted exactly as ours are, it may be ours and have lost its sidecar, which must never cost a bar: then only bars
+    that would be held twice are removed, unless the user declared that it was ``made_elsewhere``.
 
     Raises:
         DataError: the CSV is no bar file; it was left alone.
-        StoreError: the sidecar is a newer program's.
+        StoreError: a newer program wrote the sidecar.
         OSError: the disk refuses.
     """
-    corrupt: Path | None = None
-    try:
-        sidecar = files.load_sidecar(series, doing)
-    except UnreadableSidecar as failure:
-        path = files.sidecar(series)
-        corrupt = keep_copy(files.disk, path, f"corrupt-{_stamp(now)}")
-        logger.warning(
-            "%s is unreadable (%s): kept as %s, a new one is built from the CSV", path, failure, corrupt.name
-        )
-        sidecar = Sidecar()
+    files = sidecars.files
+    sidecar, corrupt = _load_or_replace(sidecars, series, now, doing)
     state = state_of(files.csv(series))
-    if corrupt is None and not recheck and is_as_written(sidecar, state):
+    if corrupt is None and not recheck and sidecar.is_written_for(state):
         return sidecar, Prepared()
     if state is None or not state.size:
-        gone = bool(sidecar.partitions)
-        if gone:
-            logger.warning("%s is gone: all of it counts as never asked", files.csv(series))
-            update: dict[str, object] = {"answered": (), "proven_empty": (), "partitions": {}, "file": None}
-            update |= {"history_start": None, "sparse": False}
-            sidecar = sidecar.model_copy(update=update)
-        files.save_sidecar(series, sidecar)
-        return sidecar, Prepared(corrupt_sidecar=corrupt, csv_gone=gone)
-
-    adopted = None
-    notices: tuple[str, ...] = ()
+        is_gone = bool(sidecar.partitions)
+        if is_gone:
+            logger.warning("%s is gone: all of its bars are missing", files.csv(series))
+            sidecar = withdraw_all(sidecar)
+        sidecars.save(series, sidecar)
+        return sidecar, Prepared(corrupt_sidecar=corrupt, csv_gone=is_gone)
     is_first_use = corrupt is None and sidecar.file is None and not sidecar.partitions
-    outside = is_outside(series) if is_first_use else None
-    marks = _check_csv(files, series, sidecar.partitions, now)
-    if marks is not None and is_first_use:
-        strays, doubled = _find_strays(files, series)
-        if doubled or (strays and made_elsewhere):
-            marks = None
-            outside = outside if made_elsewhere else is_overlapping(series)
-        elif strays:
-            notices = (
-                f"{len(strays):,} bars are {why_outside(series)}, the first {render_stamps(np.array(strays[:1]))[0]}: kept, "
-                "since IB may have sent them",
-            )
-    if marks is None:
-        adopted = adopt_in_place(
-            files, series, now, assume_utc=assume_utc, was_ours=bool(sidecar.partitions), outside=outside
-        )
-        marks = _check_csv(files, series, sidecar.partitions, now)
-        if marks is None:
+    checked, strays = _check_csv(files, series, sidecar.partitions, now), _Strays()
+    if is_first_use and checked is not None:
+        strays = _find_strays(files, series, made_elsewhere=made_elsewhere)
+    adopted = None
+    if checked is None or strays.refuse is not None:
+        # A CSV that is not even formatted as ours is foreign as well.
+        refuse = strays.refuse or (is_outside(series) if is_first_use else None)
+        was_ours = bool(sidecar.partitions)
+        adopted = adopt_in_place(files, series, now, assume_utc=assume_utc, was_ours=was_ours, outside=refuse)
+        checked = _check_csv(files, series, sidecar.partitions, now)
+        if checked is None:
             raise changing_all_the_time(files.csv(series), doing)
-    found, state_checked = marks
+    found, mark = checked
     sidecar, changed = withdraw_partitions(sidecar, series.timeframe, found)
     if changed:
         logger.warning(
-            "%s is not as it was last recorded in %d partitions (first %s): edited, or a write was interrupted; "
-            "what is missing there will be asked again",
+            "%s differs from the last write in %d partitions (first %s): edited, or a write was interrupted; "
+            "bars that are missing there will be requested again",
             files.csv(series), len(changed), changed[0],
         )  # fmt: skip
-    sidecar = sidecar.model_copy(update={"file": state_checked, "series": str(series), "updated_at": require_utc(now)})
-    files.save_sidecar(series, sidecar)
-    return sidecar, Prepared(adopted, corrupt, changed, notices)
+    sidecar = sidecar.model_copy(update={"file": mark, "series": str(series), "updated_at": require_utc(now)})
+    sidecars.save(series, sidecar)
+    return sidecar, Prepared(adopted, corrupt, changed, strays.notices)
+
+
+def _load_or_replace(sidecars: SidecarCache, series: Series, now: datetime, doing: str) -> tuple[Sidecar, Path | None]:
+    """The sidecar on disk. In place of an unreadable one an empty one, and where the unreadable one is kept."""
+    try:
+        return sidecars.load(series, doing), None
+    except UnreadableSidecar as failure:
+        path = sidecars.files.sidecar(series)
+        copy = keep_copy(sidecars.files.disk, path, f"corrupt-{_stamp(now)}")
+        logger.warning("%s is unreadable (%s): kept as %s, a new one is built from the CSV", path, failure, copy.name)
+        return Sidecar(), copy
 
 
 def adopt_in_place(
@@ -192,6 +178,7 @@ def adopt_in_place(
     """Turn the CSV of ``series``, whatever its layout, into a normal one; the original is kept beside it.
 
     ``was_ours``: we wrote it, and our files end with a newline: a last line without one was cut off, perhaps inside a number.
+    ``outside``: the opens whose bars are refused.
 
     Raises:
         DataError: no bar file, or stamps without a zone; it was left alone.
@@ -219,26 +206,42 @@ def adopt_in_place(
         raise changing_all_the_time(files.csv(series), doing)
     backup = keep_copy(files.disk, path, f"bak-{_stamp(now)}")
     try:
-        replace_file(files.disk, path, render_file(rows.bars), still_valid=lambda: _same(path, before))
+        replace_file(files.disk, path, render_file(rows.bars), still_valid=lambda: state_of(path) == before)
     except SourceChanged:
         raise changing_all_the_time(files.csv(series), doing) from None
     for fault in rows.dropped[:20]:
         logger.warning("%s: dropped %s", path.name, fault)
     notices = "; ".join(rows.notices) or "nothing else"
     logger.warning(
-        "%s was not a normal file: %d bars adopted, %d rows dropped, %s; the original is %s",
+        "%s is not as this program writes it: %d bars adopted, %d rows dropped, %s; the original is %s",
         path.name, len(rows.bars), len(rows.dropped), notices, backup.name,
     )  # fmt: skip
     return Adopted(len(rows.bars), rows.dropped, rows.notices, backup)
 
 
-def _find_strays(files: SeriesFiles, series: Series) -> tuple[list[int], int]:
-    """The opens of a normal CSV that the calendar has no room for, and how many of them would be held twice after a load."""
+@dataclass(frozen=True, slots=True)
+class _Strays:
+    """Bars of a CSV that the calendar has no room for: which opens to ``refuse`` (None: none), or a notice about those kept."""
+
+    refuse: Judge | None = None
+    notices: tuple[str, ...] = ()
+
+
+def _find_strays(files: SeriesFiles, series: Series, *, made_elsewhere: bool) -> _Strays:
+    """What to do with the bars of a normal CSV without a sidecar that the calendar has no room for."""
     with opened(files.csv(series)) as file:
         chunks = [opens_s for opens_s, _ in scan_opens(file[0], len(HEADER), file[1].size)] if file else []
     opens_s = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
     strays = opens_s[is_outside(series)(opens_s)]
-    return strays.tolist(), int(is_overlapping(series)(strays).sum())
+    if not len(strays):
+        return _Strays()
+    if made_elsewhere:
+        return _Strays(refuse=is_outside(series))
+    if is_overlapping(series)(strays).any():
+        return _Strays(refuse=is_overlapping(series))
+    first = render_stamps(strays[:1])[0]
+    kept = f"kept {len(strays):,} bars {why_outside(series)} (first {first}): IB may have sent them"
+    return _Strays(notices=(kept,))
 
 
 def _check_csv(
@@ -246,7 +249,7 @@ def _check_csv(
 ) -> tuple[dict[str, PartitionMark], FileMark | None] | None:
     """The partitions of the CSV and its mark; None when a line of it is not as we write them, or opens in the future.
 
-    All stamps are read. Values are parsed only in partitions that are not as ``recorded``.
+    Reads all stamps. Parses values only in partitions that are not as ``recorded``.
     """
     with opened(files.csv(series)) as file:
         if file is None:
@@ -265,11 +268,11 @@ def _check_csv(
         for start, end in _join_ranges(doubtful):
             if parse_rows(read_range(fd, start, end), rules)[1]:
                 return None
-        return marks, mark_of(state)
+        return marks, FileMark.of(state)
 
 
 def _join_ranges(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring ranges as one, up to a few megabytes."""
+    """``ranges`` with neighbours joined, up to a few megabytes."""
     start = end = -1
     for low, high in ranges:
         if low == end and high - start <= _CHECK_BYTES:
@@ -282,10 +285,6 @@ def _join_ranges(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]
         yield start, end
 
 
-def _same(path: Path, state: FileState | None) -> bool:
-    return state_of(path) == state
-
-
 def _stamp(now: datetime) -> str:
     return require_utc(now).strftime("%Y%m%dT%H%M%SZ")
 
@@ -295,5 +294,5 @@ def changing_all_the_time(path: Path, doing: str) -> StoreError:
     return StoreError(
         f"{path} is being changed by another program",
         doing=doing,
-        advice="Close it there (an editor, a copy under way) and run it again.",
+        advice="Close that program (an editor, a copy in progress) and run it again.",
     )

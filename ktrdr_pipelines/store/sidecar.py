@@ -1,32 +1,27 @@
-"""What is known about a CSV beside its bars: the sidecar's model, its JSON, and how knowledge is added or withdrawn.
+"""The sidecar of a CSV: its model and its JSON.
 
-Pinned instrument, source, start of history, answered windows, proven-empty ranges, and per partition rows and checksum.
-Pure: `store.py` reads and writes the file. Losing a sidecar costs requests, never bars; so whatever is in doubt is
-withdrawn. See docs/design.md, 4.
+Pinned instrument, source, start of history, answered windows, absent bars with evidence, rows and checksum of each partition.
+Pure: `sidecar_cache.py` reads and writes the file. How claims change is in `sidecar_claims.py`, what is pinned in
+`identity.py`. Losing a sidecar costs requests, never bars. See docs/design.md, 4.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
 
-from ktrdr_pipelines.domain.instruments import Instrument, Series
-from ktrdr_pipelines.domain.partitions import partition_from_key
+from ktrdr_pipelines.domain.instruments import Instrument
 from ktrdr_pipelines.domain.time import Window, format_instant, require_utc
-from ktrdr_pipelines.domain.timeframes import Timeframe
-from ktrdr_pipelines.errors import InputError, StoreError
+from ktrdr_pipelines.errors import StoreError
+from ktrdr_pipelines.store.atomic import FileState
 
 VERSION = 1
-"""The format this program writes. A higher number in a file means a newer program: hands off."""
-
-_KEPT_EVIDENCE = 5
+"""The format that this program writes. A higher number in a file means a newer program: it is left alone."""
 
 Instant = Annotated[datetime, AfterValidator(require_utc), PlainSerializer(format_instant)]
 Source = Literal["simulator", "paper", "live"]
@@ -38,7 +33,7 @@ class _Model(BaseModel):
 
 
 class Pinned(_Model):
-    """The instrument as it was when bars were first written; ``con_id`` is 0 until known."""
+    """The instrument at the first write of bars; ``con_id`` is 0 until known."""
 
     con_id: int = 0
     symbol: str
@@ -52,7 +47,7 @@ class Pinned(_Model):
     hours: str
     volume_unit: VolumeUnit = "unknown"
     last_trade_date: str = ""
-    """Of a future, as IB said last: ``20241220``."""
+    """Of a future, as IB last reported it: ``20241220``."""
 
     @classmethod
     def of(cls, instrument: Instrument, volume_unit: VolumeUnit = "unknown") -> Pinned:
@@ -73,8 +68,8 @@ class Pinned(_Model):
 
     @property
     def after_expiry(self) -> Window | None:
-        """When a future trades no more, if IB said when: from the month after its last trade date on, so that the bar of that
-        month is expected, and a week at least, because closed exchanges move the date."""
+        """When a future no longer trades, if its last trade date is known: from the month after that date on, so that the bar
+        of that month is expected, and a week later at least, because closed exchanges move the date."""
         try:
             last = datetime.strptime(self.last_trade_date, "%Y%m%d").replace(tzinfo=UTC)
         except ValueError:
@@ -84,7 +79,7 @@ class Pinned(_Model):
 
 
 class HistoryStart(_Model):
-    """The first bar IB has, and how that is known ("head timestamp", "proven by an empty year before")."""
+    """The first bar that IB has, and how that is known (``head timestamp``, or an answer without bars before it)."""
 
     open: Instant
     known_by: str
@@ -102,7 +97,7 @@ class Span(_Model):
 
 
 class Evidence(_Model):
-    """One request by which IB showed that there is nothing: when it was asked, for what, and what came back."""
+    """One request whose answer had no bar: when it was made, for what, and what came back."""
 
     asked_at: Instant
     duration: str
@@ -112,7 +107,7 @@ class Evidence(_Model):
 
 
 class ProvenEmpty(Span):
-    """A range with ``opens`` expected opens, all of them proven to have no bar."""
+    """A range of ``opens`` expected bars, all of them absent at IB."""
 
     opens: int
     evidence: tuple[Evidence, ...] = ()
@@ -126,14 +121,20 @@ class PartitionMark(_Model):
 
 
 class FileMark(_Model):
-    """Size and time of change of the CSV as last written by us: anything else means that somebody edited it."""
+    """Size and time of change of the CSV at our last write: anything else is an edit. Without the inode, so that a copied
+    directory still fits."""
 
     size: int
     mtime_ns: int
 
+    @classmethod
+    def of(cls, state: FileState | None) -> FileMark | None:
+        """The mark of a CSV in ``state``; None for no file and for an empty one."""
+        return cls(size=state.size, mtime_ns=state.mtime_ns) if state and state.size else None
+
 
 class Sidecar(_Model):
-    """Everything the sidecar holds; the defaults are those of a missing one."""
+    """The content of a sidecar; the defaults are those of a missing one."""
 
     version: Literal[1] = 1
     series: str = ""
@@ -142,14 +143,14 @@ class Sidecar(_Model):
     source: Source | None = None
     history_start: HistoryStart | None = None
     sparse: bool = False
-    """IB leaves out bars without trades: only unusual holes of this series are worth a second request."""
+    """IB leaves out bars without trades: only an unusual gap of this series is worth a probe."""
     answered: tuple[Span, ...] = ()
     """Disjoint, sorted windows in which IB gave a verified answer, with or without bars."""
     proven_empty: tuple[ProvenEmpty, ...] = ()
     unfinished_from: Instant | None = None
-    """The first bar that a load which continued the file owes. Newer bars may be held: tail begins here."""
+    """The first bar that is still missing after a load of newer bars. Newer ones may be held: tail begins here."""
     unfinished_until: Instant | None = None
-    """The end of the last bar that a load of older bars owes. Older bars may be held: backfill ends here."""
+    """The end of the last bar that is still missing after a load of older bars. Older ones may be held: backfill ends here."""
     file: FileMark | None = None
     partitions: dict[str, PartitionMark] = {}
 
@@ -159,29 +160,33 @@ class Sidecar(_Model):
 
     @property
     def empty_windows(self) -> tuple[Window, ...]:
-        """Where bars that are not held are known not to exist: the proven ranges, and of a sparse series all that IB answered
-        (what a verified answer lacks is known without a range of its own), and what lies after the expiry of a future. In no
-        order; they may overlap.
+        """Where expected bars that are not held are absent: the ranges with evidence, all answered windows of a sparse series
+        (what a verified answer leaves out needs no range of its own), and the time after the expiry of a future. In no order;
+        they may overlap.
 
-        An edited partition loses its answered windows (`store/settle.py`), so deleted rows are still missed.
+        An edited partition loses its answered windows (`settle.py`), so deleted rows are missing again.
         """
-        proven = tuple(item.window for item in self.proven_empty)
+        absent = tuple(item.window for item in self.proven_empty)
         if self.sparse:
-            proven += self.answered_windows
+            absent += self.answered_windows
         after = self.instrument.after_expiry if self.instrument else None
-        return proven if after is None else (*proven, after)
+        return absent if after is None else (*absent, after)
 
     @property
     def rows(self) -> int:
         """Rows of the whole CSV."""
         return sum(mark.rows for mark in self.partitions.values())
 
+    def is_written_for(self, state: FileState | None) -> bool:
+        """True if the CSV in ``state`` is the one that this sidecar was last written for."""
+        return self.file == FileMark.of(state)
+
 
 # ---------------------------------------------------------------------------------------------------- JSON
 
 
 class UnreadableSidecar(Exception):
-    """The text is no sidecar. The store decides whether that is an error or the moment to build it anew."""
+    """The text is no sidecar. A reader reports that; a write builds a new one."""
 
 
 def parse_sidecar(text: str, name: str) -> Sidecar:
@@ -192,7 +197,7 @@ def parse_sidecar(text: str, name: str) -> Sidecar:
         StoreError: written by a newer version of this program; it is left alone.
     """
     try:
-        return Sidecar.model_validate_json(text)  # three times as fast as the way below, which says what is wrong
+        return Sidecar.model_validate_json(text)  # three times as fast as the steps below, which find what is wrong
     except ValidationError:
         pass
     try:
@@ -204,8 +209,8 @@ def parse_sidecar(text: str, name: str) -> Sidecar:
     version = data.get("version")
     if isinstance(version, int) and version > VERSION:
         raise StoreError(
-            f"{name} was written by a newer version of ktrdr (its format is {version}, this program knows {VERSION})",
-            advice="Update ktrdr, or move that file away: its bars stay, what was known about gaps is asked again.",
+            f"{name} was written by a newer version of ktrdr (its format is {version}, this program reads {VERSION})",
+            advice="Update ktrdr, or move that file away: the bars stay, and absent bars are requested again.",
         )
     try:
         return Sidecar.model_validate(data)
@@ -216,7 +221,7 @@ def parse_sidecar(text: str, name: str) -> Sidecar:
 
 
 def render_sidecar(sidecar: Sidecar) -> bytes:
-    """JSON for people: sorted keys, one line for each window, range and partition."""
+    """JSON that can be read by eye: sorted keys, one line for each window, range and partition."""
     data = sidecar.model_dump(mode="json", exclude={"partitions"})
     values = {key: _render_value(value) for key, value in data.items()}
     values["partitions"] = _render_marks(sidecar.partitions)
@@ -225,16 +230,16 @@ def render_sidecar(sidecar: Sidecar) -> bytes:
 
 
 TAIL_BYTES = 1024
-"""In the last of a sidecar's bytes stands what is unfinished: keys are sorted, and what grows comes before."""
+"""The last bytes of a sidecar include ``unfinished_from``: keys are sorted, and what grows comes before."""
 
 _UNFINISHED_FROM = re.compile(rb'^  "unfinished_from": (?:null|"([^"]+)"),$', re.MULTILINE)
 
 
 def peek_unfinished_from(tail: bytes) -> datetime | None:
-    """`Sidecar.unfinished_from` by the last `TAIL_BYTES` of a sidecar, without reading megabytes of windows.
+    """`Sidecar.unfinished_from` from the last `TAIL_BYTES` of a sidecar, without reading megabytes of windows.
 
     Raises:
-        ValueError: it does not stand there, as in a file that somebody wrote otherwise: parse the whole.
+        ValueError: it is not there, as in a file formatted by something else: parse the whole.
     """
     found = _UNFINISHED_FROM.search(tail)
     if found is None:
@@ -246,7 +251,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 def _render_marks(marks: Mapping[str, PartitionMark]) -> str:
-    """By hand: twenty years of minutes have five thousand of them, written twice a request."""
+    """By hand: twenty years of minutes have five thousand of them, written with each request."""
     lines = [
         f'    {json.dumps(key)}: {{"crc32": {json.dumps(mark.crc32)}, "rows": {mark.rows}}}'
         for key, mark in sorted(marks.items())
@@ -261,152 +266,3 @@ def _render_value(value: Any) -> str:
     if isinstance(value, list) and value:
         return "[\n" + ",\n".join(f"    {_ENCODER.encode(item)}" for item in value) + "\n  ]"
     return json.dumps(value)
-
-
-# ---------------------------------------------------------------------------------------------------- identity
-
-
-def pin(sidecar: Sidecar, series: Series, source: Source, volume_unit: VolumeUnit | None) -> Sidecar:
-    """``sidecar`` with ``series`` and ``source`` pinned: the first write decides, later ones fill in what was unknown.
-
-    Raises:
-        StoreError: another conId, kind, currency, expiry, hours or what-to-show than the file holds, or a simulator's bars
-            beside real ones. The message says what the file holds and what was offered.
-    """
-    offered = Pinned.of(series.instrument, volume_unit or "unknown")
-    held = sidecar.instrument
-    if held is not None:
-        differing = [
-            f"{label} {getattr(held, name)} (offered: {getattr(offered, name)})"
-            for name, label in _IDENTITY.items()
-            if getattr(held, name) != getattr(offered, name)
-            and not (name in ("con_id", "expiry") and not (getattr(held, name) and getattr(offered, name)))
-        ]
-        if differing:
-            raise StoreError(
-                f"the file holds {', '.join(differing)}",
-                doing=f"writing bars of {series}",
-                advice=f"A file never mixes these: move {series.name}.csv and {series.name}.meta.json away, or give the "
-                "other one its own symbol in the universe file.",
-            )
-        unit = offered.volume_unit if offered.volume_unit != "unknown" else held.volume_unit
-        offered = held.model_copy(
-            update={
-                "con_id": held.con_id or offered.con_id,
-                "expiry": held.expiry or offered.expiry,
-                "volume_unit": unit,
-                "last_trade_date": offered.last_trade_date or held.last_trade_date,
-            }
-        )
-    if sidecar.source is not None and (sidecar.source == "simulator") != (source == "simulator"):
-        kinds = {"simulator": "simulated bars"}
-        raise StoreError(
-            f"the file holds {kinds.get(sidecar.source, 'real bars')} (source: {sidecar.source}), and "
-            f"{kinds.get(source, 'real bars')} were offered (source: {source})",
-            doing=f"writing bars of {series}",
-            advice="Simulated and real bars never share a file: set KTRDR_DATA_DIR to another directory for one of them.",
-        )
-    return sidecar.model_copy(update={"series": str(series), "instrument": offered, "source": sidecar.source or source})
-
-
-_IDENTITY = {
-    "symbol": "symbol",
-    "con_id": "conId",
-    "sec_type": "kind",
-    "currency": "currency",
-    "expiry": "expiry",
-    "what_to_show": "what to show",
-    "hours": "hours",
-}
-
-
-# ---------------------------------------------------------------------------------------------------- knowledge
-
-
-def add_answered(spans: Sequence[Span], window: Window, until: datetime) -> tuple[Span, ...]:
-    """``spans`` with ``window``, cut at ``until`` and to whole seconds inwards, merged into disjoint sorted windows."""
-    start = datetime.fromtimestamp(math.ceil(window.start.timestamp()), UTC)
-    end = datetime.fromtimestamp(math.floor(min(window.end, until).timestamp()), UTC)
-    if start >= end:
-        return tuple(spans)
-    merged: list[Span] = []
-    for span in sorted([*spans, Span(start=start, end=end)], key=lambda s: (s.start, s.end)):
-        if merged and span.start <= merged[-1].end:
-            merged[-1] = Span(start=merged[-1].start, end=max(merged[-1].end, span.end))
-        else:
-            merged.append(span)
-    return tuple(merged)
-
-
-def subtract_windows(spans: Sequence[Span], windows: Iterable[Window]) -> tuple[Span, ...]:
-    """``spans`` without any instant of ``windows``."""
-    cuts = sorted(windows)
-    kept: list[Span] = []
-    for span in spans:
-        start = span.start
-        for cut in cuts:
-            if cut.end <= start or cut.start >= span.end:
-                continue
-            if start < cut.start:
-                kept.append(Span(start=start, end=cut.start))
-            start = max(start, cut.end)
-        if start < span.end:
-            kept.append(Span(start=start, end=span.end))
-    return tuple(kept)
-
-
-def add_proven_empty(ranges: Sequence[ProvenEmpty], new: Iterable[ProvenEmpty]) -> tuple[ProvenEmpty, ...]:
-    """``ranges`` with ``new`` ones, sorted by start: a range that a new one covers is replaced, its evidence kept with the new; a
-    new one that an old one covers adds nothing. ``ranges`` are sorted and none covers another, as this function leaves them."""
-    kept = list(ranges)
-    starts = [r.start for r in kept]
-    for fresh in new:
-        # Ranges that cover no other are sorted by end as well, so those in question stand side by side.
-        lo = bisect_left(starts, fresh.start)
-        if lo and kept[lo - 1].window.covers(fresh.window):
-            continue
-        hi = lo
-        while hi < len(kept) and fresh.window.covers(kept[hi].window):
-            hi += 1
-        if hi == lo and lo < len(kept) and kept[lo].window.covers(fresh.window):
-            continue
-        evidence = list(dict.fromkeys(e for r in (*kept[lo:hi], fresh) for e in r.evidence))[-_KEPT_EVIDENCE:]
-        kept[lo:hi] = [fresh.model_copy(update={"evidence": tuple(evidence)})]
-        starts[lo:hi] = [fresh.start]
-    return tuple(kept)
-
-
-def drop_disproved(ranges: Sequence[ProvenEmpty], opens_s: Sequence[int]) -> tuple[ProvenEmpty, ...]:
-    """``ranges`` without those in which bars have turned up (``opens_s`` sorted)."""
-    kept = []
-    position = 0
-    for item in sorted(ranges, key=lambda r: r.start):
-        while position < len(opens_s) and opens_s[position] < item.window.start_s:
-            position += 1
-        if position == len(opens_s) or opens_s[position] >= item.window.end_s:
-            kept.append(item)
-    return tuple(kept)
-
-
-def partition_windows(timeframe: Timeframe, keys: Iterable[str]) -> tuple[Window, ...]:
-    """The windows of the partitions called ``keys``; a key that somebody typed has none."""
-    windows = []
-    for key in keys:
-        try:
-            windows.append(partition_from_key(timeframe, key).window)
-        except InputError:
-            continue
-    return tuple(windows)
-
-
-def withdraw_partitions(
-    sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark]
-) -> tuple[Sidecar, tuple[str, ...]]:
-    """``sidecar`` corrected to the partitions ``found`` in the CSV, and the keys of those that had been changed.
-
-    Where a recorded partition is gone or has other bytes, rows may have been lost: its answered windows are withdrawn, so
-    that its missing opens are asked for again. Partitions that were not recorded take nothing away.
-    """
-    changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
-    answered = subtract_windows(sidecar.answered, partition_windows(timeframe, changed))
-    return sidecar.model_copy(update={"answered": answered, "partitions": dict(found)}), changed

@@ -1,8 +1,8 @@
-"""Looking at a series as the next load would find it, without touching its files.
+"""A series as the next load would find it, without a change to its files.
 
-Reading through `Store` adopts a foreign file and corrects a sidecar that does not fit, which is right for a load and wrong
-for a question. Here such files are copied to a scratch folder first and settled there; files that nobody touched are read
-where they are, which costs two looks at their state. What settling means is in `settle.py`.
+Reading through `Store` adopts a foreign file, which is right for a load and wrong for a question. Here such files are copied
+to a scratch folder and settled there (`settle.py`). Files that nothing else touched are read where they are, which costs two
+looks at their state.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from datetime import datetime
 from pathlib import Path
 
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.store import settle as intake
-from ktrdr_pipelines.store.paths import explained
+from ktrdr_pipelines.store import settle
+from ktrdr_pipelines.store.atomic import explained
 from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.store import Store
 
 
 @contextmanager
 def peek(store: Store, series: Series, *, now: datetime) -> Iterator[tuple[Store, Prepared]]:
-    """A store in which the files of ``series`` are settled, and what the next load will have to put right in the real one.
+    """A store in which the files of ``series`` are settled, and what the next load will have to correct in the real one.
 
-    Read from the store inside the block only, and nothing but ``series``. In what is yielded, no copies are named: none
-    were made.
+    Read from the store inside the block only, and nothing but ``series``. What is yielded names no backup, since none was made.
 
     Raises:
         DataError: the CSV is no bar file.
@@ -45,7 +44,7 @@ def peek(store: Store, series: Series, *, now: datetime) -> Iterator[tuple[Store
             (store.csv_path(series), scratch.csv_path(series)),
             (store.sidecar_path(series), scratch.sidecar_path(series)),
         ):
-            # Another process may take a file away in between; the time of change travels with the copy.
+            # Another process may remove a file in between. copy2 keeps the time of change.
             with explained(source, doing), suppress(FileNotFoundError):
                 shutil.copy2(source, target)
         with _without_log():
@@ -57,9 +56,9 @@ def peek(store: Store, series: Series, *, now: datetime) -> Iterator[tuple[Store
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Settling writes what it did to the log; what it did to a scratch copy is nobody's business."""
+    """Suppress the log of `settle.py` in this thread: users need not hear of a scratch copy."""
     here = threading.get_ident()
-    log = logging.getLogger(intake.__name__)
+    log = logging.getLogger(settle.__name__)
 
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != here

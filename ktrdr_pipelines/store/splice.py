@@ -1,14 +1,15 @@
-"""Putting new rows into the middle of a large sorted CSV, and marking its partitions.
+"""New rows in the middle of a large sorted CSV, and the marks of its partitions.
 
-Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `atomic.Disk`; who
-may write, and what is remembered about it, is in `store.py`. Why not pandas or polars: reading, merging and writing a
-file of two million rows takes them 1 to 12 s and 0.6 to 1 GB (`docs/dependencies.md`; `benchmarks/bench_splice.py` measures it).
+Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `atomic.Disk`;
+who may write is in `locks.py`. Why not pandas or polars: reading, merging and writing a file of two million rows takes them 1
+to 12 s and 0.6 to 1 GB (docs/dependencies.md; `benchmarks/bench_splice.py` measures it).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,13 +38,13 @@ from ktrdr_pipelines.store.sidecar import PartitionMark
 
 
 class LeavesOldBars(Exception):
-    """The new bars were to replace all that is held, and lack some of it; nothing was written."""
+    """The new bars were to replace all held ones, and some held bar is not among them; nothing was written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What has to be seen of the held bars before anything is written: those that open from ``first_s`` to ``last_s``, both
-    included (epoch seconds), are given to ``check``, which raises when the new bars do not go with them."""
+    """A check of held bars before a write: ``check`` gets those that open from ``first_s`` to ``last_s``, both included (epoch
+    seconds), and raises when the new bars must not be mixed with them."""
 
     first_s: int
     last_s: int
@@ -77,66 +78,86 @@ def splice_bars(
     """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
 
     The file is replaced only when a byte of it changes. ``held_in_window`` counts the rows of ``window`` afterwards.
-    ``is_settled`` is true for the state of the file that was looked at: on any other nothing is built, else an edit of that
-    moment would pass for our own work. ``compare`` is checked before anything is built. ``whole``: no held bar may stay.
+    ``is_settled`` is true for the state in which the file was settled: in any other nothing is built, else an edit of that
+    moment would pass for our own write. ``compare`` is checked before anything is built. ``whole``: no held bar may stay.
 
     Raises:
-        MalformedFile: a row that was looked at is none of ours.
+        MalformedFile: a row that was read is not as we write it.
         SourceChanged: another program changed the file meanwhile; nothing was written.
-        LeavesOldBars: ``whole``, and ``bars`` lack a held one; nothing was written.
+        LeavesOldBars: ``whole``, and a held bar is not in ``bars``; nothing was written.
         OSError: the disk refuses; nothing was written.
         KtrdrError: what ``compare`` raises; nothing was written.
     """
     opens_s = opens_of(bars)
     first_s, last_s = int(opens_s[0]), int(opens_s[-1])
-    try:
-        source: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        source = None
-    try:
-        before = None if source is None else FileState.of(os.fstat(source))
-        if not is_settled(before):
-            raise SourceChanged
-        size = before.size if before else 0
+    with _open_settled(path, is_settled) as (source, before):
         low, high, held = 0, 0, bars.iloc[:0]
-        if source is not None and size:
+        size = before.size if before else 0
+        if source is not None:
             low, high = find_row(source, size, first_s), find_row(source, size, last_s + 1)
             around = _read_around(source, size, low, high, rules, compare)
             held_s = opens_of(around)
             held = around[(held_s >= first_s) & (held_s <= last_s)].reset_index(drop=True)
         merged = merge_bars(held, bars, held_wins=held_wins)
-        if whole and size and (low > len(HEADER) or high < size or len(merged.bars) > len(bars)):
+        if whole and source is not None and (low > len(HEADER) or high < size or len(merged.bars) > len(bars)):
             raise LeavesOldBars
-        counted: list[int] = []
-        marks: dict[str, PartitionMark] = {}
-
-        def examine(fd: int) -> None:
-            new_size = os.fstat(fd).st_size
-            start = find_row(fd, new_size, partition_at(timeframe, _instant(first_s)).window.start_s)
-            end = find_row(fd, new_size, partition_at(timeframe, _instant(last_s)).window.end_s)
-            marks.update(mark_partitions(fd, timeframe, start, end))
-            if window is not None:
-                counted.append(count_rows(fd, new_size, window))
-
-        if source is not None and size and not merged.added and (held_wins or merged.revised_to.empty):
-            examine(source)
-            return Spliced(merged, before, marks, sum(counted))
+        if source is not None and not merged.added and (held_wins or merged.revised_to.empty):
+            return Spliced(merged, before, *_examine(source, timeframe, first_s, last_s, window))
         rows = render_rows(merged.bars)
-        if source is None or not size:
+        if source is None:
             parts: list[bytes | FileRange] = [HEADER, rows]
         else:
             parts = [FileRange(source, 0, low), rows, FileRange(source, high, size)]
-        state = replace_file(disk, path, parts, still_valid=lambda: state_of(path) == before, examine=examine)
-        return Spliced(merged, state, marks, sum(counted))
+        found: list[tuple[dict[str, PartitionMark], int]] = []
+        state = replace_file(
+            disk,
+            path,
+            parts,
+            still_valid=lambda: state_of(path) == before,
+            examine=lambda fd: found.append(_examine(fd, timeframe, first_s, last_s, window)),
+        )
+        return Spliced(merged, state, *found[0])
+
+
+@contextmanager
+def _open_settled(
+    path: Path, is_settled: Callable[[FileState | None], bool]
+) -> Iterator[tuple[int | None, FileState | None]]:
+    """A descriptor of the CSV (None when there is no file or an empty one) and its state (None without a file).
+
+    Raises:
+        SourceChanged: the file is not in the state in which it was settled.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if not is_settled(None):
+            raise SourceChanged from None
+        yield None, None
+        return
+    try:
+        state = FileState.of(os.fstat(fd))
+        if not is_settled(state):
+            raise SourceChanged
+        yield (fd if state.size else None), state
     finally:
-        if source is not None:
-            os.close(source)
+        os.close(fd)
+
+
+def _examine(
+    fd: int, timeframe: Timeframe, first_s: int, last_s: int, window: Window | None
+) -> tuple[dict[str, PartitionMark], int]:
+    """The marks of the partitions from ``first_s`` to ``last_s`` (opens of bars, epoch seconds), and the rows of ``window``."""
+    size = os.fstat(fd).st_size
+    start = find_row(fd, size, partition_at(timeframe, _instant(first_s)).window.start_s)
+    end = find_row(fd, size, partition_at(timeframe, _instant(last_s)).window.end_s)
+    return mark_partitions(fd, timeframe, start, end), count_rows(fd, size, window) if window else 0
 
 
 def _read_around(
     fd: int, size: int, low: int, high: int, rules: Sequence[Rule], compare: Comparison | None
 ) -> pd.DataFrame:
-    """The held bars between two offsets and those that ``compare`` wants to see, in one read."""
+    """The held bars between two offsets and those of ``compare``, in one read."""
     if compare is not None:
         low = min(low, find_row(fd, size, compare.first_s))
         high = max(high, find_row(fd, size, compare.last_s + 1))
@@ -157,28 +178,19 @@ def splice_nothing(
     is_settled: Callable[[FileState | None], bool],
     compare: Comparison | None = None,
 ) -> Spliced:
-    """What a splice of the empty table ``bars`` amounts to: nothing changes, the rows of ``window`` are counted.
+    """The splice of the empty table ``bars``: nothing changes, the rows of ``window`` are counted.
 
     Raises:
-        SourceChanged: the file is not the one that was looked at.
+        SourceChanged: the file is not in the state in which it was settled.
     """
     merged = merge_bars(bars, bars)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if not is_settled(None):
-            raise SourceChanged from None
-        return Spliced(merged, None, {}, 0)
-    try:
-        state = FileState.of(os.fstat(fd))
-        if not is_settled(state):
-            raise SourceChanged
-        if compare is not None and state.size:
-            start = find_row(fd, state.size, compare.first_s)
-            _read_around(fd, state.size, start, start, rules, compare)
-        return Spliced(merged, state, {}, count_rows(fd, state.size, window) if window and state.size else 0)
-    finally:
-        os.close(fd)
+    with _open_settled(path, is_settled) as (source, state):
+        if source is None or state is None:
+            return Spliced(merged, state, {}, 0)
+        if compare is not None:
+            start = find_row(source, state.size, compare.first_s)
+            _read_around(source, state.size, start, start, rules, compare)
+        return Spliced(merged, state, {}, count_rows(source, state.size, window) if window else 0)
 
 
 def count_rows(fd: int, size: int, window: Window) -> int:

@@ -1,9 +1,9 @@
-"""One CSV per series and its sidecar: reading windows, writing answers, noticing what others did to the files.
+"""One CSV per series and its sidecar: reading windows, writing answers, noticing edits of the files by other programs.
 
 Layout and dtypes: `bars/schema.py` describes the table, `csv_format.py` the bytes, `sidecar.py` what is known beside them.
 Promises: writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new
-one; the sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers hold a lock beside the CSV,
-readers need none. The clock is passed in. See docs/design.md, 4.
+one; the sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers take the write lock
+(`locks.py`), readers need none. The clock is passed in. See docs/design.md, 4.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.store.atomic import Disk, FileState, SourceChanged, state_of
+from ktrdr_pipelines.store.atomic import Disk, FileState, SourceChanged, explained, state_of
 from ktrdr_pipelines.store.csv_format import (
-    HEADER,
     MalformedFile,
     RowFault,
     count_lines,
@@ -38,25 +36,22 @@ from ktrdr_pipelines.store.csv_format import (
 )
 from ktrdr_pipelines.store.foreign import read_foreign
 from ktrdr_pipelines.store.foreign_hours import is_outside
+from ktrdr_pipelines.store.identity import pin
 from ktrdr_pipelines.store.integrity import Problem, verify_files
-from ktrdr_pipelines.store.paths import bad_rows, explained, fault_at, is_as_written, mark_of, opened
+from ktrdr_pipelines.store.paths import SeriesFiles, bad_rows, fault_at, opened
 from ktrdr_pipelines.store.results import Extent, Written
 from ktrdr_pipelines.store.settle import Adopted, Prepared, changing_all_the_time, settle
 from ktrdr_pipelines.store.sidecar import (
+    FileMark,
     HistoryStart,
     ProvenEmpty,
     Sidecar,
     Source,
     UnreadableSidecar,
     VolumeUnit,
-    add_answered,
-    add_proven_empty,
-    drop_disproved,
-    pin,
-    subtract_windows,
 )
-from ktrdr_pipelines.store.sidecar_cache import ParsedFiles
-from ktrdr_pipelines.store.sidecar_views import SidecarViews
+from ktrdr_pipelines.store.sidecar_cache import SidecarCache
+from ktrdr_pipelines.store.sidecar_claims import add_answered, add_proven_empty, drop_disproved, subtract_windows
 from ktrdr_pipelines.store.splice import Comparison, LeavesOldBars, Spliced, splice_bars, splice_nothing
 
 _TRIES_AGAINST_EDITORS = 3
@@ -71,7 +66,7 @@ class Store:
     """The directory of CSVs and sidecars.
 
     ``lock_timeout_s`` is how long a writer waits for another one of the same series. ``clock`` only names the copies made by
-    reads that meet a foreign file; everything else is told ``now``. ``disk`` is the seam for tests.
+    reads that meet a foreign file; other methods take ``now``. ``disk`` is the seam for tests.
     """
 
     def __init__(
@@ -84,11 +79,10 @@ class Store:
     ) -> None:
         self.data_dir = Path(data_dir)
         self._clock = clock
-        self._files = ParsedFiles(self.data_dir, lock_timeout_s, disk or Disk())
-        self._trusted: dict[Path, FileState] = {}
-        """CSVs seen to be sorted from end to end, in the state in which they were."""
-        self._views = SidecarViews(self._files)
-        self._adopted_by_reads: dict[Path, Prepared] = {}
+        self._files = SeriesFiles(self.data_dir, lock_timeout_s, disk or Disk())
+        self._sidecars = SidecarCache(self._files)
+        self._unreported: dict[Path, Prepared] = {}
+        """What reads corrected since the last `prepare`, which reports it."""
 
     def csv_path(self, series: Series) -> Path:
         """``AAPL_1h.csv`` in the data directory; where a link leads, if it is one."""
@@ -145,14 +139,14 @@ class Store:
     def read_sidecar(self, series: Series) -> Sidecar:
         """What is known of ``series``, corrected to the CSV as it is now; defaults when there is no sidecar.
 
-        When the CSV was edited, answered windows of the changed partitions are left out (on disk they are corrected by the
-        next `prepare` or `write`).
+        When the CSV was edited, answered windows of the changed partitions are left out (the next `prepare` or `write`
+        corrects them on disk).
 
         Raises:
             DataError: the sidecar is unreadable; the next load builds a new one and keeps a copy.
-            StoreError: it is a newer program's, or the disk refuses.
+            StoreError: a newer program wrote it, or the disk refuses.
         """
-        return self._views.read(series)
+        return self._sidecars.read_corrected(series, f"reading what is known of {series}")
 
     def verify(self, series: Series, window: Window | None = None) -> list[Problem]:
         """Everything wrong with the CSV in the partitions that ``window`` touches (all without one); empty when all is well.
@@ -160,46 +154,46 @@ class Store:
         Reads all rows: malformed, unsorted or rule-breaking lines, and partitions whose rows are not those last written. An
         unreadable sidecar is a problem of its own. Changes nothing.
         """
-        return verify_files(self._files, series, window)
+        return verify_files(self._sidecars, series, window)
 
     # ------------------------------------------------------------------------------------------------ writing
 
     def is_as_left(self, series: Series) -> bool:
-        """True if nobody but this program touched the files of ``series`` since its last write; also when there are none.
+        """True if no other program touched the files of ``series`` since its last write; also when there are none.
 
         Raises:
-            StoreError: the sidecar is a newer program's, or the disk refuses.
+            StoreError: a newer program wrote the sidecar, or the disk refuses.
         """
         doing = f"preparing the files of {series}"
         with explained(self.csv_path(series), doing):
             state = state_of(self.csv_path(series))
         try:
-            return is_as_written(self._files.load_sidecar(series, doing), state)
+            return self._sidecars.load(series, doing).is_written_for(state)
         except UnreadableSidecar:
             return False
 
     def prepare(self, series: Series, *, now: datetime, assume_utc: bool = False) -> Prepared:
         """The first step of a load: adopt a foreign or edited CSV, rebuild a broken sidecar, take note of edits.
 
-        Nearly free when nobody touched the files, and then nothing is written. Done by `write` as well. What a read of this
-        store put right before is told here, once: else nobody would hear of dropped rows.
+        Nearly free when nothing else touched the files, and then nothing is written. Done by `write` as well. What an earlier
+        read of this store corrected is reported here, once: else dropped rows would be in the log only.
 
         Raises:
             DataError: the CSV is no bar file, or has stamps without a zone (unless ``assume_utc``); it was left alone.
-            StoreError: the disk or the lock refuses, or the sidecar is a newer program's.
+            StoreError: the disk or the lock refuses, or a newer program wrote the sidecar.
         """
-        told_late = self._adopted_by_reads.pop(self.csv_path(series), Prepared())
+        done_by_reads = self._unreported.pop(self.csv_path(series), Prepared())
         if self.is_as_left(series):
-            return told_late
+            return done_by_reads
         doing = f"preparing the files of {series}"
         with self._files.locked(series, doing):
-            return settle(self._files, series, require_utc(now, "now"), doing, assume_utc=assume_utc)[1]
+            return settle(self._sidecars, series, require_utc(now, "now"), doing, assume_utc=assume_utc)[1]
 
     def check_writable(self, series: Series) -> None:
-        """Find out before IB is asked anything whether its answer could be kept.
+        """Check before any request that its answer can be stored.
 
         Raises:
-            StoreError: the folder refuses new files, or another process keeps the lock.
+            StoreError: the folder refuses new files, or another process keeps the write lock.
         """
         doing = f"preparing the files of {series}"
         probe = self.data_dir / f".{series.name}.probe"
@@ -208,10 +202,10 @@ class Store:
             probe.unlink()
 
     def check_identity(self, series: Series, source: Source) -> None:
-        """Find out before IB is asked for bars whether they could go into the file: ``series`` as IB describes it now.
+        """Check before any request that bars of ``series``, as IB describes it now, may go into its file.
 
         Raises:
-            StoreError: the file holds another conId, kind, currency or the like, or bars of a simulator (`sidecar.pin`).
+            StoreError: the file holds another conId, kind, currency or the like, or bars of a simulator (`identity.pin`).
         """
         pin(self.read_sidecar(series), series, source, None)
 
@@ -236,22 +230,22 @@ class Store:
 
         The only place where bars are validated on their way into a file.
 
-        Same stamp: the new values count, the old ones are in the result. Held bars that ``bars`` lacks stay. ``answered`` is
-        the window in which the answer was verified to be all there is (None claims nothing); ``proven_empty`` the ranges
-        with expected opens and no bars. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
-        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. An answered window also
-        says something of what the file held when it was verified: it is not claimed where the file turns out to be edited.
-        ``history_start`` and ``sparse``: what else was learned; None changes nothing. ``compare``: which held bars have to be
-        seen first, and what refuses them. ``asked``: the window of the request, which errors name.
+        Same stamp: the new values count, the old ones are in the result. Held bars that are not in ``bars`` stay. ``answered``
+        is the window in which the answer was verified to be complete (None claims nothing); ``proven_empty`` the ranges of
+        expected bars that are absent. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
+        that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. An answered window was
+        verified against what the file held: it is not claimed where the file turns out to be edited. ``history_start`` and
+        ``sparse``: what else was learned; None changes nothing. ``compare``: which held bars are checked before the write,
+        and the check. ``asked``: the window of the request, for errors.
 
-        ``whole``: ``bars`` replace everything that is held, in one step; a held bar that they lack is refused.
+        ``whole``: ``bars`` replace everything that is held, in one step; refused when a held bar is not in ``bars``.
 
         When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
         replaced, the bars are kept and only the claims are lost.
 
         Raises:
             DataError: ``bars`` break the schema, or the file there is no bar file; nothing was touched.
-            StoreError: the disk or the lock refuses, or the file holds something else (`sidecar.pin`).
+            StoreError: the disk or the lock refuses, or the file holds something else (`identity.pin`).
         """
         now = require_utc(now, "now")
         asked = asked or answered
@@ -267,19 +261,19 @@ class Store:
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
             spans = add_answered(sidecar.answered, answered, until) if answered else sidecar.answered
-            # Verified on a file that is no more: bars may have gone with an edit.
+            # The file that this was verified against is gone: bars may have gone with an edit.
             spans = subtract_windows(spans, prepared.changed_windows(series.timeframe))
             update: dict[str, object] = {
                 "updated_at": now,
                 "answered": spans,
                 "proven_empty": ranges,
                 "partitions": {**sidecar.partitions, **spliced.marks},
-                "file": mark_of(spliced.state),
+                "file": FileMark.of(spliced.state),
             }
             update |= {"history_start": history_start} if history_start is not None else {}
             update |= {"sparse": sparse} if sparse is not None else {}
             sidecar = sidecar.model_copy(update=update)
-            self._files.save_sidecar(series, sidecar)
+            self._sidecars.save(series, sidecar)
         merged = spliced.merged
         return Written(
             rows_added=merged.added,
@@ -296,18 +290,18 @@ class Store:
     def is_unchanged(self, written: Written) -> bool:
         """True if the CSV is still as ``written`` left it: no other program has changed it since."""
         with explained(written.path, f"looking at {written.path.name}"):
-            return is_as_written(written.sidecar, state_of(written.path))
+            return written.sidecar.is_written_for(state_of(written.path))
 
     def note_unfinished(self, series: Series, since: datetime | None, until: datetime | None, *, now: datetime) -> None:
-        """Remember what loads of newer (``since``) and of older bars (``until``) still owe; None: nothing."""
+        """Record which bars are still missing after loads of newer (``since``) and of older bars (``until``); None: none."""
         doing = f"noting what is unfinished of {series}"
         with self._files.locked(series, doing):
-            sidecar, _ = settle(self._files, series, require_utc(now, "now"), doing)
+            sidecar, _ = settle(self._sidecars, series, require_utc(now, "now"), doing)
             update = {"updated_at": now, "series": str(series), "unfinished_from": since, "unfinished_until": until}
-            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+            self._sidecars.save(series, sidecar.model_copy(update=update))
 
     def adopt(self, series: Series, path: Path | None = None, *, now: datetime, assume_utc: bool = False) -> Adopted:
-        """Make a file that something else wrote the CSV of ``series``, or part of it.
+        """Adopt a file of another program as the CSV of ``series``, or as a part of it.
 
         Without ``path`` the series' own CSV is converted where it is, the original kept as ``AAPL_1h.csv.bak-<time>``. With
         one, its bars are added to what is held, which wins where both have a stamp with different values (those rows are
@@ -322,9 +316,9 @@ class Store:
         doing = f"adopting {(path or self.csv_path(series)).name} as {series}"
         with self._files.locked(series, doing):
             is_own = path is None or path.resolve() == self.csv_path(series).resolve()
-            _, prepared = settle(self._files, series, now, doing, assume_utc=assume_utc, made_elsewhere=is_own)
+            _, prepared = settle(self._sidecars, series, now, doing, assume_utc=assume_utc, made_elsewhere=is_own)
             if path is None or is_own:
-                return prepared.adopted or Adopted(self._files.load_sidecar(series, doing).rows, (), (), None)
+                return prepared.adopted or Adopted(self._sidecars.load(series, doing).rows, (), (), None)
             with explained(path, doing):
                 found = read_foreign(
                     path.read_bytes(),
@@ -341,9 +335,9 @@ class Store:
                 "updated_at": now,
                 "proven_empty": drop_disproved(sidecar.proven_empty, opens_of(found.bars).tolist()),
                 "partitions": {**sidecar.partitions, **spliced.marks},
-                "file": mark_of(spliced.state),
+                "file": FileMark.of(spliced.state),
             }
-            self._files.save_sidecar(series, sidecar.model_copy(update=update))
+            self._sidecars.save(series, sidecar.model_copy(update=update))
         lost = render_rows(spliced.merged.revised_to).decode().splitlines()
         conflicts = tuple(RowFault(0, text, "the file already holds another bar with this timestamp") for text in lost)
         return Adopted(spliced.merged.added, (*found.dropped, *conflicts), found.notices, None)
@@ -368,15 +362,14 @@ class Store:
         path = self.csv_path(series)
         prepared, recheck = Prepared(), False
         for _ in range(_TRIES_AGAINST_EDITORS):
-            sidecar, done = settle(self._files, series, now, doing, recheck=recheck)
+            sidecar, done = settle(self._sidecars, series, now, doing, recheck=recheck)
             prepared = done if done != Prepared() else prepared
             if source is not None:
                 sidecar = pin(sidecar, series, source, volume_unit)
             try:
-                is_settled = partial(is_as_written, sidecar)
                 if not len(bars):
                     unchanged = splice_nothing(
-                        path, bars, window, rules_for(series), is_settled=is_settled, compare=compare
+                        path, bars, window, rules_for(series), is_settled=sidecar.is_written_for, compare=compare
                     )
                     return sidecar, unchanged, prepared
                 spliced = splice_bars(
@@ -386,7 +379,7 @@ class Store:
                     series.timeframe,
                     rules_for(series),
                     window=window,
-                    is_settled=is_settled,
+                    is_settled=sidecar.is_written_for,
                     compare=compare,
                     held_wins=held_wins,
                     whole=whole,
@@ -395,7 +388,7 @@ class Store:
                 continue
             except LeavesOldBars:
                 raise DataError(
-                    "bars were added to the file meanwhile that the new ones lack",
+                    "the file holds bars that are not among the new ones: they were added meanwhile",
                     doing=doing,
                     advice="The file was left as it is; run the load again.",
                 ) from None
@@ -407,17 +400,17 @@ class Store:
 
     @contextmanager
     def _opened(self, series: Series, doing: str, *, whole: bool = True) -> Iterator[tuple[int, FileState] | None]:
-        """The CSV, open for reading, adopted first if it is foreign; None when there is nothing in it.
+        """The CSV, open for reading, adopted first if it is foreign; None when there is no file or an empty one.
 
-        Bisecting is right in a sorted file only. So with ``whole``, a file that is not as the sidecar says it was written
-        is read once from end to end.
+        Bisecting is right in a sorted file only. So with ``whole``, a file that is not as at our last write is read once from
+        end to end.
         """
         path = self.csv_path(series)
         with explained(path, doing):
             with opened(path) as file:
                 is_foreign = file is not None and self._is_foreign(series, *file, whole=whole, doing=doing)
             if is_foreign:
-                self._adopted_by_reads[path] = self.prepare(series, now=self._clock())
+                self._unreported[path] = self.prepare(series, now=self._clock())
             with opened(path) as file:
                 if file is None:
                     yield None
@@ -425,7 +418,7 @@ class Store:
                 fd, state = file
                 try:
                     if whole:
-                        self._ensure_sorted(series, fd, state, doing)
+                        self._sidecars.ensure_sorted(series, fd, state, doing)
                     yield file
                 except MalformedFile as failure:
                     raise bad_rows(path, [fault_at(fd, failure.offset, failure.why)], 1, doing) from None
@@ -435,27 +428,13 @@ class Store:
         try:
             first_and_last_open(fd, state.size)
             if whole:
-                self._ensure_sorted(series, fd, state, doing)
+                self._sidecars.ensure_sorted(series, fd, state, doing)
         except MalformedFile:
             return not looks_normal(fd, state.size) or not self._was_written_by_us(series, doing)
         return False
 
-    def _ensure_sorted(self, series: Series, fd: int, state: FileState, doing: str) -> None:
-        """Read all stamps once, unless the file is as the sidecar says or was seen before. Raises MalformedFile."""
-        path = self.csv_path(series)
-        if self._trusted.get(path) == state:
-            return
-        try:
-            known = is_as_written(self._files.load_sidecar(series, doing), state)
-        except UnreadableSidecar:
-            known = False
-        if not known:
-            for _ in scan_opens(fd, len(HEADER), state.size):
-                pass
-        self._trusted[path] = state
-
     def _was_written_by_us(self, series: Series, doing: str) -> bool:
         try:
-            return self._files.load_sidecar(series, doing).file is not None
+            return self._sidecars.load(series, doing).file is not None
         except UnreadableSidecar:
             return True

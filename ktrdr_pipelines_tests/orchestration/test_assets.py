@@ -6,6 +6,7 @@ Real Dagster instances, a real socket; nothing of Dagster is patched.
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -32,7 +33,7 @@ from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
-from ktrdr_pipelines.store.locks import taking_turn
+from ktrdr_pipelines.store.locks import series_lock
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines.universe.file import DEFAULT_UNIVERSE
 from ktrdr_pipelines_tests.conftest import StartGateway
@@ -279,13 +280,13 @@ def test_waits_show_in_the_run_log_and_in_the_metadata(
     assert metadata["pacing_wait_s_of_run"] == pytest.approx(13.5, abs=1.5)
 
 
-def test_a_run_waits_while_another_load_of_its_series_goes_on_and_says_so(
+def test_a_run_waits_for_another_load_of_its_series_and_reports_it(
     start_gateway: StartGateway, make_settings: MakeSettings, instance: dg.DagsterInstance
 ) -> None:
     settings = make_settings(start_gateway().port)
     waits: list[Waiting] = []
     with ExitStack() as another_load:
-        another_load.enter_context(taking_turn(settings.data_dir, AAPL_1H))
+        another_load.enter_context(series_lock(settings.data_dir, AAPL_1H))
 
         def end_the_other(waiting: Waiting) -> None:
             waits.append(waiting)
@@ -297,5 +298,6 @@ def test_a_run_waits_while_another_load_of_its_series_goes_on_and_says_so(
     (waiting,) = waits
     assert waiting.until is None
     assert "another load of AAPL 1h" in waiting.reason
+    assert f"process {os.getpid()}" in waiting.reason
     messages = [entry.user_message for entry in instance.all_logs(result.run_id)]
-    assert any(message == f"waiting for {waiting.reason}" for message in messages)
+    assert any(waiting.reason in message for message in messages)

@@ -129,7 +129,7 @@ def test_a_tail_after_a_week_away_is_one_request(limits: HistoryLimits) -> None:
     assert (request.end, str(request.duration)) == (at("2024-03-12T15:00"), "8 D")
 
 
-def test_a_hole_of_nine_sessions_is_one_request() -> None:
+def test_a_gap_of_nine_sessions_is_one_request() -> None:
     """Eleven days of the calendar, asked for as such."""
     expected = bars_of(AAPL, "1h", "2024-03-01", "2024-04-01")
     missing = missing_after(expected, ("2024-03-01", "2024-03-11"), ("2024-03-22", "2024-04-01"))
@@ -157,7 +157,7 @@ def test_newest_first_is_the_same_plan_backwards() -> None:
 
 
 def test_missing_is_expected_minus_held_minus_proven_empty() -> None:
-    """Windows proven empty are half-open, may overlap and come in any order."""
+    """Absent windows are half-open, may overlap and come in any order."""
     expected = bars_of(AAPL, "1h", "2024-03-05", "2024-03-06")
     empty = [window("2024-03-05T19:00", "2024-03-05T20:00"), window("2024-03-05T18:00", "2024-03-05T19:30")]
     missing = missing_bars(expected, expected.opens[:2], empty, TIMEFRAMES["1h"])
@@ -169,7 +169,7 @@ def test_missing_is_expected_minus_held_minus_proven_empty() -> None:
 
 
 def test_a_weekend_does_not_part_a_gap() -> None:
-    """Friday's last and Monday's first bar are consecutive; with nothing held the gap says so."""
+    """Friday's last and Monday's first bar are consecutive; with nothing held that is the reason of the gap."""
     expected = bars_of(AAPL, "1h", "2024-03-08", "2024-03-12")
     (gap,) = find_gaps(expected, expected)
     assert (gap.opens, gap.reason) == (14, "nothing held")
@@ -461,22 +461,22 @@ def test_the_window_of_the_run_bounds_the_stretch() -> None:
     length=st.integers(1, 2000),
     slack=st.sampled_from([None, 0, 30, 600]),
 )
-def test_asking_again_takes_another_shape_and_still_covers_the_hole(
+def test_a_refetch_has_another_shape_and_covers_all_missing_bars(
     name: str, instrument: Instrument, limits: HistoryLimits, where: float, length: int, slack: int | None
 ) -> None:
-    """Five attempts in a row: each covers the whole hole within the limits, and repeats no request as long as there is
-    time after the hole for another end (else shapes run out: of some bars only one duration is short enough)."""
+    """Five attempts in a row: each covers all missing bars within the limits, and repeats no request as long as there is
+    time after them for another end (else shapes run out: of some bars only one duration is short enough)."""
     timeframe = TIMEFRAMES[name]
     days = {"1s": 1, "5s": 2, "30s": 5}.get(name, 200)
     start = datetime(2024, 3, 5, tzinfo=UTC)
     expected = expected_bars(Series(instrument, timeframe), Window(start, start + timedelta(days=days)))
     first = int(where * len(expected))
-    hole = expected.take(slice(first, first + length))
-    until_s = None if slack is None else int(hole.closes[-1]) + slack
-    asked = plan_requests(timeframe, hole, limits)
+    missing = expected.take(slice(first, first + length))
+    until_s = None if slack is None else int(missing.closes[-1]) + slack
+    asked = plan_requests(timeframe, missing, limits)
     for attempt in range(1, 6):
-        again = refetch_requests(timeframe, hole, limits, previous=asked, attempt=attempt, until_s=until_s)
-        check_again(timeframe, hole, again, limits)
+        again = refetch_requests(timeframe, missing, limits, previous=asked, attempt=attempt, until_s=until_s)
+        check_again(timeframe, missing, again, limits)
         shapes = {(r.end, str(r.duration)) for r in asked}
         if slack in (None, 600) or (slack == 30 and attempt == 1):
             assert not shapes & {(r.end, str(r.duration)) for r in again}
@@ -484,18 +484,18 @@ def test_asking_again_takes_another_shape_and_still_covers_the_hole(
         asked = asked + again
 
 
-def check_again(timeframe: Timeframe, hole: ExpectedBars, requests: list[Request], limits: HistoryLimits) -> None:
-    covered = np.zeros(len(hole), dtype=bool)
+def check_again(timeframe: Timeframe, missing: ExpectedBars, requests: list[Request], limits: HistoryLimits) -> None:
+    covered = np.zeros(len(missing), dtype=bool)
     for request in requests:
         assert is_within_limit(timeframe, request.duration, limits)
         assert reaches(int(request.end.timestamp()), request.duration, request.window.start_s)
         assert request.end >= request.window.end
-        covered |= (hole.opens >= request.window.start_s) & (hole.closes <= request.window.end_s)
+        covered |= (missing.opens >= request.window.start_s) & (missing.closes <= request.window.end_s)
     assert covered.all()
 
 
-def test_a_hole_in_a_session_of_minutes_is_asked_for_with_another_end_and_duration() -> None:
-    """One request again, ending a minute after the hole."""
+def test_a_gap_in_a_session_of_minutes_is_refetched_with_another_end_and_duration() -> None:
+    """One request, ending a minute after the gap."""
     expected = bars_of(AAPL, "1m", "2024-03-05", "2024-03-06")
     first = plan_requests(TIMEFRAMES["1m"], expected, CLASSIC)
     (again,) = refetch_requests(TIMEFRAMES["1m"], expected.take(slice(100, 107)), CLASSIC, previous=first)
@@ -504,17 +504,17 @@ def test_a_hole_in_a_session_of_minutes_is_asked_for_with_another_end_and_durati
     assert str(again.duration) != str(first[0].duration)
 
 
-def test_a_hole_as_long_as_the_limit_is_halved() -> None:
-    """Half an hour of seconds cannot be asked for with a later end in one piece."""
-    hole = bars_of(AAPL, "1s", "2024-03-05T14:30", "2024-03-05T15:00")
-    first = plan_requests(TIMEFRAMES["1s"], hole, CLASSIC)
-    again = refetch_requests(TIMEFRAMES["1s"], hole, CLASSIC, previous=first)
+def test_a_gap_as_long_as_the_limit_is_halved() -> None:
+    """Half an hour of seconds does not fit in one request with a later end."""
+    missing = bars_of(AAPL, "1s", "2024-03-05T14:30", "2024-03-05T15:00")
+    first = plan_requests(TIMEFRAMES["1s"], missing, CLASSIC)
+    again = refetch_requests(TIMEFRAMES["1s"], missing, CLASSIC, previous=first)
     assert len(again) == 2
-    check_again(TIMEFRAMES["1s"], hole, again, CLASSIC)
+    check_again(TIMEFRAMES["1s"], missing, again, CLASSIC)
 
 
-def test_an_empty_hole_is_a_bug() -> None:
-    """Nobody asks again for nothing."""
+def test_a_refetch_of_no_bars_is_a_bug() -> None:
+    """That is a defect of the caller."""
     with pytest.raises(BugError):
         refetch_requests(TIMEFRAMES["1h"], bars_of(AAPL, "1h", "2024-03-02", "2024-03-03"), CLASSIC, previous=[])
 

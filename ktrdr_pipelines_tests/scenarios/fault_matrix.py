@@ -1,8 +1,8 @@
-"""The fault matrix: what can go wrong, in which mode and timeframe, and what became of the file. Used by tests and by a tool.
+"""The fault matrix: every fault in every mode and timeframe, and the file after it. Used by tests and by `tools/matrix.py`.
 
 A cell is two runs of the same load through everything that is real (planner, pacing ledger, ib_insync, a socket, files)
-against a simulated gateway: the first with a fault, the second without. What should be in the file is computed from the
-simulator's market alone. Time is moved, not waited for: ``Tempo`` says what a second of the loader's sleep costs.
+against a simulated gateway: the first with a fault, the second without. The expected file is computed from the simulator's
+market alone. Time is moved, not waited for: `Fault.sleep_scale` is the cost of a second of the loader's sleep.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def utc(text: str) -> datetime:
 FIRST_RUN, SECOND_RUN = utc("2024-06-14T19:20:30"), utc("2024-06-17T19:20:30")
 """A Friday in the middle of the session, and the Monday after it."""
 
-# -- what can go wrong ------------------------------------------------------------------------------------------------
+# -- faults -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Fault:
-    """``rules`` hold in the first run; ``habits`` and ``durations`` of the gateway in both. ``seconds`` in rules are real ones
-    at tempo 1. ``timeout_s``: the loader's patience with one request, real seconds. ``sleep_scale``: real seconds that one
-    second of the loader's sleep takes, where the fault ends by itself. ``modes``: where it means something."""
+    """``rules`` apply in the first run; ``habits`` and ``durations`` of the gateway in both. ``seconds`` in rules are real ones
+    at tempo 1. ``timeout_s``: the loader's time-out of one request, real seconds. ``sleep_scale``: real seconds that one
+    second of the loader's sleep takes, where the fault ends by itself. ``modes``: those in which it has an effect."""
 
     name: str
     rules: tuple[FaultRule, ...] = ()
@@ -72,7 +72,7 @@ SECOND = (2,)
 ALL_TRIES = (2, 3, 4, 5)
 FROM_SECOND = tuple(range(2, 200))
 QUICK = 0.15
-"""Real seconds after which a request that is never answered is given up."""
+"""Time-out of a request that is never answered, real seconds."""
 SLOWLY = 0.01
 
 
@@ -91,7 +91,7 @@ def _asks_for_newest(asked: Asked) -> bool:
 _162 = "Historical Market Data Service error message:"
 
 FAULTS: tuple[Fault, ...] = (
-    # -- answers that do not come
+    # -- no answer
     Fault("pacing once", _one("pacing")),
     Fault("pacing to the end", _one("pacing", FROM_SECOND)),
     Fault("silent once", _one("silent"), timeout_s=QUICK),
@@ -109,23 +109,22 @@ FAULTS: tuple[Fault, ...] = (
     Fault("unknown 162, all tries", _error(162, f"{_162}Dienst nicht verfügbar", ALL_TRIES)),
     Fault("session elsewhere", _error(162, f"{_162}Trading TWS session is connected from a different IP address")),
     Fault("no permission", _error(354, "Requested market data is not subscribed.")),
-    # -- answers that lie
+    # -- false answers
     Fault("first half", _one("partial")),
     Fault("last half", _one("partial", part="last")),
-    Fault("hole of seven", _one("gap", rows=7)),
+    Fault("gap of seven", _one("gap", rows=7)),
     Fault("newest 40 only", _one("newest", rows=40)),
-    # -- and in the same way in every answer
+    # -- false in the same way in every answer
     Fault("always the first half", _one("partial", ())),
     Fault("always the last half", _one("partial", (), part="last")),
-    Fault("always a hole of seven", _one("gap", (), rows=7)),
+    Fault("always a gap of seven", _one("gap", (), rows=7)),
     Fault("always the newest 40", _one("newest", (), rows=40)),
     Fault("always the oldest 40", _one("oldest", (), rows=40)),
-    Fault("always every 10th lacking", _one("every", (), rows=10)),
-    Fault("always the first bar lacking", _one("without_first", ())),
-    Fault("always the last bar lacking", _one("without_last", ())),
-    Fault("nothing, without a word", _one("empty")),
-    Fault("nothing without a word, to the end", _one("empty", FROM_SECOND)),
-    Fault("no data, a lie", _one("no_data_lie")),
+    Fault("always without the first bar", _one("without_first", ())),
+    Fault("always without the last bar", _one("without_last", ())),
+    Fault("no bars, no error", _one("empty")),
+    Fault("no bars to the end, no error", _one("empty", FROM_SECOND)),
+    Fault("false no data", _one("no_data_lie")),
     Fault("duplicates out of order", (*_one("duplicate", rows=5), *_one("out_of_order", rows=9))),
     Fault("conflict", _one("conflict")),
     Fault("NaN", _one("nan")),
@@ -138,7 +137,7 @@ FAULTS: tuple[Fault, ...] = (
     # -- the gateway as a whole
     Fault("restart", _one("restart", seconds=0.1), sleep_scale=SLOWLY),
     Fault("hang", _one("hang", seconds=0.2), timeout_s=QUICK, sleep_scale=SLOWLY),
-    Fault("1100, 1102, answers held", _one("link_down", seconds=0.1), timeout_s=0.3, sleep_scale=SLOWLY),
+    Fault("1100, 1102, answers delayed", _one("link_down", seconds=0.1), timeout_s=0.3, sleep_scale=SLOWLY),
     Fault(
         "1100, 1101, answers lost",
         _one("link_down", seconds=0.1, back=1101, meanwhile="lost"),
@@ -149,7 +148,7 @@ FAULTS: tuple[Fault, ...] = (
         "2105, 2106, answers lost", _one("farm_down", seconds=0.1, meanwhile="lost"), timeout_s=0.3, sleep_scale=SLOWLY
     ),
     Fault(
-        "2105, 2107, lies meanwhile",
+        "2105, 2107, no bars meanwhile",
         _one("farm_down", seconds=0.1, back=2107, meanwhile="empty"),
         sleep_scale=SLOWLY,
     ),
@@ -168,12 +167,12 @@ HABITS: tuple[Fault, ...] = (
     Fault("head timestamp early", habits=Habits(head="early")),
     Fault("head timestamp late", habits=Habits(head="late")),
     Fault("head timestamp none", habits=Habits(head="none")),
-    Fault("empty without a word", habits=Habits(empty="no_bars")),
+    Fault("empty without an error", habits=Habits(empty="no_bars")),
 )
-"""Ways gateways differ that are no faults."""
+"""Differences between gateways that are no faults."""
 
-OLD_ENDS = ("head timestamp", "empty without a word", "no data, a lie", "nothing, without a word", "restart")
-"""Faults and habits, by how their names begin, that mean something where history starts."""
+OLD_ENDS = ("head timestamp", "empty without an error", "false no data", "no bars, no error", "restart")
+"""Faults and habits, by the begin of their names, that have an effect where history starts."""
 
 PERIODS: tuple[Fault, ...] = (
     Fault("dated with the last session"),
@@ -225,7 +224,7 @@ def place(symbol: str, timeframe: str) -> Place:
 
 
 def before_its_listing(timeframe: str) -> Place:
-    """A place whose old end is empty: there the head timestamp and answers without bars are met."""
+    """A place whose old end is empty: loads there meet the head timestamp and answers without bars."""
     return Place(Series(stock("RBLX"), TIMEFRAMES[timeframe]), LISTED_LATE[timeframe])
 
 
@@ -234,8 +233,8 @@ def before_its_listing(timeframe: str) -> Place:
 
 @cache
 def find_truth(series: Series, start: datetime, now: datetime, habits: Habits = USUAL) -> Rows:
-    """Every bar from ``start`` that is complete at ``now``, as the market has it: no calendar, no planner, no parser of the
-    project is asked."""
+    """Every bar from ``start`` that is complete at ``now``, as the market has it, without the project's calendar, planner and
+    parser."""
     instrument, now_s = series.instrument, int(now.timestamp())
     symbol, sec_type = (instrument.symbol[:3], "CASH") if instrument.sec_type == "CASH" else (instrument.symbol, "STK")
     (listing,) = find_listings(MARKET, ContractQuery(symbol=symbol, sec_type=sec_type, currency="USD"), now_s)
@@ -258,7 +257,7 @@ def find_truth(series: Series, start: datetime, now: datetime, habits: Habits = 
 
 
 def read_rows(path: Path) -> list[tuple[int, tuple[float, ...]]]:
-    """A CSV as anybody would read it."""
+    """The rows of a CSV, read with the standard library."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -268,8 +267,8 @@ def read_rows(path: Path) -> list[tuple[int, tuple[float, ...]]]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A file against the truth: stamps that are not there, bars that nobody asked for or that do not exist, bars with other
-    values; ``doubled`` counts stamps that are not increasing."""
+    """A file against the truth: stamps that are not there, bars that were not requested or do not exist, bars with other values;
+    ``doubled`` counts stamps that are not increasing."""
 
     lost: list[int]
     invented: list[int]
@@ -317,7 +316,7 @@ class Clock:
 
 @dataclass
 class Run:
-    """One load: its report, its file against the truth, what the gateway saw and what a person was told while waiting."""
+    """One load: its report, its file against the truth, the requests that the gateway saw, the waits that were reported."""
 
     report: LoadReport
     verdict: Verdict
@@ -325,14 +324,14 @@ class Run:
     requests: int
     violations: list[tuple[float, str]]
     waits: list[Waiting] = field(default_factory=list)
-    false_proofs: int = 0
-    """Bars that exist and are written down as proven empty."""
+    false_absences: int = 0
+    """Bars that exist and are recorded as absent."""
     false_completions: list[str] = field(default_factory=list)
-    """Partitions reported as complete that lack a bar."""
+    """Partitions reported as complete in which a bar is missing."""
 
     @property
-    def told(self) -> str:
-        """What a person reads, in one line."""
+    def summary(self) -> str:
+        """The report in one line, for users."""
         if self.report.failures:
             return str(self.report.failures[0].error)
         late = [notice for notice in self.report.notices if "not there yet" in notice]
@@ -372,7 +371,7 @@ class Bench:
         return job.report, waits
 
     def run(self, place: Place, mode: Mode, fault: Fault, *, now: datetime, tempo: float, spoilt: bool) -> Run:
-        """The load that a person starts with ``mode``, and what it left behind."""
+        """The load that a user starts with ``mode``, and its results."""
         series, store = place.series, self.store
         held = Held.of(store.extent(series), store.read_sidecar(series))
         start = None if mode is Mode.TAIL else place.start
@@ -404,13 +403,13 @@ class Bench:
             violations = gateway.violations
         until = FIRST_RUN if mode is Mode.BACKFILL else now
         truth = find_truth(series, place.start, until, fault.habits)
-        if mode is Mode.BACKFILL:  # nothing newer than what was held is a backfill's business
+        if mode is Mode.BACKFILL:  # a backfill loads nothing newer than what was held
             newest = max(stamp for stamp, _ in read_rows(store.csv_path(series)))
             truth = {stamp: row for stamp, row in truth.items() if stamp <= newest}
         run = Run(report, judge(store.csv_path(series), truth), window, len(asked), violations, waits)
         lost = run.verdict.lost
-        proven = store.read_sidecar(series).proven_empty
-        run.false_proofs = sum(p.start.timestamp() <= s < p.end.timestamp() for p in proven for s in lost)
+        absent = store.read_sidecar(series).proven_empty
+        run.false_absences = sum(a.start.timestamp() <= s < a.end.timestamp() for a in absent for s in lost)
         spans = {key: done.partition.window for key, done in report.completed.items()}
         run.false_completions = [k for k, w in spans.items() if any(w.start_s <= s < w.end_s for s in lost)]
         return run
@@ -426,7 +425,7 @@ _prepared: dict[tuple[object, ...], Path] = {}
 
 
 def prepare(scratch: Path, place: Place, mode: Mode, fault: Fault) -> Path:
-    """A data folder with what is held before the cell begins, loaded from a gateway without faults; made once."""
+    """A data folder with the bars held before the cell, loaded from a gateway without faults; made once."""
     habits = replace(fault.habits, newest=0)
     key = (scratch, place, mode, habits, fault.durations)
     if key not in _prepared:
@@ -455,8 +454,8 @@ class Cell:
         return f"{self.fault.name} | {self.mode} | {self.place.name}"
 
     def play(self, scratch: Path, folder: Path, *, tempo: float = 1.0) -> tuple[Run, Run]:
-        """Both runs. ``scratch`` keeps what all cells share, ``folder`` is this cell's. At ``tempo`` 10 the gateway is ten
-        times slower, at 0.1 ten times faster."""
+        """Both runs. ``scratch`` is shared by all cells, ``folder`` is this cell's. At ``tempo`` 10 the gateway is ten times
+        slower, at 0.1 ten times faster."""
         held = prepare(scratch, self.place, self.mode, self.fault)
         shutil.copytree(held / "data", folder / "data")
         bench = Bench(folder)
@@ -471,11 +470,11 @@ PLACES: dict[tuple[Mode, str], Place] = {
     for m, mode in enumerate(Mode)
     for t, timeframe in enumerate(("1m", "1h", "1d"))
 }
-"""Stock and pair alternate like the fields of a chess board."""
+"""Stock and currency pair alternate."""
 
 
 def pick_cells() -> list[Cell]:
-    """The part of the matrix that the tests play: every fault in every mode and at every timeframe, once each."""
+    """The part of the matrix that the tests run: every fault in every mode and at every timeframe, once each."""
     modes, timeframes = list(Mode), ("1m", "1h", "1d")
     cells = []
     for n, fault in enumerate((*FAULTS, *HABITS)):
@@ -509,7 +508,7 @@ def check(cell: Cell, first: Run, second: Run) -> None:
     """The promise of every cell.
 
     Raises:
-        AssertionError: a bar is wrong, lost without a word, or still lost after the run without the fault.
+        AssertionError: a bar is wrong, lost without a report, or still lost after the run without the fault.
     """
     series = str(cell.place.series)
     for run in (first, second):
@@ -517,14 +516,16 @@ def check(cell: Cell, first: Run, second: Run) -> None:
         assert not run.verdict.invented, f"invented {show(run.verdict.invented)}"
         assert not run.verdict.wrong or is_revised, f"wrong {show(run.verdict.wrong)}"
         assert not run.verdict.doubled
-        assert not run.false_proofs, f"{run.false_proofs} existing bars are called proven empty"
-        assert not run.false_completions, f"reported as complete, and lacking: {run.false_completions}"
+        assert not run.false_absences, f"{run.false_absences} existing bars are recorded as absent"
+        assert not run.false_completions, f"reported as complete, but bars are missing: {run.false_completions}"
         assert not run.violations, run.violations
         lost = [s for s in run.verdict.lost if run.window.start_s <= s < run.window.end_s]
         if lost:
-            assert run.report.missing_bars >= len(lost), f"{len(lost)} lost, {run.report.missing_bars} owned up to"
+            assert run.report.missing_bars >= len(lost), (
+                f"{len(lost)} lost, {run.report.missing_bars} reported as missing"
+            )
             is_late = any("not there yet" in notice for notice in run.report.notices)
-            assert run.report.failures or is_late, f"lost without a word: {show(lost)}"
+            assert run.report.failures or is_late, f"lost without a report: {show(lost)}"
         if run.report.failures:
             assert run.report.status in ("partial", "failed")
             for failure in run.report.failures:
@@ -532,7 +533,7 @@ def check(cell: Cell, first: Run, second: Run) -> None:
                 assert str(failure.window.start.year) in str(failure.error)
     if cell.fault.may_fail_again and second.report.failures:
         return
-    assert not second.report.failures, second.told
+    assert not second.report.failures, second.summary
     assert second.verdict.is_exact, (
         f"after the second run lost {show(second.verdict.lost)}, wrong {second.verdict.wrong[:3]}"
     )

@@ -1,7 +1,7 @@
-"""Holes: whatever a gateway leaves out of all its answers in the same way, no existing bar is ever called proven empty.
+"""Absence: whatever a gateway leaves out of all its answers in the same way, no existing bar is recorded as absent.
 
-Whole loads into files, from a history that cuts every answer alike; what really exists is drawn at random. The judgement of
-single answers is in `loading/evidence.py`, the choice of the next question in `loading/probes.py`.
+Whole loads into files, from a history that cuts every answer alike; the existing bars are drawn at random. Evidence is judged
+in `loading/evidence.py`, the next probe is chosen in `loading/probes.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 """An example is a whole load: making a failing one smaller takes minutes."""
 
 Cut = Callable[[int], IntArray]
-"""How many bars an answer has -> the places of those that are sent."""
+"""The number of bars of an answer -> the positions of those that are sent."""
 
 
 def _middle(size: int, rows: int, up: bool) -> IntArray:
@@ -94,7 +94,7 @@ SERIES = {name: Series(forex("EURUSD") if name == "5m" else stock("AAPL"), TIMEF
 
 
 def draw_truth(data: st.DataObject, name: str, span: Window, margin: timedelta) -> IntArray:
-    """What exists: all but some single bars, some runs and perhaps everything before or after a day."""
+    """The existing bars: all but some single ones, some runs and perhaps everything before a day."""
     around = expected_bars(SERIES[name], Window(span.start - margin, span.end + margin)).opens
     inside = np.flatnonzero((around >= span.start_s) & (around < span.end_s))
     exists = np.ones(len(around), np.bool_)
@@ -126,8 +126,8 @@ def run(history: FakeHistory, name: str, span: Window, folder: Path) -> tuple[Lo
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None, phases=PHASES)
 @given(data=st.data(), name=st.sampled_from(list(SPANS)), cut=st.sampled_from(list(CUTS)))
-def test_no_cut_of_all_answers_proves_an_existing_bar_empty(data: st.DataObject, name: str, cut: str) -> None:
-    """The file equals the truth, or the load failed or owns up to what is missing; nothing that exists is called empty."""
+def test_no_cut_of_all_answers_makes_an_existing_bar_absent(data: st.DataObject, name: str, cut: str) -> None:
+    """The file equals the truth, or the load failed or reports what is missing; no existing bar is recorded as absent."""
     span, margin = SPANS[name]
     truth = draw_truth(data, name, span, margin)
     head = utc("2000-01-01") + timedelta(seconds=int(truth[0]) - utc("2000-01-01").timestamp()) if len(truth) else None
@@ -135,7 +135,7 @@ def test_no_cut_of_all_answers_proves_an_existing_bar_empty(data: st.DataObject,
         truth,
         cut=CUTS[cut],
         counts_sessions=data.draw(st.booleans(), label="counts sessions"),
-        head=head if data.draw(st.booleans(), label="tells its head") else None,
+        head=head if data.draw(st.booleans(), label="knows its head") else None,
     )
     folder = Path(tempfile.mkdtemp())
     try:
@@ -145,9 +145,9 @@ def test_no_cut_of_all_answers_proves_an_existing_bar_empty(data: st.DataObject,
         lost = inside[~np.isin(inside, held)]
         assert set(held.tolist()) <= set(truth.tolist())
         sidecar = store.read_sidecar(SERIES[name])
-        for proven in sidecar.proven_empty:
-            wrong = lost[(lost >= proven.start.timestamp()) & (lost < proven.end.timestamp())]
-            assert not len(wrong), f"{len(wrong)} existing bars are called empty, first {wrong[0]}"
+        for absent in sidecar.proven_empty:
+            wrong = lost[(lost >= absent.start.timestamp()) & (lost < absent.end.timestamp())]
+            assert not len(wrong), f"{len(wrong)} existing bars are recorded as absent, first {wrong[0]}"
         if len(lost):
             assert job.report.missing_bars >= len(lost)
             assert job.report.failures or any("not there yet" in notice for notice in job.report.notices)
@@ -162,7 +162,8 @@ def test_no_cut_of_all_answers_proves_an_existing_bar_empty(data: st.DataObject,
 @settings(max_examples=30, deadline=None, phases=PHASES)
 @given(data=st.data(), name=st.sampled_from(list(SPANS)))
 def test_an_honest_gateway_settles_every_series_however_sparse(data: st.DataObject, name: str) -> None:
-    """What it lacks is proven or, if nothing newer exists, missing with a word; nothing fails, and the file equals the truth."""
+    """Bars that do not exist are absent or, if nothing newer exists, reported as missing; nothing fails, and the file equals the
+    truth."""
     span, margin = SPANS[name]
     truth = draw_truth(data, name, span, margin)
     if not len(truth):
@@ -184,19 +185,19 @@ def test_an_honest_gateway_settles_every_series_however_sparse(data: st.DataObje
 MINUTES = expected_bars(SERIES["1m"], window("2024-03-06", "2024-03-07"))
 
 
-def judge(hole: slice, *ranges: tuple[int, int], says_empty: bool = False, **more: int) -> list[Doubt]:
-    """Doubts about ``hole`` after answers for bars from the first to before the second of each of ``ranges``."""
-    truth = np.delete(MINUTES.opens, np.arange(390)[hole])
-    heard = [
-        AnswerEvidence(a, b, truth[(truth >= a) & (truth < b)], says_empty)
+def judge(missing: slice, *ranges: tuple[int, int], **more: int) -> list[Doubt]:
+    """Doubts about ``missing`` bars after answers for bars from the first to before the second of each of ``ranges``."""
+    truth = np.delete(MINUTES.opens, np.arange(390)[missing])
+    evidence = [
+        AnswerEvidence(a, b, truth[(truth >= a) & (truth < b)])
         for a, b in ((int(MINUTES.opens[lo]), int(MINUTES.closes[hi - 1])) for lo, hi in ranges)
     ]
-    judged = judge_missing(MINUTES.take(hole), MINUTES, heard, TIMEFRAMES["1m"], **more)
+    judged = judge_missing(MINUTES.take(missing), MINUTES, evidence, TIMEFRAMES["1m"], **more)
     return sorted({Doubt(each) for each in judged.doubts})
 
 
 @pytest.mark.parametrize(
-    ("hole", "ranges", "doubt"),
+    ("missing", "ranges", "doubt"),
     [
         pytest.param(slice(100, 107), [(0, 390)], Doubt.UNSEEN, id="one answer"),
         pytest.param(slice(100, 107), [(0, 390), (99, 110)], Doubt.NONE, id="an answer that encloses it"),
@@ -206,35 +207,38 @@ def judge(hole: slice, *ranges: tuple[int, int], says_empty: bool = False, **mor
         pytest.param(slice(192, 198), [(0, 390), (191, 220)], Doubt.NONE, id="in the middle once"),
     ],
 )
-def test_what_leaves_a_hole_in_doubt(hole: slice, ranges: list[tuple[int, int]], doubt: Doubt) -> None:
-    """Each uniform cut that could have made the hole is a reason to ask on."""
-    assert judge(hole, *ranges) == [doubt]
+def test_doubts_about_missing_bars(missing: slice, ranges: list[tuple[int, int]], doubt: Doubt) -> None:
+    """Each uniform cut that could have left them out is a reason for another probe."""
+    assert judge(missing, *ranges) == [doubt]
 
 
-def test_an_answer_that_lacks_a_known_bar_is_no_witness() -> None:
-    """The second answer is cut as well, elsewhere: it confirms nothing."""
+def test_an_answer_without_a_known_bar_is_no_evidence() -> None:
+    """The second answer is cut as well, in another place: it confirms nothing."""
     first = np.delete(MINUTES.opens, np.arange(100, 107))
     second = np.delete(MINUTES.opens, np.r_[100:107, 200:207])
     end_s = int(MINUTES.closes[-1])
-    heard = [AnswerEvidence(int(MINUTES.opens[0]), end_s, first), AnswerEvidence(int(MINUTES.opens[5]), end_s, second)]
-    judged = judge_missing(MINUTES.take(slice(100, 107)), MINUTES, heard, TIMEFRAMES["1m"])
+    evidence = [
+        AnswerEvidence(int(MINUTES.opens[0]), end_s, first),
+        AnswerEvidence(int(MINUTES.opens[5]), end_s, second),
+    ]
+    judged = judge_missing(MINUTES.take(slice(100, 107)), MINUTES, evidence, TIMEFRAMES["1m"])
     assert set(judged.doubts.tolist()) == {Doubt.UNSEEN}
 
 
-def test_ibs_words_prove_a_range_that_lies_in_the_hole() -> None:
-    """Nothing newer is known, and IB says that there is nothing: that is no cut."""
+def test_no_data_from_ib_is_evidence_inside_missing_bars() -> None:
+    """Nothing newer is known, and IB answers "no data": that is no cut."""
     truth = MINUTES.opens[:380]
     start_s, end_s = int(MINUTES.opens[380]), int(MINUTES.closes[-1])
     nothing = np.empty(0, np.int64)
-    hole = MINUTES.take(slice(380, 390))
+    missing = MINUTES.take(slice(380, 390))
     whole = AnswerEvidence(int(MINUTES.opens[0]), end_s, truth)
-    for says_empty, doubt in ((True, Doubt.NONE), (False, Doubt.UNSEEN)):
-        heard = [whole, AnswerEvidence(start_s, end_s, nothing, says_empty)]
-        assert set(judge_missing(hole, MINUTES, heard, TIMEFRAMES["1m"]).doubts.tolist()) == {doubt}
+    for is_no_data, doubt in ((True, Doubt.NONE), (False, Doubt.UNSEEN)):
+        evidence = [whole, AnswerEvidence(start_s, end_s, nothing, is_no_data)]
+        assert set(judge_missing(missing, MINUTES, evidence, TIMEFRAMES["1m"]).doubts.tolist()) == {doubt}
 
 
-def test_an_answer_seen_whole_at_its_newest_end_speaks_for_shorter_ones() -> None:
-    """Of a gateway that cut the newest part, no longer answer could be whole there; later bars may only be late."""
+def test_an_answer_whole_at_its_newest_end_is_evidence_for_shorter_ones() -> None:
+    """A gateway that cuts the newest part would have cut the longer answer too; later bars may only be late."""
     later = int(MINUTES.closes[-1])
     assert judge(slice(380, 390), (0, 390), (370, 390), whole=381, whole_before_s=later) == [Doubt.NONE]
     assert judge(slice(380, 390), (0, 390), (370, 390), whole=10, whole_before_s=later) == [Doubt.NEWER]
@@ -243,8 +247,8 @@ def test_an_answer_seen_whole_at_its_newest_end_speaks_for_shorter_ones() -> Non
 
 @pytest.mark.parametrize("counts_sessions", [True, False])
 @pytest.mark.parametrize("weeks", [1, 3, 5])
-def test_a_halt_across_requests_is_proven_by_one_load(tmp_path: Path, weeks: int, counts_sessions: bool) -> None:
-    """Its end is in the bars of another request, or beyond the longest one: those are held by then."""
+def test_a_halt_across_requests_is_settled_by_one_load(tmp_path: Path, weeks: int, counts_sessions: bool) -> None:
+    """Its end is in the bars of another request, or beyond the longest one: those bars are held by then."""
     span = window("2024-01-02", "2024-04-13")
     truth = expected_bars(SERIES["1h"], window("2023-10-01", "2024-05-01")).opens
     halt = Window(utc("2024-01-29"), utc("2024-01-29") + timedelta(weeks=weeks))
@@ -264,7 +268,7 @@ def test_a_halt_across_requests_is_proven_by_one_load(tmp_path: Path, weeks: int
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("name", "share"), [("5m", 0.3), ("5m", 0.5), ("1h", 0.5), ("1d", 0.4)])
 def test_a_thin_series_is_not_taken_for_a_cut_one(tmp_path: Path, name: str, share: float, seed: int) -> None:
-    """Holes at equal distances by chance, last bars that nobody traded: all is proven, nothing creeps or ends in vain."""
+    """Absent bars at equal distances by chance, last bars without a trade: all are settled, and no request is wasted."""
     span, margin = SPANS[name]
     around = expected_bars(SERIES[name], Window(span.start - margin, span.end + margin)).opens
     truth = around[np.random.default_rng(seed).random(len(around)) < share]

@@ -1,4 +1,4 @@
-"""Loads that are not alone: beside another load of the series, a reader, a person's editor, on a home that nobody has used.
+"""Concurrent loads: beside another load of the series, a reader, an editor, and on a fresh Dagster home.
 
 Real processes, a real Dagster instance, a simulated gateway on a real socket. Killed loads are in `scenarios/test_kills.py`.
 """
@@ -42,7 +42,7 @@ def expected_opens(start: str = FIRST, end: str = AFTER) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def truth(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The CSV of one load that nobody disturbs, asked for in long requests."""
+    """The CSV of one undisturbed load, with long requests."""
     folder = tmp_path_factory.mktemp("truth")
     with run_in_thread(SyntheticMarket(), judge=False) as gateway:
         forks = LoadForks(fork_server, gateway.port, folder)
@@ -53,7 +53,7 @@ def truth(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def assert_sound(folder: Path, truth: bytes) -> None:
-    """The file is the truth, the sidecar fits it, nothing else lies about."""
+    """The file is the truth, the sidecar fits it, no temporary file is left."""
     store = Store(folder / "data")
     assert store.csv_path(AAPL_1H).read_bytes() == truth
     assert store.verify(AAPL_1H) == []
@@ -67,8 +67,7 @@ def assert_sound(folder: Path, truth: bytes) -> None:
 def test_two_loads_of_one_series_ask_once_and_lose_nothing(
     start_gateway: StartGateway, load_at: LoadAt, tmp_path: Path, truth: bytes
 ) -> None:
-    """The second waits for the first, and finds nothing left to ask for; on two Dagster homes, where nothing of Dagster stands
-    between them."""
+    """The second waits for the first, and finds no bar missing; on two Dagster homes, where no part of Dagster separates them."""
     gateway = start_gateway()
     forks = load_at(gateway.port)
     loads = [forks.start("AAPL", "1h", FIRST, AFTER, home=home) for home in ("home", "another home")]
@@ -87,7 +86,7 @@ def test_two_loads_of_one_series_that_overlap_lose_nothing_and_ask_for_no_bar_tw
         forks.start("AAPL", "1h", "2023-03-01", AFTER, home="another home"),
     ]
     assert [forks.wait(pid) for pid in loads] == [0, 0], (tmp_path / "loads.log").read_text()
-    assert len(gateway.requests) <= 14  # a month each; asking for the seven months in common twice would make 19
+    assert len(gateway.requests) <= 14  # a month each; the seven common months twice would make 19
     assert_sound(tmp_path, truth)
 
 
@@ -96,7 +95,7 @@ def test_two_loads_of_one_series_that_overlap_lose_nothing_and_ask_for_no_bar_tw
 
 @contextmanager
 def under_way(forks: LoadForks, *job: str, may_fail: bool = False) -> Iterator[Callable[[], bool]]:
-    """A load; what is yielded tells whether it still goes on. It must end well, or with failed windows if it ``may_fail``."""
+    """A load in progress; yields whether it still runs. It must succeed, or end with failed windows if it ``may_fail``."""
     pid, over, codes = forks.start(*job), threading.Event(), []
 
     def wait() -> None:
@@ -115,8 +114,8 @@ def under_way(forks: LoadForks, *job: str, may_fail: bool = False) -> Iterator[C
 def test_a_reader_beside_a_load_sees_whole_files_and_true_claims(
     start_gateway: StartGateway, load_at: LoadAt, tmp_path: Path, truth: bytes
 ) -> None:
-    """Each look, with a plain `open` and through the store, shows a file that some write left: never half of one, never
-    shorter than before, and no claim that the file read after it does not hold."""
+    """Each read, with a plain `open` and through the store, returns a file that some write left: never a part of one, never
+    shorter than before, and no claim about bars that are not in the file read after it."""
     store = Store(tmp_path / "data")
     path = store.csv_path(AAPL_1H)
     expected = expected_opens()
@@ -136,7 +135,7 @@ def test_a_reader_beside_a_load_sees_whole_files_and_true_claims(
             assert len(bars) >= len(held)
             assert (np.diff(opens_of(bars)) > 0).all()
             looks, sizes = looks + 1, sizes | {len(data)}
-    assert len(sizes) > 5, "the reader saw hardly anything happen: the test proved nothing"
+    assert len(sizes) > 5, "the reader met hardly any write: the test is void"
     assert_sound(tmp_path, truth)
 
 
@@ -159,8 +158,8 @@ def save_by_renaming(path: Path, data: bytes) -> None:
 def test_an_editor_that_saves_beside_a_load_costs_no_bar(
     start_gateway: StartGateway, load_at: LoadAt, tmp_path: Path, truth: bytes, save: Callable[[Path, bytes], None]
 ) -> None:
-    """A person has the file open, deletes a row and saves what the editor holds, again and again, while bars arrive. Each of
-    the load's bars that a save threw away is fetched again by the next load at the latest, the deleted row too."""
+    """A user has the file open, deletes a row and saves the editor's content, again and again, while bars arrive. Each of the
+    load's bars that a save removed is fetched again by the next load at the latest, the deleted row too."""
     path = tmp_path / "data" / "AAPL_1h.csv"
     forks = load_at(start_gateway().port)
     assert forks.wait(forks.start("AAPL", "1h", FIRST, "2023-03-01")) == 0
@@ -169,9 +168,9 @@ def test_an_editor_that_saves_beside_a_load_costs_no_bar(
             lines, before = path.read_bytes().splitlines(keepends=True), path.stat().st_size
             poll(
                 lambda before=before: path.stat().st_size != before or not goes_on(), 60
-            )  # bars the editor does not know
+            )  # until there are bars that the editor has not read
             save(path, b"".join(lines[:100] + lines[101:]))
-    assert path.read_bytes() != truth, "no save hurt: the test proved nothing"
+    assert path.read_bytes() != truth, "no save removed a bar: the test is void"
     assert forks.wait(forks.start("AAPL", "1h", FIRST, AFTER)) == 0, (tmp_path / "loads.log").read_text()
     assert_sound(tmp_path, truth)
 
@@ -186,8 +185,7 @@ def test_a_fresh_home_used_by_four_commands_at_once_works(
     make_settings: MakeSettings,
     tmp_path: Path,
 ) -> None:
-    """Four `ktrdr ib-load` of four series begin on an empty home at once: all of them succeed, no pacing rule is broken, and
-    the home is good for a fifth."""
+    """Four `ktrdr ib-load` of four series begin on an empty home at once: all of them succeed, and no pacing rule is broken."""
     gateway = start_gateway(judge=True)
     environment = command_environment(gateway.port)
     symbols = ("AAPL", "MSFT", "SPY", "GOOG")
@@ -207,7 +205,7 @@ def test_a_fresh_home_used_by_four_commands_at_once_works(
 def test_a_fresh_home_used_by_four_loads_of_one_series_at_once_works(
     start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    """The same with one series: it is asked for once, by whoever comes first."""
+    """The same with one series: the first of them requests it, once."""
     gateway = start_gateway()
     forks = load_at(gateway.port)
     loads = [forks.start("AAPL", "1h", "2024-02-05", "2024-02-10") for _ in range(4)]

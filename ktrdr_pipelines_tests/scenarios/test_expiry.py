@@ -1,4 +1,4 @@
-"""What the expiry of a future ends: nothing is expected, missing or asked for after it, whoever knows of it."""
+"""The expiry of a future: after it no bar is expected, missing or requested."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
 from ktrdr_pipelines_tests.loading.test_load import load
 
 ESZ4 = Instrument("ESZ4", "FUT", "CME", "USD", ib_symbol="ES", hours=Hours.EXTENDED)
-"""A code says no year: its decade is anybody's guess."""
+"""The code of the contract does not fix its decade."""
 
 
 def history_until_expiry(series: Series, since: str, expires: str = "20241220") -> FakeHistory:
-    """A gateway that says when it expires, in the contract details only."""
+    """A gateway that reports the expiry in the contract details only."""
     until = (
         "2025-01-01" if series.timeframe.name == "1mo" else "2024-12-20T14:30"
     )  # the month is labelled with its last day
@@ -39,7 +39,7 @@ def history_until_expiry(series: Series, since: str, expires: str = "20241220") 
     ("name", "since"), [("1h", "2024-11-25"), ("1d", "2024-06-03"), ("1w", "2024-06-03"), ("1mo", "2024-06-03")]
 )
 def test_nothing_is_asked_after_the_date_that_ib_names(tmp_path: Path, name: str, since: str) -> None:
-    """Before its first load IB is asked when it expires; later the sidecar knows, for loads, tail sensor and `ktrdr gaps`."""
+    """Before its first load IB is asked for the expiry; later it is in the sidecar, for loads, tail sensor and `ktrdr gaps`."""
     series = Series(ESZ4, TIMEFRAMES[name])
     store, span = Store(tmp_path / "data"), window(since, "2026-11-01")
     history = history_until_expiry(series, since)
@@ -62,8 +62,8 @@ def missing_after(store: Store, series: Series, at: datetime, now: datetime) -> 
     return sum(gap.bars for gap in holding.missing if gap.window.end > at)
 
 
-def test_a_gateway_that_names_no_date_is_asked_until_now(tmp_path: Path) -> None:
-    """Then nothing proves that the newest bars do not exist: they stay missing, and no answer is read as more than it says."""
+def test_without_an_expiry_date_bars_are_requested_up_to_now(tmp_path: Path) -> None:
+    """Then there is no evidence about the newest bars: they stay missing."""
     series = Series(ESZ4, TIMEFRAMES["1d"])
     history = history_until_expiry(series, "2024-06-03", expires="")
     job, _ = load(Store(tmp_path / "data"), history, series, window("2024-06-03", "2025-06-01"), now=utc("2025-06-01"))

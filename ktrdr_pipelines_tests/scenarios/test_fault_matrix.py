@@ -1,8 +1,8 @@
-"""The fault matrix: after every fault, in every mode, the file equals the market, or the run failed loudly and the next run
-makes it equal. Never a wrong bar, never one lost without a word, never "complete" while lacking.
+"""The fault matrix: after every fault, in every mode, the file equals the market, or the run failed and the next run makes it
+equal. Never a wrong bar, never one lost without a report, never "complete" while a bar is missing.
 
-The cells and their promise are in `scenarios/fault_matrix.py`. Here every fault meets every mode and every timeframe; all their
-combinations take minutes: `make matrix` plays them and prints a table.
+The cells and their promise are in `scenarios/fault_matrix.py`. Here every fault is tested in every mode and at every timeframe;
+all combinations take minutes: `make matrix` runs them and prints a table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ktrdr_pipelines_tests.scenarios.fault_matrix import (
 
 CELLS = pick_cells()
 PATIENT = "head timestamp silent | full | RBLX 1d"
-"""Waits half a minute for the head timestamp, whose time-out is nobody's to set."""
+"""Waits half a minute for the head timestamp, whose time-out is not a setting."""
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 pytestmark = pytest.mark.slow
@@ -61,9 +61,9 @@ def test_after_every_fault_the_file_is_exact_or_the_run_failed_and_the_next_one_
 
 @pytest.mark.parametrize("tempo", [pytest.param(0.1, id="ten times faster"), pytest.param(10.0, id="ten times slower")])
 @pytest.mark.parametrize(
-    "name", ["slow", "restart", "hang", "1100, 1101, answers lost", "2105, 2107, lies meanwhile", "hole of seven"]
+    "name", ["slow", "restart", "hang", "1100, 1101, answers lost", "2105, 2107, no bars meanwhile", "gap of seven"]
 )
-def test_the_promise_does_not_hang_on_the_gateways_tempo(
+def test_the_promise_does_not_depend_on_the_gateways_tempo(
     name: str, tempo: float, scratch: Path, tmp_path: Path
 ) -> None:
     """Answers and outages ten times shorter or longer: other runs fail, no other bars are lost."""
@@ -72,7 +72,7 @@ def test_the_promise_does_not_hang_on_the_gateways_tempo(
 
 
 def test_every_fault_meets_every_mode_and_timeframe() -> None:
-    """The part that is tested leaves no row of the whole matrix out, and no mode or timeframe of a row."""
+    """The tested part includes every row of the whole matrix, and every mode and timeframe of a row."""
 
     def rows(cells: list[Cell]) -> dict[str, tuple[set[str], set[str]]]:
         found: dict[str, tuple[set[str], set[str]]] = {}
@@ -89,7 +89,7 @@ def test_every_fault_meets_every_mode_and_timeframe() -> None:
     assert [name for name in whole if len(tested[name][1]) < len(tested[name][0])] == []
 
 
-@pytest.mark.parametrize("name", ["silent, all tries", "conflict", "2105, 2107, lies meanwhile"])
+@pytest.mark.parametrize("name", ["silent, all tries", "conflict", "2105, 2107, no bars meanwhile"])
 def test_the_promise_holds_through_the_asset(
     name: str,
     start_gateway: StartGateway,

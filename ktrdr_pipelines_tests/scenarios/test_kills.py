@@ -1,7 +1,7 @@
-"""What a killed load leaves behind: a whole CSV, true claims, one request to repeat at most, and nothing going on for ever.
+"""Killed loads leave a whole CSV, true claims, at most one request to repeat, and no unfinished run.
 
-Real processes and SIGKILL, a real Dagster instance, a simulated gateway on a real socket whose log tells what was asked.
-``KILLS=200`` in the environment (`make kills`) deals more blows.
+Real processes and SIGKILL, a real Dagster instance, a simulated gateway on a real socket, whose log lists the requests.
+``KILLS=200`` in the environment (`make kills`) kills more often.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("KILLS", "4"))
 KILLS_PER_SERIES = 25
-"""More would bring a series to the present."""
+"""With more, a series would reach the present."""
 SYMBOLS = ("AAPL", "MSFT", "SPY", "IBM", "KO", "JPM", "INTC", "AMD")
 KILLED_WITHIN_S = 0.6
-"""Every fourth blow falls so soon after the process began, the others so soon after its first request."""
+"""Every fourth kill is so soon after the start of the process, the others so soon after its first request."""
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
 FIRST = "2008-01-01"
 
@@ -58,8 +58,8 @@ FIRST = "2008-01-01"
 # ---------------------------------------------------------------------------------------------------- killed loads
 
 
-class Witness:
-    """Looks at the files of a series after each blow, without the store: what a trader would read."""
+class FileCheck:
+    """Checks the files of a series after each kill, without the store: as a trader would read them."""
 
     def __init__(self, data_dir: Path, symbol: str) -> None:
         self.csv, self.sidecar = data_dir / f"{symbol}_1h.csv", data_dir / f"{symbol}_1h.meta.json"
@@ -67,7 +67,7 @@ class Witness:
         self.rows: dict[str, str] = {}
 
     def look(self) -> list[str]:
-        """What is wrong now."""
+        """All faults now."""
         if not self.csv.exists():
             return ["the CSV is gone"] if self.rows else []
         text = self.csv.read_text()
@@ -101,12 +101,12 @@ class Witness:
             if mark["rows"] > ((held >= month.start_s) & (held < month.end_s)).sum():
                 wrong.append(f"the sidecar counts {mark['rows']} rows in {key}, which are not there")
         if known["proven_empty"]:
-            wrong.append("the sidecar takes bars for proven not to exist")
+            wrong.append("the sidecar records bars as absent")
         return wrong
 
 
 def count_again(requests: list[RequestRecord], before: list[RequestRecord]) -> int:
-    """How many of ``requests`` ask for what was answered before. Loads ask from old to new."""
+    """How many of ``requests`` are for bars that were answered before. Loads go from old to new."""
     assert {r.kind for r in (*requests, *before)} <= {"history"}
     furthest = max((r.last for r in before), default=0)
     return sum(r.last <= furthest for r in requests)
@@ -129,8 +129,8 @@ def held_slots(instance: dg.DagsterInstance) -> int:
 def test_loads_killed_at_random_instants_lose_nothing(
     start_gateway: StartGateway, load_at: LoadAt, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    """After each SIGKILL the CSV is whole and has every row of before, each claim of the sidecar holds, and the next load asks
-    at most the interrupted request again. In the end the file is the truth, and Dagster has no run and no slot of the dead."""
+    """After each SIGKILL the CSV is whole and has every earlier row, each claim of the sidecar is true, and the next load repeats
+    at most the interrupted request. In the end the file is the truth, and Dagster has no unfinished run and no claimed slot."""
     gateway, chance = start_gateway(), random.Random(20240105)
     forks = load_at(gateway.port)
     for done in range(0, KILLS, KILLS_PER_SERIES):
@@ -144,7 +144,7 @@ def test_loads_killed_at_random_instants_lose_nothing(
 def kill_loads_of(
     symbol: str, kills: int, gateway: GatewayThread, forks: LoadForks, chance: random.Random, folder: Path
 ) -> None:
-    witness = Witness(folder / "data", symbol)
+    files = FileCheck(folder / "data", symbol)
     wrong: list[str] = []
     repeated = 0
 
@@ -152,41 +152,39 @@ def kill_loads_of(
         return [r for r in gateway.requests if r.symbol == symbol]
 
     assert forks.wait(forks.start(symbol, "1h", FIRST, "2008-02-01")) == 0
-    witness.look()
-    for blow in range(kills):
-        before, last = asked(), max(witness.rows)
+    files.look()
+    for kill in range(kills):
+        before, last = asked(), max(files.rows)
         # Two months that are held and more to come than one load can do in time.
         pid = forks.start(symbol, "1h", max(FIRST, add_months(last, -2)), add_months(last, 24))
-        if blow % 4:
+        if kill % 4:
             poll(lambda before=before: len(asked()) > len(before))
-        ended = select.select([], [], [], chance.uniform(0.0, KILLED_WITHIN_S))  # until the blow
+        ended = select.select([], [], [], chance.uniform(0.0, KILLED_WITHIN_S))
         assert ended == ([], [], [])
         os.kill(pid, signal.SIGKILL)
-        assert forks.wait(pid) == -signal.SIGKILL, "the load was over before the blow: it needs more to do"
+        assert forks.wait(pid) == -signal.SIGKILL, "the load ended before the kill: it needs more to do"
         again = count_again(asked()[len(before) :], before)
         repeated += again
-        wrong += [f"blow {blow}: {what}" for what in witness.look()]
+        wrong += [f"kill {kill}: {what}" for what in files.look()]
         if again > 1:
-            wrong.append(f"blow {blow}: {again} requests were asked again")
-    before, end = asked(), add_months(max(witness.rows), 3)
+            wrong.append(f"kill {kill}: {again} requests were repeated")
+    before, end = asked(), add_months(max(files.rows), 3)
     assert forks.wait(forks.start(symbol, "1h", FIRST, end)) == 0, (folder / "loads.log").read_text()[-2000:]
-    wrong += witness.look()
+    wrong += files.look()
     repeated += count_again(asked()[len(before) :], before)
     made = len(asked())
     assert forks.wait(forks.start(symbol, "1h", FIRST, end)) == 0
-    assert len(asked()) == made, "something was left to ask for"
-    # The truth: one load that nobody disturbs, asked for in long requests.
+    assert len(asked()) == made, "bars were still missing"
+    # The truth: one undisturbed load, with long requests.
     (folder / "truth").mkdir(exist_ok=True)
     options = {"folder": str(folder / "truth"), "limits": "current"}
     assert forks.wait(forks.start(symbol, "1h", FIRST, end, **options)) == 0
-    truth = (folder / "truth" / "data" / witness.csv.name).read_bytes()
-    print(
-        f"{symbol}: {kills} kills, {made} requests, {repeated} of them asked again, {len(witness.rows)} rows, {wrong}"
-    )
+    truth = (folder / "truth" / "data" / files.csv.name).read_bytes()
+    print(f"{symbol}: {kills} kills, {made} requests, {repeated} of them repeated, {len(files.rows)} rows, {wrong}")
     assert not wrong, "\n".join(wrong)
-    assert len(witness.rows) > kills * 140 / 2, "the loads hardly came forward: the test proved nothing"
+    assert len(files.rows) > kills * 140 / 2, "the loads made hardly any progress: the test is void"
     assert repeated <= kills
-    assert truth == witness.csv.read_bytes()
+    assert truth == files.csv.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------- Dagster's record

@@ -1,4 +1,4 @@
-"""Whole commands on a disk that refuses: one clear line, exit code 7, and everything as before.
+"""Whole commands on a disk that refuses: one line, exit code 7, and no file changed.
 
 The command runs in this process with a disk that fails, except where the system itself can be made to refuse.
 """
@@ -39,9 +39,9 @@ def load(
         monkeypatch.setattr(sys, "argv", ["ktrdr", "ib-load", symbol, "1h", "--mode", "full", *span])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return int(ended.value.code or 0), [line for line in said.splitlines() if line.startswith("ktrdr: ")]
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        return int(ended.value.code or 0), [line for line in errors.splitlines() if line.startswith("ktrdr: ")]
 
     return run
 
@@ -52,7 +52,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("code", "call", "words"),
+    ("code", "call", "reason"),
     [
         (errno.ENOSPC, "write", "the disk is full"),
         (errno.EDQUOT, "sync", "quota"),
@@ -61,9 +61,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_disk_that_refuses_is_one_line_and_changes_nothing(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str, words: str
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str, reason: str
 ) -> None:
-    """Exit code 7, the file's name and what to do; not a byte differs; when the disk is well again the load completes."""
+    """Exit code 7, the name of the file and the reason; no byte differs; when the disk works again the load completes."""
     assert load(5, 7) == (0, [])
     before = files_in(tmp_path / "data")
 
@@ -72,11 +72,11 @@ def test_a_disk_that_refuses_is_one_line_and_changes_nothing(
 
     with monkeypatch.context() as broken:
         broken.setattr(Disk, call, refuse)
-        exit_code, said = load(5, 10)
+        exit_code, lines = load(5, 10)
     assert exit_code == 7
-    assert len(said) == 1
-    assert words in said[0]
-    assert "AAPL_1h.csv" in said[0]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert "AAPL_1h.csv" in lines[0]
     assert files_in(tmp_path / "data") == before
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "another home"))  # an empty ledger: no wait for the same request
     assert load(5, 10) == (0, [])
@@ -85,16 +85,16 @@ def test_a_disk_that_refuses_is_one_line_and_changes_nothing(
 
 def test_a_symbol_too_long_for_a_file_name_is_one_line(load: Load, tmp_path: Path) -> None:
     """300 characters: wrong input, exit code 2, and no file."""
-    code, said = load(5, 7, symbol="A" * 300)
-    assert (code, len(said)) == (2, 1)
-    assert "is not a symbol" in said[0]
+    code, lines = load(5, 7, symbol="A" * 300)
+    assert (code, len(lines)) == (2, 1)
+    assert "is not a symbol" in lines[0]
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("limit_kib", [100, 20])
 def test_a_dagster_home_without_room_is_one_line(load: Load, tmp_path: Path, limit_kib: int) -> None:
-    """The system lets no file grow: on a fresh home, and on one that is in use. No traceback, the bars as before, and the next
-    command works."""
+    """No file can grow: on a fresh home, and on one that is in use. No traceback, the bars as before, and the next command
+    works."""
     if limit_kib == 20:
         assert load(5, 7) == (0, [])
     (tmp_path / "data").mkdir(exist_ok=True)

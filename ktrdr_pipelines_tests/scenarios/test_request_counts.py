@@ -1,6 +1,6 @@
 """How many requests a load needs, counted on the simulated gateway's log: real sockets, real pacing, the clock moved.
 
-The planner's own tests prove these numbers minimal; here the gateway says that no more went out, and that none broke a rule.
+The planner's own tests show that these numbers are minimal; here the gateway counts what was sent, and checks the rules.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_a_full_load_needs_the_fewest_requests(
 
 
 @pytest.mark.parametrize("missing", ["a week at the end", "nine sessions in the middle"])
-def test_what_one_request_can_cover_is_one_request(run: Callable[..., int], missing: str) -> None:
+def test_bars_that_fit_in_one_request_are_one_request(run: Callable[..., int], missing: str) -> None:
     series = Series(AAPL, TIMEFRAMES["1h"])
     span = window("2024-01-01", "2024-03-01")
     if missing == "a week at the end":

@@ -1,4 +1,4 @@
-"""Bars of 30 seconds and less: IB keeps them for six months, and an empty answer about older ones proves nothing."""
+"""Bars of 30 seconds and less: IB's retention is six months, and an empty answer about older bars is no evidence."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def weekday(day: datetime, step: int) -> datetime:
     return day
 
 
-def test_a_load_begins_where_ib_keeps_bars_and_says_so(ktrdr: Ktrdr) -> None:
-    """Two years back are asked for, six months can be had; a minute may be as old as it likes."""
+def test_a_load_begins_at_ibs_retention_and_reports_it(ktrdr: Ktrdr) -> None:
+    """Two years are requested, six months are available; minutes have no limit."""
     start, end = f"{datetime.now(UTC) - timedelta(days=730):%Y-%m-%d}", f"{kept() + timedelta(days=3):%Y-%m-%d}"
     arguments = ("ib-load", "AAPL", "30s", "--start", start, "--dry-run", "--json")
     done = ktrdr(*arguments, "--end", end)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["start"] == format_instant(kept())
-    assert [text for text in told["notices"] if text.startswith("30s bars before ") and "IB's retention" in text]
+    report = json.loads(done.stdout)
+    assert report["start"] == format_instant(kept())
+    assert [text for text in report["notices"] if text.startswith("30s bars before ") and "IB's retention" in text]
     refused = ktrdr(*arguments, "--end", f"{kept() - timedelta(days=1):%Y-%m-%d}")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "six months" in refused.stderr
     assert TIMEFRAMES["1m"].retained_from(datetime.now(UTC)) is None
 
 
-def test_older_partitions_fail_and_nothing_of_them_is_proven_empty(
+def test_older_partitions_fail_and_nothing_of_them_is_recorded_as_absent(
     start_gateway: StartGateway, make_settings: Callable[..., Settings], instance: dg.DagsterInstance
 ) -> None:
-    """From the UI as well: a run over the border loads what there is and says so; one before it fails and asks nothing."""
+    """Also for runs from the UI: one across the limit loads what is available; one before it fails without a request."""
     gateway = start_gateway()
     settings: Settings = make_settings(gateway.port)
     job = build_defs(settings, [AAPL_30S]).resolve_implicit_global_asset_job_def()
@@ -86,7 +86,7 @@ def test_older_partitions_fail_and_nothing_of_them_is_proven_empty(
 
 
 def test_a_report_names_no_file_that_is_not_there(start_gateway: StartGateway, ktrdr: Ktrdr) -> None:
-    """A day without a bar: nothing was written, and nobody looks for a file in vain. JSON keeps the path."""
+    """A day without a bar: nothing was written, so users are not sent to a file. JSON keeps the path."""
     port = start_gateway().port
     arguments = ("ib-load", "AAPL", "1h", "--start", "2024-03-02", "--end", "2024-03-04")
     done = ktrdr(*arguments, port=port)

@@ -87,7 +87,7 @@ def judge(directory: Path, done: int) -> tuple[int, str]:
 
 
 def fork(work: Callable[[int], None]) -> tuple[int, int]:
-    """Run ``work`` in a child; its pid and the pipe on which it tells finished answers."""
+    """Run ``work`` in a child; its pid and the pipe on which it reports finished answers."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -103,11 +103,11 @@ def fork(work: Callable[[int], None]) -> tuple[int, int]:
 
 
 def drain(reader: int) -> int:
-    told = b""
+    reports = b""
     while part := os.read(reader, 65536):
-        told += part
+        reports += part
     os.close(reader)
-    return len(told)
+    return len(reports)
 
 
 def run_kills(directory: Path, seed: int, count: int) -> dict[str, Any]:
@@ -119,12 +119,12 @@ def run_kills(directory: Path, seed: int, count: int) -> dict[str, Any]:
     done, mid_write, failures = 1, 0, []
     for _ in range(count):
 
-        def work(tell: int, start: int = done) -> None:
+        def work(pipe: int, start: int = done) -> None:
             store = Store(directory)
-            os.write(tell, b"!")
+            os.write(pipe, b"!")
             for step in range(start, start + 1000):
                 write_step(store, step)
-                os.write(tell, b".")
+                os.write(pipe, b".")
 
         pid, reader = fork(work)
         assert os.read(reader, 1) == b"!"

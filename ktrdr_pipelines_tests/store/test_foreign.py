@@ -88,7 +88,7 @@ def test_a_foreign_file_becomes_a_normal_one_at_first_use(layout: str, tmp_path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_load_is_told_what_was_adopted(layout: str, tmp_path: Path) -> None:
+def test_prepare_reports_what_was_adopted(layout: str, tmp_path: Path) -> None:
     """`prepare` reports it once; the second time there is nothing to do."""
     (tmp_path / "MSFT_1h.csv").write_bytes(LAYOUTS[layout])
     store = Store(tmp_path)
@@ -99,7 +99,7 @@ def test_the_load_is_told_what_was_adopted(layout: str, tmp_path: Path) -> None:
 
 
 def test_columns_left_out_are_named(tmp_path: Path) -> None:
-    """Extra columns are no reason to refuse, but nobody should look for them later."""
+    """Extra columns are no reason to refuse, but users should know that they are gone."""
     rows = read_foreign(LAYOUTS["extra columns"], MSFT_1H, "x.csv")
     assert rows.notices == ("columns left out: average, barCount",)
     assert read_foreign(LAYOUTS["unsorted"], MSFT_1H, "x.csv").notices == ("rows were not in order: sorted",)
@@ -117,8 +117,8 @@ def test_a_normal_file_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if "bak" in p.name] == []
 
 
-def test_intraday_stamps_without_a_zone_are_refused_unless_said_to_be_utc(tmp_path: Path) -> None:
-    """A guessed zone shifts a whole file; the person decides."""
+def test_intraday_stamps_without_a_zone_are_refused_unless_declared_to_be_utc(tmp_path: Path) -> None:
+    """A guessed zone shifts a whole file; the user decides."""
     naive = lay_out(f"date,{OHLCV}", "2025-05-22 {h:02}:00:00")
     path = tmp_path / "MSFT_1h.csv"
     path.write_bytes(naive)
@@ -156,7 +156,7 @@ def test_a_daily_bar_keeps_the_date_that_is_written(stamp: str) -> None:
 
 
 def test_a_daily_bar_with_a_time_of_day_is_refused() -> None:
-    """05:00 UTC may be New York's midnight or not: nobody guesses."""
+    """05:00 UTC may be New York's midnight or not: it is not guessed."""
     text = f"date,{OHLCV}\n2024-01-02 05:00:00+00:00,{ROWS[0]}\n"
     with pytest.raises(DataError, match="session's date"):
         read_foreign(text.encode(), MSFT_1D, "x.csv")
@@ -183,7 +183,7 @@ def test_a_daily_bar_with_a_time_of_day_is_refused() -> None:
     ],
 )
 def test_bad_rows_are_dropped_and_shown_with_their_lines(line: str, why: str, tmp_path: Path) -> None:
-    """The good part is kept, the bad line is told by number, text and reason."""
+    """The good part is kept, the bad line is reported by number, text and reason."""
     lines = lay_out(f"date,{OHLCV}", SPACED).decode().splitlines()
     content = "\r\n".join([*lines[:3], line, *lines[3:]])
     (tmp_path / "MSFT_1h.csv").write_text(content, newline="")
@@ -198,7 +198,7 @@ def test_bad_rows_are_dropped_and_shown_with_their_lines(line: str, why: str, tm
 
 
 def test_of_two_different_bars_with_one_stamp_neither_is_kept(tmp_path: Path) -> None:
-    """Both lines are shown, each naming the other; IB is asked again."""
+    """Both lines are shown, each naming the other; the bar is requested again."""
     lines = NORMAL.decode().splitlines()
     rows = read_foreign("\n".join([*lines, lines[2].replace("2.25", "2.0")]).encode(), MSFT_1H, "x.csv")
     assert opens_of(rows.bars).tolist() == [opens_of(EXPECTED)[0], opens_of(EXPECTED)[2]]
@@ -246,7 +246,7 @@ def test_what_is_no_bar_file_is_refused_and_left_alone(content: bytes, named: st
 
 
 def test_an_empty_file_counts_as_none(tmp_path: Path) -> None:
-    """Somebody's ``touch`` is no reason to stop."""
+    """As after ``touch``: no reason to stop."""
     (tmp_path / "MSFT_1h.csv").write_bytes(b"")
     store = Store(tmp_path)
     assert len(store.read_bars(MSFT_1H)) == 0
@@ -263,8 +263,8 @@ def test_forex_files_may_leave_the_volume_out() -> None:
         assert rows.dropped == ()
 
 
-def test_a_file_from_elsewhere_is_added_to_what_is_held(tmp_path: Path) -> None:
-    """Held bars win, conflicts are told, nothing is claimed, and the other file stays as it is."""
+def test_another_file_is_added_to_what_is_held(tmp_path: Path) -> None:
+    """Held bars win, conflicts are reported, nothing is claimed, and the other file stays as it is."""
     store = Store(tmp_path / "data")
     held = EXPECTED.iloc[[1]].reset_index(drop=True).assign(close=2.0)
     store.write(MSFT_1H, held, answered=None, source="live", now=NOW)
@@ -310,7 +310,7 @@ def test_stamps_that_python_might_read_otherwise_are_refused(text: str) -> None:
         read_stamp(text, is_intraday=True, assume_utc=True)
 
 
-def test_a_write_cut_off_inside_a_number_loses_its_last_row_and_says_so(tmp_path: Path) -> None:
+def test_a_write_cut_off_inside_a_number_loses_its_last_row_and_reports_it(tmp_path: Path) -> None:
     """A file of ours ends with a newline; without one its last line was cut, and half a number is no price."""
     store = Store(tmp_path)
     series = Series(stock("AAPL"), TIMEFRAMES["1d"])

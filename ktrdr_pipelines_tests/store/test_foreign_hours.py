@@ -1,4 +1,4 @@
-"""Foreign files and the trading calendar: bars that no session has room for are not taken over."""
+"""Foreign files and the trading calendar: bars that no session has room for are not adopted."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_bars_outside_every_session_are_not_adopted_and_are_shown(tmp_path: Path
     assert held(store, SPY_1H) == GOOD
 
 
-def test_at_first_use_they_are_left_out_of_the_csv_kept_in_the_copy_and_told(tmp_path: Path) -> None:
-    """The series' own file, made by something else."""
+def test_at_first_use_they_are_left_out_of_the_csv_kept_in_the_copy_and_reported(tmp_path: Path) -> None:
+    """The series' own file, made by another program."""
     store, content = Store(tmp_path), FOREIGN_HEADER + rows([*ON_THE_HOUR, *STRAY])
     store.csv_path(SPY_1H).write_bytes(content)
     prepared = store.prepare(SPY_1H, now=NOW)
@@ -56,14 +56,14 @@ def test_at_first_use_they_are_left_out_of_the_csv_kept_in_the_copy_and_told(tmp
     assert prepared.adopted is not None
     assert prepared.adopted.backup is not None
     assert prepared.adopted.backup.read_bytes() == content
-    told = "; ".join(prepared.describe())
-    assert "4 refused" in told
-    assert REASON in told
+    report = "; ".join(prepared.describe())
+    assert "4 refused" in report
+    assert REASON in report
 
 
 def test_a_file_written_like_ours_loses_what_would_be_held_twice_and_nothing_else(tmp_path: Path) -> None:
     """It may be ours and have lost its sidecar. A bar that shares time with an expected one costs a request, which brings that
-    one; any other bar may have come from IB, so it stays and is told."""
+    one; any other bar may have come from IB, so it stays and is reported."""
     store = Store(tmp_path)
     store.csv_path(SPY_1H).write_bytes(HEADER + rows(sorted([*ON_THE_HOUR, *STRAY])))
     prepared = store.prepare(SPY_1H, now=NOW)
@@ -73,11 +73,11 @@ def test_a_file_written_like_ours_loses_what_would_be_held_twice_and_nothing_els
 
     store.csv_path(SPY_1H).write_bytes(HEADER + rows(sorted([*GOOD, *STRAY])))
     store.sidecar_path(SPY_1H).unlink()
-    (told,) = Store(tmp_path).prepare(SPY_1H, now=NOW).describe()
-    assert told.startswith(f"2 bars are {REASON}, the first 2024-06-04T10:00:00Z: kept")
+    (notice,) = Store(tmp_path).prepare(SPY_1H, now=NOW).describe()
+    assert all(part in notice for part in ("kept 2 bars", REASON, "2024-06-04T10:00:00Z"))
 
 
-def test_a_person_who_says_that_it_was_made_elsewhere_is_believed(tmp_path: Path) -> None:
+def test_a_user_who_declares_that_it_was_made_elsewhere_is_believed(tmp_path: Path) -> None:
     """`ktrdr adopt` of the series' own CSV leaves them all out, whatever the file looks like."""
     store = Store(tmp_path)
     store.csv_path(SPY_1H).write_bytes(HEADER + rows(sorted([*ON_THE_HOUR, *STRAY])))
@@ -87,7 +87,7 @@ def test_a_person_who_says_that_it_was_made_elsewhere_is_believed(tmp_path: Path
     assert held(store, SPY_1H) == GOOD
 
 
-def test_what_ib_sent_stays_whatever_the_calendar_says(tmp_path: Path) -> None:
+def test_what_ib_sent_stays_whatever_the_calendar_expects(tmp_path: Path) -> None:
     """Also when the file is edited afterwards, or adopted, or its sidecar is damaged."""
     store = Store(tmp_path)
     opens = np.array([int(datetime.fromisoformat(s).timestamp()) for s in sorted([*ON_THE_HOUR, *STRAY])])
@@ -106,7 +106,7 @@ def test_what_ib_sent_stays_whatever_the_calendar_says(tmp_path: Path) -> None:
     assert held(Store(tmp_path), SPY_1H) == everything
 
 
-def test_local_stamps_that_were_said_to_be_utc_are_refused_as_a_whole(tmp_path: Path) -> None:
+def test_local_stamps_that_were_declared_to_be_utc_are_refused_as_a_whole(tmp_path: Path) -> None:
     """Of New York's 09:30 to 15:00 read as UTC two fall into the session: they would be kept at wrong times."""
     store, other = Store(tmp_path / "data"), tmp_path / "old.csv"
     local = [f"2024-06-03 {clock}" for clock in ("09:30", *(f"{hour}:00" for hour in range(10, 16)))]
@@ -125,7 +125,7 @@ def test_daily_bars_of_days_without_trading_are_not_adopted(tmp_path: Path) -> N
     other.write_bytes(FOREIGN_HEADER + rows(days))
     adopted = store.adopt(series, other, now=NOW)
     assert {(fault.line, fault.why) for fault in adopted.dropped} == {
-        (line, "not a trading day of SPY") for line in (3, 4, 5)
+        (line, "outside the trading days of SPY") for line in (3, 4, 5)
     }
     assert held(store, series) == ["2023-12-22T00:00:00Z", "2023-12-26T00:00:00Z"]
 
@@ -141,7 +141,7 @@ def test_daily_bars_of_days_without_trading_are_not_adopted(tmp_path: Path) -> N
     ],
     ids=["any day of a week", "any day of a month", "both names of a forex bar", "no calendar", "before calendars"],
 )
-def test_what_the_calendar_cannot_deny_is_adopted(series: Series, stamps: list[str], tmp_path: Path) -> None:
+def test_what_the_calendar_cannot_rule_out_is_adopted(series: Series, stamps: list[str], tmp_path: Path) -> None:
     """Labels differ between gateways, and not every market has a calendar."""
     store, other = Store(tmp_path / "data"), tmp_path / "old.csv"
     other.write_bytes(FOREIGN_HEADER + rows(stamps))

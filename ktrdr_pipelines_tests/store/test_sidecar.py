@@ -1,4 +1,4 @@
-"""Knowledge beside the bars: how claims are added and withdrawn. Pure."""
+"""The sidecar: its JSON, and how claims are added and withdrawn. Pure."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from ktrdr_pipelines.store.sidecar import (
     Sidecar,
     Span,
     UnreadableSidecar,
-    add_answered,
-    add_proven_empty,
-    drop_disproved,
     parse_sidecar,
     peek_unfinished_from,
     render_sidecar,
+)
+from ktrdr_pipelines.store.sidecar_claims import (
+    add_answered,
+    add_proven_empty,
+    drop_disproved,
     subtract_windows,
     withdraw_partitions,
 )
@@ -83,14 +85,14 @@ def test_a_range_is_dropped_exactly_when_a_bar_lies_in_it(windows: list[tuple[in
     assert sorted(kept, key=str) == sorted(expected, key=str)
 
 
-def test_a_smaller_proof_inside_a_larger_one_adds_nothing() -> None:
-    """The larger range already says so."""
+def test_a_smaller_range_inside_a_larger_one_adds_nothing() -> None:
+    """The larger range already includes it."""
     assert add_proven_empty([make_range(0, 10)], [make_range(2, 5)]) == (make_range(0, 10),)
     assert add_proven_empty([make_range(2, 5)], [make_range(0, 10)]) == (make_range(0, 10),)
 
 
-def test_a_sidecar_survives_the_way_through_json() -> None:
-    """Everything known comes back as it was."""
+def test_a_sidecar_survives_json() -> None:
+    """Every field is read as it was written."""
     sidecar = Sidecar(
         series="AAPL 1m",
         source="paper",
@@ -106,14 +108,14 @@ def test_a_sidecar_survives_the_way_through_json() -> None:
 @pytest.mark.parametrize(
     "text", ['{"version": 0}', '{"source": "hearsay"}', '{"partitions": {"2024-01-02": {"rows": "many"}}}']
 )
-def test_what_cannot_be_meant_is_unreadable(text: str) -> None:
-    """A sidecar that says something else than we ever write is not believed."""
+def test_an_invalid_sidecar_is_unreadable(text: str) -> None:
+    """Values that this program never writes are not accepted."""
     with pytest.raises(UnreadableSidecar):
         parse_sidecar(text, "x")
 
 
-def test_a_partition_key_that_is_none_withdraws_nothing_else() -> None:
-    """Somebody typed a key by hand: it goes, the claims stay."""
+def test_an_invalid_partition_key_withdraws_no_claim() -> None:
+    """A key typed by hand is removed, the claims stay."""
     mark = PartitionMark(rows=1, crc32="00000000")
     sidecar = Sidecar(answered=merge_all([(0, 60)]), partitions={"yesterday": mark, "1970-01-01": mark})
     corrected, changed = withdraw_partitions(sidecar, TIMEFRAMES["1m"], {"1970-01-01": mark})
@@ -122,7 +124,7 @@ def test_a_partition_key_that_is_none_withdraws_nothing_else() -> None:
     assert corrected.partitions == {"1970-01-01": mark}
 
 
-def test_many_proven_ranges_stay_cheap() -> None:
+def test_many_absent_ranges_stay_cheap() -> None:
     """Fifty thousand ranges (an illiquid series) and forty new ones: the work grows with the new ones, not with all squared."""
     start = datetime(2000, 1, 1, tzinfo=UTC)
     ranges = tuple(
@@ -140,7 +142,7 @@ def test_many_proven_ranges_stay_cheap() -> None:
     assert list(found) == sorted(found, key=lambda r: r.start)
 
 
-def test_a_wider_range_takes_the_place_of_those_it_covers() -> None:
+def test_a_wider_range_replaces_those_it_covers() -> None:
     """Their evidence is kept with it; a narrower one adds nothing."""
 
     def make(first: int, last: int) -> ProvenEmpty:
@@ -157,10 +159,10 @@ def test_a_wider_range_takes_the_place_of_those_it_covers() -> None:
 @pytest.mark.parametrize("since", [None, datetime(2024, 2, 5, 14, 30, tzinfo=UTC)])
 @pytest.mark.parametrize("until", [None, datetime(1999, 12, 31, 21, tzinfo=UTC)])
 @pytest.mark.parametrize("windows", [0, 500])  # 35 KB
-def test_what_is_unfinished_can_be_read_from_the_end_alone(
+def test_unfinished_from_can_be_read_from_the_end_alone(
     since: datetime | None, until: datetime | None, windows: int
 ) -> None:
-    """However long the sidecar is; one that says nothing of it there has to be parsed."""
+    """However long the sidecar is; one without it there has to be parsed."""
     spans = merge_all([(i * 10, i * 10 + 5) for i in range(windows)])
     sidecar = Sidecar(
         series="AAPL 1m", updated_at=END_OF_TIME, answered=spans, unfinished_from=since, unfinished_until=until

@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_what_is_written_is_read_back_exactly(store: Store) -> None:
-    """Bars, opens, extent and sidecar tell the same story, to the last bit."""
+    """Bars, opens, extent and sidecar agree, to the last bit."""
     bars = make_bars(range(5), value=0.1 + 0.2)
     written = write(store, bars, window_of(0, 5))
     assert (written.rows_added, written.rows_revised, written.rows_held_in_window) == (5, 0, 5)
@@ -85,7 +85,7 @@ def test_what_is_written_is_read_back_exactly(store: Store) -> None:
 
 
 def test_a_fresh_store_holds_nothing_and_creates_nothing(store: Store) -> None:
-    """Looking never makes a file or a directory."""
+    """Reading makes no file and no directory."""
     pd.testing.assert_frame_equal(store.read_bars(AAPL_1M), empty_bars())
     assert store.held_opens(AAPL_1M).tolist() == []
     assert store.extent(AAPL_1M) is None
@@ -107,14 +107,14 @@ def test_a_window_is_half_open(store: Store, first: int, after: int) -> None:
 
 
 def test_a_load_never_shrinks_a_file(store: Store) -> None:
-    """Held bars inside the answered window that the new answer lacks stay."""
+    """Held bars inside the answered window that are not in the new answer stay."""
     write(store, make_bars(range(10)))
     written = write(store, make_bars([4]), window_of(0, 10))
     assert (written.rows_added, written.rows_held_in_window) == (0, 10)
     assert len(store.held_opens(AAPL_1M)) == 10
 
 
-def test_the_newer_value_wins_and_the_older_is_told(store: Store) -> None:
+def test_the_newer_value_wins_and_the_older_is_reported(store: Store) -> None:
     """A revised bar replaces the held one; both are in the result."""
     write(store, make_bars(range(5), value=100.0))
     written = write(store, make_bars([1, 2], value=50.0))
@@ -137,7 +137,7 @@ def test_writing_the_same_again_does_not_touch_the_file(store: Store) -> None:
 
 
 def test_an_empty_answer_is_remembered_without_a_csv(store: Store) -> None:
-    """ "Nothing there" is knowledge for the sidecar; it makes no file of bars."""
+    """An answer without bars is recorded in the sidecar; it makes no CSV."""
     write(store, empty_bars(), window_of(0, 60))
     assert not store.csv_path(AAPL_1M).exists()
     assert store.read_sidecar(AAPL_1M).answered_windows == (window_of(0, 60),)
@@ -270,7 +270,7 @@ def test_answered_windows_merge(store: Store) -> None:
 
 
 def test_nothing_is_claimed_about_bars_that_may_still_be_forming(store: Store) -> None:
-    """An answered window that reaches beyond the last complete bar would hide that bar for ever."""
+    """An answered window that reaches beyond the last complete bar would hide that bar."""
     now = datetime.fromtimestamp(T0 + 90 * 60, UTC)
     window = window_of(0, 120)
     store.write(AAPL_1H, empty_bars(), answered=window, source="simulator", now=now)
@@ -283,18 +283,18 @@ def test_nothing_is_claimed_about_bars_that_may_still_be_forming(store: Store) -
     assert store.read_sidecar(AAPL_1H).answered_windows[0].end_s == T0 + 60 * 60
 
 
-def make_proof(first: int, after: int, duration: str = "1 D") -> ProvenEmpty:
+def make_absence(first: int, after: int, duration: str = "1 D") -> ProvenEmpty:
     window = window_of(first, after)
     evidence = Evidence(asked_at=NOW, duration=duration, end=window.end, code=162, text="HMDS query returned no data")
     return ProvenEmpty(start=window.start, end=window.end, opens=after - first, evidence=(evidence,))
 
 
-def test_proven_empty_ranges_keep_their_evidence_until_a_bar_turns_up(store: Store) -> None:
-    """A proof is remembered with what was asked and answered; one bar inside it disproves it."""
-    proofs = [make_proof(5, 8), make_proof(20, 30)]
-    store.write(AAPL_1M, make_bars([0]), answered=window_of(0, 30), source="simulator", now=NOW, proven_empty=proofs)
-    assert store.read_sidecar(AAPL_1M).proven_empty == tuple(proofs)
-    again = make_proof(5, 9, "2 D")
+def test_absent_ranges_keep_their_evidence_until_a_bar_appears(store: Store) -> None:
+    """A range is recorded with its requests and answers; a bar inside it removes it."""
+    ranges = [make_absence(5, 8), make_absence(20, 30)]
+    store.write(AAPL_1M, make_bars([0]), answered=window_of(0, 30), source="simulator", now=NOW, proven_empty=ranges)
+    assert store.read_sidecar(AAPL_1M).proven_empty == tuple(ranges)
+    again = make_absence(5, 9, "2 D")
     store.write(AAPL_1M, empty_bars(), answered=None, source="simulator", now=NOW, proven_empty=[again])
     merged = store.read_sidecar(AAPL_1M).proven_empty[0]
     assert merged.window == window_of(5, 9)
@@ -303,8 +303,8 @@ def test_proven_empty_ranges_keep_their_evidence_until_a_bar_turns_up(store: Sto
     assert [r.window for r in store.read_sidecar(AAPL_1M).proven_empty] == [window_of(20, 30)]
 
 
-def test_a_proof_about_a_forming_bar_is_not_kept(store: Store) -> None:
-    """What has not closed yet cannot be proven empty."""
+def test_an_absence_of_a_forming_bar_is_not_recorded(store: Store) -> None:
+    """A bar that has not closed yet may still appear."""
     now = datetime.fromtimestamp(T0 + 10 * 60, UTC)
     store.write(
         AAPL_1M,
@@ -312,13 +312,13 @@ def test_a_proof_about_a_forming_bar_is_not_kept(store: Store) -> None:
         answered=None,
         source="simulator",
         now=now,
-        proven_empty=[make_proof(2, 3), make_proof(10, 11)],
+        proven_empty=[make_absence(2, 3), make_absence(10, 11)],
     )
     assert [r.window for r in store.read_sidecar(AAPL_1M).proven_empty] == [window_of(2, 3)]
 
 
-def test_notes_are_kept_beside_the_rest(store: Store) -> None:
-    """Start of history and sparseness are remembered, and other knowledge stays."""
+def test_history_start_and_sparse_are_recorded(store: Store) -> None:
+    """Other fields stay as they are."""
     write(store, make_bars(range(3)), window_of(0, 3))
     start = HistoryStart(open=datetime(1980, 12, 12, tzinfo=UTC), known_by="head timestamp")
     nothing = make_bars(range(0))
@@ -347,7 +347,7 @@ def other(**changes: object) -> Series:
     ],
 )
 def test_a_file_never_mixes_kinds_of_bars(store: Store, series: Series, named: str) -> None:
-    """The message says what the file holds and what was offered; nothing is written."""
+    """The message names what the file holds and what was offered; nothing is written."""
     write(store, make_bars(range(3)), series=other())
     before = store.csv_path(AAPL_1M).read_bytes()
     with pytest.raises(StoreError, match=named) as caught:
@@ -369,7 +369,7 @@ def test_simulated_and_real_bars_never_share_a_file(store: Store) -> None:
 
 
 def test_an_unknown_con_id_is_filled_in(store: Store) -> None:
-    """The first write may not know the contract's number; a later one tells it, and from then on it counts."""
+    """The first write may not know the conId; a later one fills it in, and from then on it counts."""
     write(store, make_bars(range(3)))
     write(store, make_bars([4]), series=other())
     write(store, make_bars([5]))
@@ -381,7 +381,7 @@ def test_an_unknown_con_id_is_filled_in(store: Store) -> None:
 
 
 def test_the_volume_unit_is_recorded(store: Store) -> None:
-    """Forex has none; a stock's unit is unknown until somebody says."""
+    """Forex has none; a stock's unit is unknown until a write gives it."""
     bars = make_bars([30]).assign(volume=0.0)
     write(store, bars, series=EURUSD_1H)
     pinned = store.read_sidecar(EURUSD_1H).instrument
@@ -405,7 +405,7 @@ def test_symbols_with_other_characters_have_files(store: Store) -> None:
 
 
 def edit_lines(store: Store, change: object) -> None:
-    """What a person does in an editor: the file is written anew, at another time."""
+    """As an editor does: the file is written anew, at another time."""
     path = store.csv_path(AAPL_1M)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(change(lines)) + "\n")  # type: ignore[operator]
@@ -420,7 +420,7 @@ def filled(store: Store) -> Store:
     return store
 
 
-def test_deleted_lines_are_noticed_and_count_as_never_asked(filled: Store) -> None:
+def test_deleted_lines_are_noticed_and_missing_again(filled: Store) -> None:
     """The edited day loses its claims, at once for readers and on disk with the next write; the other day keeps them."""
     edit_lines(filled, lambda lines: lines[:3] + lines[6:])
     assert filled.read_sidecar(AAPL_1M).answered_windows == (window_of(1440, 1450),)
@@ -444,8 +444,8 @@ def test_a_whole_day_deleted_is_noticed(filled: Store) -> None:
     assert filled.read_sidecar(AAPL_1M).answered_windows == (window_of(0, 10),)
 
 
-def test_a_lost_csv_resets_what_is_known(filled: Store) -> None:
-    """Deleting the CSV means starting over: no claim survives, the pinned instrument does."""
+def test_a_lost_csv_withdraws_all_claims(filled: Store) -> None:
+    """Deleting the CSV means starting again: no claim survives, the pinned instrument does."""
     filled.csv_path(AAPL_1M).unlink()
     assert filled.read_sidecar(AAPL_1M).answered == ()
     assert filled.prepare(AAPL_1M, now=NOW).csv_gone
@@ -469,7 +469,7 @@ BAD_EDITS = {
 
 @pytest.mark.parametrize("name", BAD_EDITS)
 def test_readers_never_return_garbage(filled: Store, name: str) -> None:
-    """An edit that breaks order or a row is an error naming the line, for a window around it; so says `verify`."""
+    """An edit that breaks order or a row is an error naming the line, for a window around it; `verify` reports the line too."""
     edit_lines(filled, BAD_EDITS[name])
     with pytest.raises(DataError, match=r"line (4|5|6|15)"):
         filled.read_bars(AAPL_1M)
@@ -478,7 +478,7 @@ def test_readers_never_return_garbage(filled: Store, name: str) -> None:
 
 @pytest.mark.parametrize("name", BAD_EDITS)
 def test_the_next_load_repairs_an_edited_file_and_keeps_a_copy(filled: Store, name: str) -> None:
-    """Good rows stay, bad ones are told and count as never asked, the edited file is kept beside."""
+    """Good rows stay, bad ones are reported and missing again, the edited file is kept beside."""
     good = filled.read_bars(AAPL_1M)
     edit_lines(filled, BAD_EDITS[name])
     edited = filled.csv_path(AAPL_1M).read_bytes()
@@ -511,7 +511,7 @@ def test_an_edit_elsewhere_never_misleads_a_windowed_read(store: Store) -> None:
 
 
 def test_an_edit_that_hides_its_time_is_met_by_the_write(filled: Store) -> None:
-    """Same size, same time of change: the rows that a write touches are parsed all the same, and the file is repaired."""
+    """Same size, same time of change: the rows that a write touches are parsed anyway, and the file is repaired."""
     path = filled.csv_path(AAPL_1M)
     state = path.stat()
     path.write_bytes(path.read_bytes().replace(b"14:34:00Z", b"14:34:0xZ", 1))
@@ -574,7 +574,7 @@ def test_a_newer_programs_sidecar_is_left_alone(filled: Store) -> None:
     assert path.read_text() == '{"version": 2, "wonders": true}'
 
 
-def test_the_sidecar_is_made_for_people(filled: Store) -> None:
+def test_the_sidecar_can_be_read_by_eye(filled: Store) -> None:
     """Sorted keys, ISO times, one line for each window and partition."""
     text = filled.sidecar_path(AAPL_1M).read_text()
     data = json.loads(text)
@@ -590,7 +590,7 @@ def test_the_sidecar_is_made_for_people(filled: Store) -> None:
 
 
 def test_a_held_lock_is_a_clear_error_after_the_timeout(store: Store) -> None:
-    """Who waits in vain learns which file is busy and what to do."""
+    """The error names the file and the time-out."""
     write(store, make_bars(range(3)))
     impatient = Store(store.data_dir, lock_timeout_s=0.02)
     with FileLock(store.data_dir / ".AAPL_1m.lock"), pytest.raises(StoreError, match=r"AAPL_1m\.csv for 0\.02 s"):
@@ -599,7 +599,7 @@ def test_a_held_lock_is_a_clear_error_after_the_timeout(store: Store) -> None:
 
 
 def test_readers_need_no_lock(store: Store) -> None:
-    """While somebody writes, everything can be read."""
+    """While another process writes, everything can be read."""
     write(store, make_bars(range(3)), window_of(0, 3))
     impatient = Store(store.data_dir, lock_timeout_s=0.0)
     with FileLock(store.data_dir / ".AAPL_1m.lock"):

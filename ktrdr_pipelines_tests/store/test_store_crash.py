@@ -208,7 +208,7 @@ def test_a_refused_first_write_leaves_nothing(tmp_path: Path, number: int) -> No
     ],
 )
 def test_each_refusal_is_one_clear_line(tmp_path: Path, code: int, observed: str, advice: str) -> None:
-    """The message names the file, what the disk said in plain words, and what to do."""
+    """The message names the file, the reason and what to do."""
     store = Store(tmp_path, disk=RefusingDisk(2, code))
     with pytest.raises(StoreError, match=observed) as caught:
         write(store, range(10))
@@ -313,9 +313,9 @@ def test_a_correction_of_the_same_length_during_a_write_is_not_overwritten(tmp_p
     assert len(Store(tmp_path).held_opens(AAPL_1M)) == 20
 
 
-def test_a_claim_about_bars_that_an_editor_took_away_meanwhile_does_not_hold(tmp_path: Path) -> None:
-    """Bars are written, an editor saves the file without them, and only then their window is called answered: they must be
-    asked for again, so the sidecar must not say so."""
+def test_a_claim_about_bars_that_an_editor_removed_meanwhile_is_not_recorded(tmp_path: Path) -> None:
+    """Bars are written, an editor saves the file without them, and only then their window is claimed as answered: they are
+    missing, so the sidecar must not claim it."""
     store = Store(tmp_path)
     write(store, range(10))
     before = store.csv_path(AAPL_1M).read_bytes()
