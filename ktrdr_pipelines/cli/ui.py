@@ -39,18 +39,8 @@ def serve_ui(host: str, port: int) -> int:
     with open_instance(settings) as instance:
         reap_dead_runs(instance)
     environment = {**os.environ, **as_environment(settings), "PWD": str(settings.dagster_home)}
-    command = [
-        sys.executable,
-        "-m",
-        "dagster",
-        "dev",
-        "-w",
-        str(provided_file("workspace.yaml")),
-        "-h",
-        host,
-        "-p",
-        str(port),
-    ]
+    workspace = str(provided_file("workspace.yaml"))
+    command = [sys.executable, "-m", "dagster", "dev", "-w", workspace, "-h", host, "-p", str(port)]
     child: subprocess.Popen[bytes] | None = None
 
     def stop(*_: object) -> None:
@@ -70,12 +60,17 @@ def serve_ui(host: str, port: int) -> int:
         stop()
         raise TransientError(f"the Dagster UI did not answer within {READY_WITHIN_S} s", advice="See its output above.")
     with published(settings, url):
-        while True:
-            try:
-                return child.wait(LOOK_EVERY_S)
-            except subprocess.TimeoutExpired:
-                if change := watch.look():
-                    click.echo(f"ktrdr ui: {change}")
+        return _wait_for_end(child, watch)
+
+
+def _wait_for_end(child: subprocess.Popen[bytes], watch: UniverseWatch) -> int:
+    """The exit code of ``child``; changes of the universe are applied meanwhile."""
+    while True:
+        try:
+            return child.wait(LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            if change := watch.look():
+                click.echo(f"ktrdr ui: {change}")
 
 
 def _check_address(host: str, port: int) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ktrdr_pipelines.errors import StoreError
+from ktrdr_pipelines.store.file_state import FileState
 
 _COPY_BYTES = 1 << 26
 
@@ -26,19 +27,6 @@ class FileRange:
     fd: int
     start: int
     end: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """One version of a file: a write or an edit changes at least one of these."""
-
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, stat: os.stat_result) -> FileState:
-        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 class SourceChanged(Exception):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.store.atomic import Disk, FileState, explain_refusal, explained
+from ktrdr_pipelines.store.atomic import Disk, explain_refusal, explained
 from ktrdr_pipelines.store.csv_format import RowFault, count_lines
+from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.locks import write_lock
 
 

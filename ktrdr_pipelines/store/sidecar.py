@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, Val
 from ktrdr_pipelines.domain.instruments import Instrument
 from ktrdr_pipelines.domain.time import Window, format_instant, require_utc
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.store.atomic import FileState
+from ktrdr_pipelines.store.file_state import FileState
 
 VERSION = 1
 """The format that this program writes. A higher number in a file means a newer program: it is left alone."""

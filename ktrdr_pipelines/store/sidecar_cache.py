@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.store.atomic import FileState, explained, replace_file, state_of
+from ktrdr_pipelines.store.atomic import explained, replace_file, state_of
 from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, scan_opens
+from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.paths import SeriesFiles, opened
 from ktrdr_pipelines.store.sidecar import Sidecar, UnreadableSidecar, parse_sidecar, render_sidecar
 from ktrdr_pipelines.store.sidecar_claims import withdraw_all, withdraw_partitions

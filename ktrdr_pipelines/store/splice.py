@@ -22,7 +22,7 @@ from ktrdr_pipelines.bars.schema import Rule, opens_of
 from ktrdr_pipelines.domain.partitions import partition_at
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
-from ktrdr_pipelines.store.atomic import Disk, FileRange, FileState, SourceChanged, replace_file, state_of
+from ktrdr_pipelines.store.atomic import Disk, FileRange, SourceChanged, replace_file, state_of
 from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
@@ -34,6 +34,7 @@ from ktrdr_pipelines.store.csv_format import (
     render_rows,
     scan_opens,
 )
+from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
 

@@ -21,7 +21,7 @@ from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.store.atomic import Disk, FileState, SourceChanged, explained, state_of
+from ktrdr_pipelines.store.atomic import Disk, SourceChanged, explained, state_of
 from ktrdr_pipelines.store.csv_format import (
     MalformedFile,
     RowFault,
@@ -34,6 +34,7 @@ from ktrdr_pipelines.store.csv_format import (
     render_rows,
     scan_opens,
 )
+from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.foreign import read_foreign
 from ktrdr_pipelines.store.foreign_hours import is_outside
 from ktrdr_pipelines.store.identity import pin

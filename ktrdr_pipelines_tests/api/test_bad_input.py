@@ -67,8 +67,8 @@ def bad_choices() -> Iterator[tuple[str, object]]:
             yield name, value
 
 
-def bodies() -> Iterator[tuple[str, object]]:
-    """(what was tried, body) for POST /data/load."""
+def bodies_with_one_bad_field() -> Iterator[tuple[str, object]]:
+    """(what was tried, body) for POST /data/load, valid but for one field."""
     for what, value in BAD_SYMBOLS.items():
         yield f"symbol {what}", {**GOOD, "symbol": value}
     for what, value in BAD_TIMEFRAMES.items():
@@ -84,6 +84,11 @@ def bodies() -> Iterator[tuple[str, object]]:
             yield f"{name} {what}", {**GOOD, name: wrong}
     for name, value in bad_choices():
         yield f"{name} {value!s:.12}", {**GOOD, name: value}
+
+
+def bodies() -> Iterator[tuple[str, object]]:
+    """(what was tried, body) for POST /data/load."""
+    yield from bodies_with_one_bad_field()
     yield from {
         "mode unknown": {**GOOD, "mode": "sideways"},
         "mode empty": {**GOOD, "mode": ""},
