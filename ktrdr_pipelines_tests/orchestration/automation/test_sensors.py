@@ -193,7 +193,7 @@ def test_a_file_of_another_program_is_adopted_aloud_once_it_is_whole(offline: Se
     assert path.read_bytes() == before
     found = tick(offline, [AAPL_1H], later + timedelta(minutes=5))
     assert len(found.requests) == 1
-    assert "adopted a file made elsewhere: 1 rows" in found.notices[0]
+    assert "1 rows, 0 refused" in found.notices[0]
 
 
 def test_a_hole_inside_the_file_is_not_the_tails_business(offline: Settings) -> None:
