@@ -25,7 +25,7 @@ class Merged:
 def merge_bars(held: pd.DataFrame, new: pd.DataFrame, *, held_wins: bool = False) -> Merged:
     """Both tables' bars, sorted; where both have a stamp the new values count (the held ones with ``held_wins``).
 
-    Nothing is ever removed: held bars that ``new`` lacks stay.
+    Nothing is ever removed: held bars that are not in ``new`` stay.
     """
     held_s, new_s = opens_of(held), opens_of(new)
     held_v, new_v = held[list(COLUMNS[1:])].to_numpy(), new[list(COLUMNS[1:])].to_numpy()

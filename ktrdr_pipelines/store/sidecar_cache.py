@@ -1,6 +1,6 @@
 """The sidecars of a data directory, with the last reading of each series kept.
 
-One rule: what was found counts while the sidecar has the same bytes and the CSV the same state (`atomic.FileState`). The
+One rule: what was found counts while the sidecar has the same bytes and the CSV the same state (`file_state.FileState`). The
 bytes are read and compared each time. That costs little beside parsing them (twenty years of minutes), and is safer than
 the sidecar's own state: two writes can fall into one tick of the clock.
 """

@@ -74,11 +74,8 @@ def bodies_with_one_bad_field() -> Iterator[tuple[str, object]]:
     for what, value in BAD_TIMEFRAMES.items():
         yield f"timeframe {what}", {**GOOD, "timeframe": value}
     for name in ("start", "start_date", "end", "end_date"):
-        for what, value in BAD_TIMES.items():
-            yield f"{name} {what}", {**GOOD, name: value}
-        for what, wrong in WRONG_TYPES.items():
-            if wrong is not None:
-                yield f"{name} {what}", {**GOOD, name: wrong}
+        of_wrong_type = {what: wrong for what, wrong in WRONG_TYPES.items() if wrong is not None}
+        yield from ((f"{name} {what}", {**GOOD, name: value}) for what, value in {**BAD_TIMES, **of_wrong_type}.items())
     for name in ("symbol", "timeframe", "mode"):
         for what, wrong in WRONG_TYPES.items():
             yield f"{name} {what}", {**GOOD, name: wrong}

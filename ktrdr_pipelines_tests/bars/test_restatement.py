@@ -222,7 +222,7 @@ def test_a_whole_write_refuses_to_leave_a_held_bar(store: Store) -> None:
     load(store, FakeHistory.of(ADJUSTED, span), ADJUSTED, span, now=utc("2024-05-01"))
     bars = store.read_bars(ADJUSTED)
     for part in (bars.iloc[1:], bars.iloc[:-1], bars.drop(index=[5])):
-        with pytest.raises(DataError, match="lack"):
+        with pytest.raises(DataError, match="not among the new ones"):
             store.write(ADJUSTED, part.reset_index(drop=True), answered=None, source="paper", now=NOW, whole=True)
     assert len(store.read_bars(ADJUSTED)) == len(bars)
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from ktrdr_pipelines.bars.answer import normalise_answer
-from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, find_faults, opens_of, rules_for
+from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, find_faults, opens_of, rules_for, validate_bars
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
@@ -132,6 +132,7 @@ def check_stored(rows: list[Row], raw: dict[str, Any], name: str) -> None:
     expected = storable(rows, WINDOW.start_s, WINDOW.end_s)
     try:
         bars = normalise_answer(raw, SERIES, WINDOW, now_s=LATER_S).bars
+        validate_bars(bars, SERIES)
     except DataError:
         assert expected is None, f"{name}: refused {rows}"
         return
