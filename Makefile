@@ -59,13 +59,13 @@ quick-lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=$(CURDIR) $(BIN)/python $$script || exit 1; done
 
 soak: $(READY)
-	@$(BIN)/python tools/soak.py
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tools/soak.py
 
 matrix: $(READY)
-	@$(BIN)/python tools/matrix.py
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tools/matrix.py
 
 kills: $(READY)
 	KILLS=200 $(BIN)/python -m pytest -s ktrdr_pipelines_tests/scenarios/test_kills.py -k random_instants
