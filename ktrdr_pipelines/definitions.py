@@ -1,5 +1,5 @@
 """What Dagster loads: ``defs``. `build_defs` accepts overrides, so that tests and the command line swap the gateway, the
-data folder or the universe at the same door that production uses."""
+data folder or the universe in the same way as production does."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""A history that answers from a truth it was given, and misbehaves as told: for tests of the load, without a socket."""
+"""A history that answers from a truth it was given, and misbehaves by a script: for tests of the load, without a socket."""
 
 from __future__ import annotations
 

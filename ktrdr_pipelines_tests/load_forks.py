@@ -123,7 +123,7 @@ class CommandForks:
     def __init__(self, server: ForkServer, folder: Path) -> None:
         self._server = server
         self._folder = folder
-        self._told: dict[int, list[Path]] = {}
+        self._outputs: dict[int, list[Path]] = {}
 
     def run(self, *arguments: str, environment: Mapping[str, str]) -> Ended:
         """The command line ``ktrdr ARGUMENTS`` with exactly this environment, until it ends."""
@@ -131,16 +131,16 @@ class CommandForks:
 
     def start(self, *arguments: str, environment: Mapping[str, str]) -> int:
         """Begin it; the pid of its process."""
-        told = [self._server.folder / f"{name}{len(self._told)}" for name in ("out", "err")]
+        outputs = [self._server.folder / f"{name}{len(self._outputs)}" for name in ("out", "err")]
         command = {"arguments": arguments, "environment": dict(environment), "folder": str(self._folder)}
-        pid = self._server.ask({"command": command | {"told": [str(path) for path in told]}})
-        self._told[pid] = told
+        pid = self._server.ask({"command": command | {"outputs": [str(path) for path in outputs]}})
+        self._outputs[pid] = outputs
         return pid
 
     def wait(self, pid: int) -> Ended:
         """What it came to."""
         code = self._server.ask({"wait": pid})
-        out, err = (path.read_text() for path in self._told[pid])
+        out, err = (path.read_text() for path in self._outputs[pid])
         return Ended(code, out, err)
 
 
@@ -243,7 +243,7 @@ def _load_in_child(job: Mapping[str, Any]) -> None:
 def become(command: Mapping[str, Any]) -> None:
     """Make this process what the start of a command finds."""
     signal.alarm(90)
-    for number, path in enumerate([os.devnull, *command["told"]]):
+    for number, path in enumerate([os.devnull, *command["outputs"]]):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)
         os.close(opened)

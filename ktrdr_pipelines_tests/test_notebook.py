@@ -91,7 +91,7 @@ def test_a_window_that_failed_is_raised_after_the_others_were_kept(
 ROWS = "".join(f"2024-01-02T{at}Z,1.0,2.0,0.5,1.5,100\n" for at in ("14:30:00", "15:00:00", "17:00:00"))
 
 
-def test_holes_are_told_and_can_be_made_an_error(make_settings: MakeSettings, unused_port: int) -> None:
+def test_missing_bars_are_reported_and_can_be_made_an_error(make_settings: MakeSettings, unused_port: int) -> None:
     """16:00 is missing. The file is looked at, not adopted."""
     settings = make_settings(unused_port)
     settings.data_dir.mkdir()

@@ -83,7 +83,7 @@ class Remember:
 
 @dataclass(frozen=True)
 class Report:
-    """Show ``event`` to whoever follows the load."""
+    """Show ``event`` to the caller that follows the load."""
 
     event: Event
 

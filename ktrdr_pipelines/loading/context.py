@@ -52,6 +52,6 @@ class LoadContext:
     @property
     def is_sparse(self) -> bool:
         """True when probes keep agreeing that some bars of the series are absent (illiquid minutes without trades). Absent
-        bars are then kept as answered windows, not as a range for each minute. Probes are made all the same: accepting an
+        bars are then kept as answered windows, not as a range for each minute. Probes are still made: accepting an
         absence on one answer was tried, and a cut answer slipped through."""
         return self.known.sidecar.sparse or (self.agreed >= SPARSE_AFTER and self.series.timeframe.is_intraday)

@@ -118,7 +118,7 @@ class Load:
         return HeldBars(opens, extent.first_open_s, extent.last_open_s)
 
     def _learn_expiry(self, sidecar: Sidecar) -> Sidecar:
-        with suppress(KtrdrError):  # whoever asks for the bars meets it again, and reports it
+        with suppress(KtrdrError):  # the request for bars meets it again, and reports it
             pinned = self._open_history().pin(self.series.instrument)
             return sidecar.model_copy(update={"instrument": Pinned.of(pinned)})
         return sidecar

@@ -55,7 +55,7 @@ NOTHING_HELD = HeldBars(np.empty(0, np.int64))
 
 @dataclass
 class Knowledge:
-    """The current values; whoever holds this sees what the other requests of the load found out."""
+    """The current values, shared by all requests of a load."""
 
     timeframe: Timeframe
     held: HeldBars

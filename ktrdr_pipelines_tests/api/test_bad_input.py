@@ -290,7 +290,7 @@ def test_a_parameter_that_the_route_does_not_know_is_refused(
         (lambda client: client.post("/api/v1/data/load", json={**GOOD, "currency": "euro"}), "currency"),
     ],
 )
-def test_nobody_has_to_read_a_regular_expression(
+def test_no_message_is_a_regular_expression(
     client: TestClient, answer: Callable[[TestClient], object], refusal: str
 ) -> None:
     """The refusal explains what to write."""

@@ -78,7 +78,7 @@ def test_a_window_includes_its_start_and_not_its_end(
 
 
 @pytest.mark.parametrize("shape", ["json", "csv", "arrow"])
-def test_a_hole_is_told_and_does_not_look_like_no_data(open_api: OpenApi, csv: Path, shape: str) -> None:
+def test_a_gap_is_reported_and_does_not_look_like_no_data(open_api: OpenApi, csv: Path, shape: str) -> None:
     """Missing bars of the window are counted, page by page; a window without any has no notice."""
     client = open_api()
 
@@ -168,7 +168,7 @@ def test_a_broken_universe_file_is_the_servers_trouble_and_not_the_questions(
         assert "universe.yaml" in problem_of(answer)["message"]
 
 
-def test_the_list_tells_what_is_held(open_api: OpenApi, csv: Path) -> None:
+def test_the_list_shows_what_is_held(open_api: OpenApi, csv: Path) -> None:
     """Every series of the universe, in pages."""
     client = open_api()
     whole = client.get("/api/v1/data").json()
@@ -208,7 +208,7 @@ def test_every_way_to_write_a_pair_finds_its_bars_and_its_gaps(open_api: OpenApi
     assert problem_of(client.get("/api/v1/data/EUR%2FXXX/1d"))["kind"] == "not_found"
 
 
-def test_a_range_that_is_named_twice_is_told_once(open_api: OpenApi) -> None:
+def test_a_range_that_is_named_twice_is_answered_once(open_api: OpenApi) -> None:
     """However a timeframe is written; without a gateway each row has the reason."""
     answer = open_api().get("/api/v1/ib/ranges?symbols=AAPL,AAPL&timeframes=1d,1d,1M&timeframes=1mo,1d")
     assert [(row["symbol"], row["timeframe"]) for row in answer.json()["ranges"]] == [("AAPL", "1d"), ("AAPL", "1mo")]

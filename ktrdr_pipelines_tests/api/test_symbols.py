@@ -70,7 +70,7 @@ def test_what_was_discovered_is_remembered_and_can_be_filtered(
     assert len(gateway.requests) == asked
 
 
-def test_what_hangs_keeps_nobody_from_the_status_and_from_cleanup(start_gateway: StartGateway, tmp_path: Path) -> None:
+def test_what_hangs_does_not_block_the_status_and_cleanup(start_gateway: StartGateway, tmp_path: Path) -> None:
     """They are asked for when something hangs, and never wait for each other."""
     gateway = start_gateway([FaultRule(kind="silent", on="head")])
     settings = settings_in(tmp_path, gateway.port)

@@ -1,6 +1,6 @@
 """Whatever is typed, a command ends in one line and a documented exit code: never a traceback, never half a deed.
 
-Two tables. `WRONG` says what is told about each kind of mistake. `EDGES` is put into every parameter of every command,
+Two tables. `WRONG` has the message for each kind of mistake. `EDGES` is put into every parameter of every command,
 however odd; new commands and parameters are in it by themselves. Both run in this process, a few real processes after them.
 """
 
@@ -37,9 +37,9 @@ def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["ktrdr", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        told = capsys.readouterr()
+        output = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        return ended.value.code, told.out, told.err
+        return ended.value.code, output.out, output.err
 
     return run
 
@@ -86,7 +86,7 @@ WRONG: list[tuple[list[str], str]] = [
     *(([*command, "--start", "2024-02-01", "--end", end], "is not before end")
       for command in (["ib-load", "AAPL", "1h"], ["calendar", "AAPL"])
       for end in ("2024-01-01", "2024-02-01", "2024-02-01T01:00+01:00")),
-    # windows before all partitions: told without asking anybody, also of a symbol that would have to be looked up
+    # windows before all partitions: refused without asking IB, also of a symbol that would have to be looked up
     *((["ib-load", symbol, timeframe, *more, "--end", end], "KTRDR_PARTITION_STARTS")
       for symbol, timeframe, end in (("AAPL", "1h", "2003-12-31"), ("AAPL", "1d", "1980-01-01"), ("NOSUCH", "5s", "2023-06-01"))
       for more in ([], ["--mode", "full"], ["--mode", "backfill", "--dry-run"], ["--start", "1970-01-01", "--dry-run"])),
@@ -175,7 +175,7 @@ WRONG: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[as_one_line(" ".join(a))[:60] for a, _ in WRONG])
-def test_what_cannot_be_meant_is_told_in_one_line(say: Say, arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_invalid_input_is_refused_in_one_line(say: Say, arguments: list[str], words: str, tmp_path: Path) -> None:
     """Exit code 2, one line that says what is wrong, nothing on stdout, no file of bars, the universe as it was."""
     code, out, err = say(*arguments)
     assert_one_line(code, err, words)

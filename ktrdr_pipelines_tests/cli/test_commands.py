@@ -95,7 +95,7 @@ UNIVERSE_TO_COMPLETE = "series:\n- {symbol: BRK B, timeframes: [1h, 1w]}\n- {sym
         ("ktrdr universe add NEW 1mo", 4, ["1mo"]),
     ],
 )
-def test_a_shell_is_told_what_may_come_next(
+def test_a_shell_gets_what_may_come_next(
     say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, at: int, wanted: list[str]
 ) -> None:
     """As the bash script asks: commands, options, symbols of the universe, timeframes. A universe file that cannot be read is
@@ -131,7 +131,7 @@ def test_completing_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_told_to_end_has_not_failed(tmp_path: Path, unused_port: int) -> None:
+def test_a_server_that_is_asked_to_end_has_not_failed(tmp_path: Path, unused_port: int) -> None:
     """SIGTERM from a container's engine, where Dagster is another service; Ctrl-C at a terminal, while the server's own Dagster
     starts: exit code 0, no message of an interruption."""
     settings = {"KTRDR_DATA_DIR": str(tmp_path), "DAGSTER_HOME": str(tmp_path), "KTRDR_IN_CONTAINER": "false"}
@@ -184,7 +184,7 @@ def test_a_series_is_added_listed_and_removed_and_its_files_stay(say: Say, tmp_p
 
 
 def test_a_series_whose_file_cannot_be_read_does_not_hide_the_others(say: Say, tmp_path: Path) -> None:
-    """It is listed as such, told in one line, and the exit code is its family's."""
+    """It is listed as such, reported in one line, and the exit code is its family's."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "AAPL_1h.csv").write_text("<html>\n")
     code, out, err = say("universe", "list")
@@ -195,7 +195,7 @@ def test_a_series_whose_file_cannot_be_read_does_not_hide_the_others(say: Say, t
     assert err.count("\n") == 1
 
 
-def test_a_name_that_nobody_explained_is_looked_up(
+def test_a_name_without_a_choice_is_looked_up(
     say: Say, start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`ib symbols` shows what it means and keeps nothing; `universe add` pins it; an unknown one is refused by both."""
@@ -278,7 +278,7 @@ class Refusing(threading.Thread):
 def test_only_a_universe_that_means_something_else_is_reloaded(
     make_settings: Callable[..., Settings], unused_port: int
 ) -> None:
-    """A comment is no reason, a broken file is told once and changes nothing, a failed reload is told once and tried again."""
+    """A comment changes nothing, a broken file is reported once, a failed reload is reported once and tried again."""
     settings = make_settings(unused_port)
     path = settings.universe_path
     add_series(path, Series(stock("TSLA"), TIMEFRAMES["1h"]))
@@ -339,7 +339,7 @@ def wait_for(attempt: Callable[[], bool], running: subprocess.Popen[Any], second
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_series_added_while_the_ui_runs_appears_there_and_sensors_see_it(tmp_path: Path, unused_port: int) -> None:
-    """The real web server, daemon and code server: nobody restarts anything."""
+    """The real web server, daemon and code server: nothing is restarted."""
     environment = os.environ | {
         "IB_PORT": "1", "KTRDR_DATA_DIR": str(tmp_path / "data"), "DAGSTER_HOME": str(tmp_path / "home"),
     }  # fmt: skip
@@ -365,7 +365,7 @@ def test_a_series_added_while_the_ui_runs_appears_there_and_sensors_see_it(tmp_p
             'sensorName:"tail_fill"},cursor:""){... on DryRunInstigationTick{evaluationResult{skipReason error{message}}}}}',
         )
         assert "2h: 1 series need a first load" in tick["sensorDryRun"]["evaluationResult"]["skipReason"]
-        # What Dagster told last comes a moment before ours.
+        # What Dagster printed last comes a moment before ours.
         assert wait_for(lambda: "+TSLA 2h" in (tmp_path / "ui.log").read_text(), running, 30)
     finally:
         running.send_signal(signal.SIGINT)

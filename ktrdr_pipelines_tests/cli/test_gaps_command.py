@@ -1,4 +1,4 @@
-"""Promises of the doors of coverage: `ktrdr gaps`, `ktrdr adopt`, `ktrdr ib-load --dry-run`, and what bad files come to.
+"""Promises of the commands about coverage: `ktrdr gaps`, `ktrdr adopt`, `ktrdr ib-load --dry-run`, and what bad files come to.
 
 Each command is a process of its own, against a simulated gateway where it needs one.
 """
@@ -188,28 +188,28 @@ def test_a_universe_file_that_cannot_be_meant_is_one_line(
 # --- dry run -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_the_requests_that_the_load_then_makes(
+def test_a_dry_run_shows_the_requests_that_the_load_then_makes(
     ktrdr: Ktrdr, start_gateway: StartGateway, unused_port: int, tmp_path: Path
 ) -> None:
-    """Needs no gateway, writes nothing; the load asks for the very durations and ends that were told."""
+    """Needs no gateway, writes nothing; the load asks for the very durations and ends that were shown."""
     arguments = ["ib-load", "MSFT", "1d", "--mode", "full", "--start", "2020-01-01", "--end", "2023-01-01", "--json"]
-    told = json.loads(said(ktrdr(*arguments, "--dry-run", port=unused_port)))
+    shown = json.loads(said(ktrdr(*arguments, "--dry-run", port=unused_port)))
     assert photograph(tmp_path) == {}
-    assert (told["dry_run"], told["missing_bars"], told["budget"]["used"]) == (True, 756, 0)
-    assert [(g["bars"], g["reason"]) for g in told["gaps"]] == [(756, "nothing held")]
-    assert [r["duration"] for r in told["requests"]] == ["1 Y"] * 3
-    assert told["done_at"] == told["requests"][-1]["send_at"]
+    assert (shown["dry_run"], shown["missing_bars"], shown["budget"]["used"]) == (True, 756, 0)
+    assert [(g["bars"], g["reason"]) for g in shown["gaps"]] == [(756, "nothing held")]
+    assert [r["duration"] for r in shown["requests"]] == ["1 Y"] * 3
+    assert shown["done_at"] == shown["requests"][-1]["send_at"]
     gateway = start_gateway()
     done = json.loads(said(ktrdr(*arguments, port=gateway.port)))
     assert (done["dry_run"], done["fetched_bars"], done["requests_planned"]) == (False, 756, 3)
     sent = [(r.duration, r.end) for r in gateway.requests if r.duration]
     assert sent[:3] == [
-        (r["duration"], r["end_date_time"].replace("-", "").replace("T", "-").rstrip("Z")) for r in told["requests"]
+        (r["duration"], r["end_date_time"].replace("-", "").replace("T", "-").rstrip("Z")) for r in shown["requests"]
     ]
 
 
 def test_a_dry_run_over_an_edited_file_changes_nothing(ktrdr: Ktrdr, unused_port: int, january: Path) -> None:
-    """Forty lines deleted and a byte-order mark: the gap and one request are told, the file stays as it was edited."""
+    """Forty lines deleted and a byte-order mark: the gap and one request are shown, the file stays as it was edited."""
     lines = january.read_bytes().splitlines(keepends=True)
     january.write_bytes(b"\xef\xbb\xbf" + b"".join(lines[:49] + lines[89:]))
     before = photograph(january.parent.parent)
@@ -220,7 +220,7 @@ def test_a_dry_run_over_an_edited_file_changes_nothing(ktrdr: Ktrdr, unused_port
     assert photograph(january.parent.parent) == before
 
 
-def test_a_dry_run_asks_where_history_starts_only_if_nobody_knows(
+def test_a_dry_run_asks_where_history_starts_only_if_it_is_not_known(
     ktrdr: Ktrdr, gateway: GatewayThread, unused_port: int, tmp_path: Path
 ) -> None:
     """No CSV and no start: IB's head timestamp is asked for (and said), and whether there are older bars; the head is remembered
@@ -247,7 +247,7 @@ def name_few_series(folder: Path) -> None:
 # --- gaps --------------------------------------------------------------------------------------------------------------
 
 
-def test_gaps_tells_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
+def test_gaps_shows_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
     """Deleted rows are gone, later months never asked, and the partition whose rows are not those written is named."""
     name_few_series(january.parent)
     lines = january.read_bytes().splitlines(keepends=True)
@@ -266,7 +266,7 @@ def test_gaps_tells_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
     rows = [line.split() for line in said(ktrdr("gaps")).splitlines()]
     assert len(rows) == 1 + 2
     assert rows[1][:5] == ["AAPL", "1h", "107", "2024-01-02T14:30:00Z", "2024-01-31T20:00:00Z"]
-    # What was never loaded lacks everything, in the list as by itself.
+    # Of what was never loaded everything is missing, in the list as by itself.
     (brief,) = [each for each in json.loads(said(ktrdr("gaps", "--json")))["series"] if each["symbol"] == "MSFT"]
     alone = json.loads(said(ktrdr("gaps", "MSFT", "1h", "--json")))
     assert brief["never_loaded"] is alone["never_loaded"] is True
@@ -287,7 +287,7 @@ def test_gaps_tells_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
     ]
 
 
-def test_gaps_tells_what_failed(ktrdr: Ktrdr, start_gateway: StartGateway) -> None:
+def test_gaps_shows_what_failed(ktrdr: Ktrdr, start_gateway: StartGateway) -> None:
     """The month whose request failed is missing because its last run failed; its neighbour is held."""
     gateway = start_gateway([FaultRule(kind="error", code=162, text="Unbekannter Fehler", nth=(2,))])
     arguments = ["ib-load", "AAPL", "1h", "--start", "2024-01-01", "--end", "2024-03-01"]
@@ -344,7 +344,7 @@ def test_adopting_a_foreign_file_takes_the_good_rows_and_shows_the_others(
 
 
 def test_partitions_that_an_adopted_file_completes_are_dagsters_at_once(ktrdr: Ktrdr, tmp_path: Path) -> None:
-    """A whole year is reported complete; the year of which a day is lacking is not."""
+    """A whole year is reported complete; the year of which a day is missing is not."""
     opens = expected_bars(Series(stock("AAPL"), TIMEFRAMES["1d"]), window("2022-01-01", "2024-01-01")).opens
     days = np.datetime_as_string(opens.astype("datetime64[s]"), unit="D")
     rows = [f"{day},10,12,9,11,5" for day in days if day != "2022-06-15"]

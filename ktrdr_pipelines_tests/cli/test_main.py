@@ -54,7 +54,7 @@ def assert_refused(done: Ended, code: int, *words: str) -> None:
 def test_input_that_cannot_be_meant_is_one_line_and_exit_code_2(
     ktrdr: Ktrdr, arguments: list[str], words: list[str]
 ) -> None:
-    """Wrong arguments are told before anything is asked or written."""
+    """Wrong arguments are refused before anything is asked or written."""
     assert_refused(ktrdr("ib-load", *arguments), 2, *words)
 
 
@@ -153,7 +153,7 @@ def test_a_symbol_that_no_universe_names_is_discovered_and_added(
     assert "AAPL" in universe
 
 
-def test_a_window_that_fails_is_told_and_the_rest_is_kept(
+def test_a_window_that_fails_is_reported_and_the_rest_is_kept(
     start_gateway: StartGateway, ktrdr: Ktrdr, tmp_path: Path
 ) -> None:
     """Exit code 4, the failed window in the line, the other windows in the file; a second run completes it."""

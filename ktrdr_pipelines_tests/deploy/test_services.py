@@ -32,7 +32,7 @@ def variables(gateway: GatewayThread) -> dict[str, str]:
     return {
         "POSTGRES_PASSWORD": "of no use to a server that trusts",
         "KTRDR_API_TOKEN": "t" * 40,
-        "TWS_USERID": "nobody",
+        "TWS_USERID": "user",
         "TWS_PASSWORD": "nothing",
         "IB_GATEWAY_BIND": "127.0.0.1",
         "IB_HOST": gateway.host,
@@ -135,7 +135,7 @@ def test_the_services_become_healthy_and_load_bars_together(tmp_path: Path) -> N
         assert len([row for row in rows if row.startswith("2023-")]) == 250  # sessions of the New York Stock Exchange
         assert count_in_ledger(stack) == len(gateway.requests) > 0
 
-        # Its sign of life: with it a run that dies with the code server's container is found.
+        # Its liveness: with it a run that dies with the code server's container is found.
         assert (stack.here.base / "dagster_home" / "running" / f"{run_id}.lock").exists()
 
         (data / "universe.yaml").write_text(UNIVERSE + "  - {symbol: MSFT, timeframes: [1d]}\n")

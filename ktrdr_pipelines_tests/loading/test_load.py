@@ -107,7 +107,7 @@ def drop(lo: int, hi: int) -> Callable[[RawBars], RawBars]:
     ],
 )
 def test_a_faulty_answer_is_noticed_and_completed(store: Store, fault: Callable[[RawBars], RawBars]) -> None:
-    """Half an answer, a hole in its middle, a wrong "no data", duplicates out of order: the file is exact all the same."""
+    """Half an answer, a gap in its middle, a wrong "no data", duplicates out of order: the file is exact."""
     span = window("2024-01-01", "2024-03-01")
     history = FakeHistory.of(AAPL_1H, span, script={1: fault}, head=utc("1980-12-12"))
     job, _ = load(store, history, AAPL_1H, span)
@@ -324,7 +324,7 @@ def test_a_head_timestamp_that_is_years_too_late_loses_nothing(store: Store) -> 
 
 
 def test_a_gap_is_not_taken_for_the_start_of_history(store: Store) -> None:
-    """An explicit start in the middle of history whose first day IB lacks does not hide the years before it."""
+    """An explicit start in the middle of history whose first day IB does not have does not hide the years before it."""
     everything = expected_bars(AAPL_1D, window("2020-01-01", "2024-01-01")).opens
     hole = int(utc("2022-01-03").timestamp())
     history = FakeHistory(everything[everything != hole], head=utc("2020-01-02T14:30:00"))
@@ -389,7 +389,7 @@ def test_bars_of_closed_time_are_kept_where_two_loads_meet(store: Store) -> None
     assert job.report.unexpected_bars == 0
 
 
-def test_whole_sessions_without_a_bar_are_told(store: Store) -> None:
+def test_whole_sessions_without_a_bar_are_reported(store: Store) -> None:
     """A day that the calendar takes for a session and IB does not: proven, and said, with what to do."""
     span = window("2024-01-02", "2024-01-20")
     everything = expected_bars(AAPL_1H, span).opens
@@ -415,7 +415,7 @@ def test_forex_volume_is_zero_in_the_file_and_none_in_the_sidecar(store: Store) 
     assert pinned.volume_unit == "none"
 
 
-def test_progress_is_told_request_by_request(store: Store) -> None:
+def test_progress_is_reported_request_by_request(store: Store) -> None:
     """Events come in order, one for each request, with counts that a person can follow."""
     span = window("2024-01-01", "2024-04-01")
     _, events = load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)
@@ -468,8 +468,8 @@ def test_empty_answers_without_a_word_prove_what_the_head_timestamp_says_too(sto
     """A gateway that says "nothing there" with an empty list: twice asked, and older than its head timestamp, that is so."""
     span = window("2024-01-02", "2024-05-01")
     history = FakeHistory.of(AAPL_1H, window("2024-03-14", "2024-05-01"), head=utc("2024-03-14T13:30:00"))
-    wordless = lambda raw: raw if len(raw.opens_s) else raw_bars(raw.opens_s)  # noqa: E731 - a habit
-    history.script = dict.fromkeys(range(1, 40), wordless)
+    no_words = lambda raw: raw if len(raw.opens_s) else raw_bars(raw.opens_s)  # noqa: E731 - a habit
+    history.script = dict.fromkeys(range(1, 40), no_words)
     job, _ = load(store, history, AAPL_1H, span)
     assert (job.report.status, held(store, AAPL_1H)) == ("success", history.truth.tolist())
     asked = len(history.requests)
@@ -651,7 +651,7 @@ def test_a_folder_that_refuses_is_found_out_before_ib_is_asked(tmp_path: Path) -
 
 
 def test_a_cut_answer_of_a_sparse_series_is_noticed(store: Store) -> None:
-    """However used a series is to holes: what one answer lacks and another has is in the file."""
+    """However many bars of a series are absent: what one answer does not have and another has is in the file."""
     series = Series(stock("TINY"), TIMEFRAMES["1m"])
     span = window("2024-03-04", "2024-03-16")
     everything = expected_bars(series, span).opens
@@ -662,7 +662,7 @@ def test_a_cut_answer_of_a_sparse_series_is_noticed(store: Store) -> None:
 
 
 def test_a_head_timestamp_that_is_the_first_bar_does_not_disprove_it(store: Store) -> None:
-    """The answer lacks the very bar at which IB says that history starts: it is asked for again."""
+    """The answer does not have the very bar at which history starts by the head timestamp: it is asked for again."""
     listed = window("2024-03-04", "2024-03-20")
     history = FakeHistory.of(AAPL_1H, listed, head=utc("2024-03-04T14:30:00"))
     first = int(history.truth[0])
@@ -686,7 +686,7 @@ def test_a_gateway_that_sends_very_few_bars_never_proves_the_rest_empty(store: S
 
 
 def test_a_late_run_of_newest_bars_is_late_as_a_whole(store: Store) -> None:
-    """IB's feed lags by twenty minutes: none of the twenty minutes is proven empty, and the next load has them all."""
+    """IB's feed lags by twenty minutes: none of the twenty minutes counts as absent, and the next load has them all."""
     series = Series(stock("AAPL"), TIMEFRAMES["1m"])
     span = window("2024-06-14", "2024-06-15")
     now = utc("2024-06-14T18:30:00")
@@ -790,7 +790,7 @@ def test_a_gateways_clock_that_is_a_little_behind_fails_no_load(store: Store) ->
 
 
 def test_a_gateways_clock_that_its_own_bars_disprove_is_not_believed(store: Store) -> None:
-    """A gateway that tells a time of last year and sends this year's bars: they are whole, and none is held back."""
+    """A gateway whose clock shows last year and which sends this year's bars: they are whole, and none is held back."""
     series = Series(stock("AAPL"), TIMEFRAMES["1m"])
     span, now = window("2024-06-13", "2024-06-15"), utc("2024-06-14T18:30:00")
     history = FakeHistory.of(series, span, clock_lag_s=365 * 86400.0)
@@ -841,7 +841,7 @@ def test_years_before_the_listing_are_settled_by_a_gateway_that_has_no_words_for
     assert len(history.requests) == asked
 
 
-def test_another_contract_under_the_name_is_told_before_a_bar_is_asked_for(tmp_path: Path) -> None:
+def test_another_contract_under_the_name_is_refused_before_a_bar_is_asked_for(tmp_path: Path) -> None:
     """IB gave the symbol to another company: its prices say nothing, its conId does."""
     store, span = Store(tmp_path / "data"), window("2024-03-01", "2024-04-01")
     load(store, FakeHistory.of(AAPL_1H, span), AAPL_1H, span)

@@ -110,7 +110,7 @@ def test_a_session_is_given_up_only_when_a_second_shape_of_the_question_agrees()
 
 
 def test_a_hole_in_a_schedule_closes_no_market() -> None:
-    """The first answer lacks a fortnight in its middle, the second has it: the calendar stays."""
+    """A fortnight is missing in the middle of the first answer, the second has it: the calendar stays."""
     truth = sessions_of(AAPL, window("2023-01-01", "2025-01-01"))
     cut = {1: lambda answer: [*answer[:-110], *answer[-100:]]}
     check = compare_with_ib(FakeSchedules(truth, cut), AAPL, YEAR, now=NOW)
@@ -308,7 +308,7 @@ def test_the_command_compares_and_applies(
     )  # 14:00 to 20:00 UTC; the quarter hour before 13:15 is the first of 13:00's bar
 
 
-def test_an_empty_window_and_an_unknown_symbol_are_told_before_anybody_is_asked(
+def test_an_empty_window_and_an_unknown_symbol_are_refused_before_ib_is_asked(
     unused_port: int, make_settings: Callable[..., Settings]
 ) -> None:
     with pytest.raises(InputError):
@@ -319,7 +319,7 @@ def test_an_empty_window_and_an_unknown_symbol_are_told_before_anybody_is_asked(
         check_calendar("AAPL", start=str(datetime.now(UTC) + timedelta(days=2)), settings=make_settings(unused_port))
 
 
-def test_what_was_applied_is_told_as_such(tmp_path: Path) -> None:
+def test_what_was_applied_is_shown_as_such(tmp_path: Path) -> None:
     """Comparing again says which differences count already, and which correction IB has taken back since."""
     truth = sessions_of(AAPL, window("2023-01-01", "2025-01-01"))
     labor_day, christmas = date_s("2024-09-02"), date_s("2024-12-25")

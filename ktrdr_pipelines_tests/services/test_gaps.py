@@ -1,4 +1,4 @@
-"""Promises of the questions: what is missing is told with its reason, and asking changes nothing on disk."""
+"""Promises of the questions: what is missing is shown with its reason, and asking changes nothing on disk."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_deleted_file_is_gone_altogether(store: Store) -> None:
     assert pending.csv_gone
 
 
-def test_what_was_proven_empty_is_told_with_its_evidence_newest_first(tmp_path: Path) -> None:
+def test_absent_bars_are_shown_with_its_evidence_newest_first(tmp_path: Path) -> None:
     """Proven-empty bars are not missing; their ranges are counted, and the newest come with what IB answered."""
     store = Store(tmp_path / "data")
     span = window("2024-01-01", "2024-02-01")
@@ -159,7 +159,7 @@ def test_a_short_look_counts_the_same_from_the_first_held_bar_on(store: Store) -
         (Series(forex("EURUSD"), TIMEFRAMES["1h"]), "2024-03-05T22:05", []),
     ],
 )
-def test_the_forming_bar_is_told_apart(series: Series, now: str, forming: list[tuple[str, str]]) -> None:
+def test_the_forming_bar_is_shown_apart(series: Series, now: str, forming: list[tuple[str, str]]) -> None:
     """A bar forms from its begin to its close, both ends half-open; none while the market is closed."""
     assert find_forming(series, utc(now)) == [Forming(utc(a), utc(b)) for a, b in forming]
 
@@ -167,7 +167,7 @@ def test_the_forming_bar_is_told_apart(series: Series, now: str, forming: list[t
 def test_a_look_at_a_foreign_file_changes_nothing(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What the load would put right is told, with the bars that would be held; not a byte, not a time on disk moves."""
+    """What the load would put right is reported, with the bars that would be held; not a byte, not a time on disk moves."""
     path = store.csv_path(AAPL_1H)
     store.sidecar_path(AAPL_1H).write_text("{ garbage")
     path.write_bytes(path.read_bytes().replace(b"timestamp", b"date").replace(b"\n", b"\r\n"))
@@ -181,7 +181,7 @@ def test_a_look_at_a_foreign_file_changes_nothing(
     assert caplog.text == ""
 
 
-def test_a_look_at_files_that_nobody_touched_reads_them_where_they_are(store: Store, tmp_path: Path) -> None:
+def test_a_look_at_files_that_were_not_touched_reads_them_where_they_are(store: Store, tmp_path: Path) -> None:
     """No copies, no lock, nothing to put right; the same for a series without files."""
     before = photograph(tmp_path)
     with peek(store, AAPL_1H, now=NOW) as (view, pending):
@@ -233,14 +233,14 @@ def test_a_bar_that_may_still_be_forming_is_not_adopted(store: Store, tmp_path: 
     assert [(f.line, f.why) for f in adopted.dropped] == [(3, "the bar is not complete yet")]
 
 
-def test_what_a_read_put_right_is_told_by_the_next_prepare(store: Store) -> None:
+def test_what_a_read_put_right_is_reported_by_the_next_prepare(store: Store) -> None:
     """A foreign file that a read met first is adopted once, and its dropped rows are not kept from the load."""
     path = store.csv_path(AAPL_1H)
     store.sidecar_path(AAPL_1H).unlink()
     path.write_bytes(path.read_bytes().replace(b"timestamp", b"date") + b"2024-03-01T14:30:00Z,nan,2,1,2,3\n")
     fresh = Store(store.data_dir)
     assert fresh.extent(AAPL_1H) is not None
-    told = fresh.prepare(AAPL_1H, now=NOW)
-    assert told.adopted is not None
-    assert [f.line for f in told.adopted.dropped] == [289]
+    reported = fresh.prepare(AAPL_1H, now=NOW)
+    assert reported.adopted is not None
+    assert [f.line for f in reported.adopted.dropped] == [289]
     assert fresh.prepare(AAPL_1H, now=NOW).adopted is None

@@ -1,4 +1,4 @@
-"""Promises of what is told about the gateway: really asked, bounded, and a failure is never told as an absence."""
+"""Promises of the questions about the gateway: really asked, bounded in time, and a failure is never reported as an absence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ with lease_client_id(ClientIds.PERSON, Path(sys.argv[1])):
 """
 
 
-def test_the_status_tells_connection_ids_pacing_and_farms(
+def test_the_status_has_connection_ids_pacing_and_farms(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     """And the question's own client id is not among those in use."""
@@ -66,7 +66,7 @@ def test_the_status_tells_connection_ids_pacing_and_farms(
 
 
 def test_without_a_gateway_the_status_says_so_and_health_is_bad(make_settings: MakeSettings, unused_port: int) -> None:
-    """The rest is told all the same."""
+    """The rest is reported."""
     settings = make_settings(unused_port)
     status = gateway_status(settings)
     assert not status.connection.connected
@@ -93,7 +93,7 @@ def test_health_asks_the_gateway(start_gateway: StartGateway, make_settings: Mak
     assert health.problem.message.startswith("trying the data folder: /proc/ktrdr")
 
 
-def test_farms_are_told_as_they_were_last_said() -> None:
+def test_farms_are_shown_as_last_reported() -> None:
     """The newest word about each counts; other notices are none."""
     said = ["2106 HMDS data farm connection is OK:ushmds", "2105 HMDS data farm connection is broken:ushmds",
             "2104 Market data farm connection is OK:usfarm", "1100 lost", "2107 HMDS inactive:euhmds", "no code"]  # fmt: skip
@@ -138,22 +138,22 @@ def test_the_same_ranges_again_take_no_request(start_gateway: StartGateway, make
     assert (first.requests_made, again.requests_made) == (2, 0)
 
 
-def test_a_symbol_that_ib_does_not_know_is_told_alike_at_every_door(
+def test_a_symbol_that_ib_does_not_know_is_reported_alike_at_every_entry_point(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     """What it was tried as and what is like it, also while that IB knows none is only remembered."""
     settings = make_settings(start_gateway().port)
-    told = []
+    messages = []
     for ask in (discover_symbol, discover_symbol, look_up):
         with pytest.raises(PermanentError) as caught:
             ask(settings, "APPL")
-        told.append(str(caught.value))
-    assert told[0] == told[2]
-    assert "(tried as STK APPL USD" in told[0]
-    assert " )" not in told[0]
-    for text in told:
+        messages.append(str(caught.value))
+    assert messages[0] == messages[2]
+    assert "(tried as STK APPL USD" in messages[0]
+    assert " )" not in messages[0]
+    for text in messages:
         assert "; similar: AAPL STK" in text
-    assert "asked again after" in told[1]
+    assert "asked again after" in messages[1]
 
 
 def test_a_head_timestamp_that_fails_is_a_problem_and_not_none(
@@ -189,7 +189,7 @@ def test_discovery_asks_ib(start_gateway: StartGateway, make_settings: MakeSetti
 def test_while_the_link_is_down_questions_fail_at_once(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
-    """Loads ride it out for minutes; whoever asks what a symbol means is told why there is no answer."""
+    """Loads ride it out for minutes; a question about a symbol ends with the reason why there is no answer."""
     settings = make_settings(start_gateway([FaultRule(kind="link_down", on="connect", seconds=600)]).port)
     for ask in (lambda: discover_symbol(settings, "KO"), lambda: look_up(settings, "KO")):
         with pytest.raises(TransientError, match="reports an outage: link between the gateway and IB"):

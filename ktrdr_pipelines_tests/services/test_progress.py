@@ -17,7 +17,7 @@ UNTIL = datetime(2024, 3, 5, 17, 30, 5, tzinfo=UTC)
     ("seconds", "enabled", "is_shown"),
     [(2.0, True, False), (15.0, True, True), (15.0, False, False), (60.0, False, True)],
 )
-def test_waits_are_told_with_their_reason_and_end(
+def test_waits_are_shown_with_their_reason_and_end(
     seconds: float, enabled: bool, is_shown: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Waits that a user would notice, whatever they are for; minutes even where progress is switched off."""

@@ -153,7 +153,7 @@ def test_adding_keeps_what_a_person_wrote(tmp_path: Path) -> None:
 def test_removing_takes_out_its_own_lines_only(
     tmp_path: Path, symbol: str, timeframes: list[str] | None, gone: str
 ) -> None:
-    """Other entries and the comments between them stay to the letter; the universe lacks exactly these series."""
+    """Other entries and the comments between them stay to the letter; exactly these series are gone from the universe."""
     path = tmp_path / "universe.yaml"
     path.write_text(MINE)
     before = read_universe(path)
@@ -174,7 +174,7 @@ def test_removing_takes_out_its_own_lines_only(
     ],
 )
 def test_a_layout_that_cannot_be_edited_is_kept_beside_the_new_file(tmp_path: Path, text: str) -> None:
-    """The universe is right all the same, and no comment is lost."""
+    """The universe is right, and no comment is lost."""
     path = tmp_path / "universe.yaml"
     path.write_text(text)
     remove_series(path, stock("AAPL"))

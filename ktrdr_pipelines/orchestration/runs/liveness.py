@@ -1,6 +1,6 @@
 """Liveness of runs: a run is alive while a process keeps the run's file in the Dagster home locked.
 
-One mechanism for every run, whoever launched it. The kernel releases the lock when the process ends, however it ends, and
+One mechanism for every run, from any entry point. The kernel releases the lock when the process ends, however it ends, and
 shows that to all processes and containers of the machine that has the folder; a run of another machine has no file here and is
 left alone. Dagster's run monitoring cannot replace this: it needs a running daemon, and it asks the run launcher, which knows
 only the workers of its own code server. A killed `ktrdr ib-load` or `dagster asset materialize` stays STARTED and keeps its

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 PROCESSES = 8
 WINDOW_S = 600.5
 STALL_S = 0.2
-"""Real seconds without a word from anybody: whoever is stopped has stopped inside a transaction, and all others wait for it."""
+"""Real seconds without any output: the process that is stopped has stopped inside a transaction, and all others wait for it."""
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Promises of reconciling: Dagster's partition status is true to the files, both ways, and nothing is asked for in vain.
+"""Promises of reconciling: Dagster's partition status is true to the files, both ways, and nothing is requested without need.
 
 The comparison as a table; the tick on real instances and files; the repair of a cut file really executed.
 """
@@ -127,12 +127,12 @@ def test_completeness_is_judged_as_the_load_judges_it(tmp_path: Path, cut: list[
         AAPL_1H, partitions, store.held_opens(AAPL_1H), store.read_sidecar(AAPL_1H), grid_start=span.start, now=NOW
     )
     complete = {s.partition.key for s in states if s.is_complete}
-    told = set()
+    reported = set()
     for event in events:
         if history.requests or not hasattr(event, "partition"):
             break
-        told.add(event.partition.key)
-    assert told == complete
+        reported.add(event.partition.key)
+    assert reported == complete
     assert sum(s.missing for s in states) == len(cut)
 
 

@@ -137,7 +137,7 @@ def test_weeks_and_months_are_due_when_their_last_session_has_settled(
 
 
 def test_what_an_earlier_load_could_not_finish_is_due_although_newer_bars_are_held(offline: Settings) -> None:
-    """A window in February failed for ever, the bars after it arrived: the tick asks from there, until it is settled."""
+    """A window in February failed and stays so, the bars after it arrived: the tick asks from there, until it is settled."""
     hold(offline.data_dir, AAPL_1H, utc("2024-01-01"), TUESDAY)
     store, held = Store(offline.data_dir), HeldEnds(offline.data_dir)
 
@@ -182,7 +182,7 @@ def test_a_sidecar_older_than_the_bar_is_not_read(offline: Settings) -> None:
 
 
 def test_a_file_of_another_program_is_adopted_aloud_once_it_is_whole(offline: Settings) -> None:
-    """While it may still be being copied it is not touched; then it is adopted, which is told, and its tail is due."""
+    """While it may still be being copied it is not touched; then it is adopted, which is reported, and its tail is due."""
     offline.data_dir.mkdir()
     path = offline.data_dir / "AAPL_1h.csv"
     path.write_text("date,open,high,low,close,volume\n2024-03-05 15:00:00+00:00,1,1,1,1,1\n")
@@ -495,7 +495,7 @@ def test_a_run_that_finds_no_gateway_fails_and_is_asked_for_again_later(
 
 
 def test_a_series_that_stands_still_is_asked_for_four_times_a_day() -> None:
-    """Delisted or halted: every half hour at first, after five days and twenty tries in vain every six hours, never for nothing
+    """Delisted or halted: every half hour at first, after five days and twenty empty tries every six hours, never for nothing
     every five minutes. A market that was only closed for a while is not meant."""
     last = int(utc("2024-06-03T20:00:00").timestamp())
     weeks_later, next_day = last + 15 * 86400, last + 86400
