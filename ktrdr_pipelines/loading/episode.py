@@ -157,7 +157,7 @@ class Episode(ABC):
         opens = opens_of(bars)
         known = self.load.known
         self._arrived = np.union1d(self._arrived, opens)
-        self._fresh = np.union1d(self._fresh, np.setdiff1d(opens, known.held.opens, assume_unique=True))
+        self._fresh = np.union1d(self._fresh, opens[~known.held.contains(opens)])
         known.held = known.held.add(opens)
         self._unwritten = merge_bars(self._unwritten, bars).bars if len(self._unwritten) else bars
 

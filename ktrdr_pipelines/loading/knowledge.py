@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
-from ktrdr_pipelines.domain.arrays import IntArray
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
+from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.planning.coverage import widen
 from ktrdr_pipelines.store.sidecar import Sidecar
 
 
@@ -42,8 +44,24 @@ class HeldBars:
         return max(ends, default=None)
 
     def add(self, opens: IntArray) -> HeldBars:
-        """With the bars that open at ``opens`` (sorted)."""
-        return replace(self, opens=np.union1d(self.opens, opens))
+        """With the bars that open at ``opens`` (sorted, unique). Costs a copy, however many are held."""
+        fresh = opens[~self.contains(opens)]
+        return replace(self, opens=np.insert(self.opens, np.searchsorted(self.opens, fresh), fresh))
+
+    def contains(self, opens: IntArray) -> BoolArray:
+        """For each of ``opens``: is a bar held that opens then?"""
+        if not len(self.opens):
+            return np.zeros(len(opens), np.bool_)
+        at = np.minimum(np.searchsorted(self.opens, opens), len(self.opens) - 1)
+        return np.asarray(self.opens[at] == opens, dtype=np.bool_)
+
+    def near(self, bars: ExpectedBars) -> IntArray:
+        """The opens that may satisfy one of ``bars``, whatever its label."""
+        if not len(bars):
+            return bars.opens
+        window = widen(Window.from_epoch(int(bars.opens[0]), int(bars.opens[-1]) + 1))
+        lo, hi = np.searchsorted(self.opens, [window.start_s, window.end_s])
+        return self.opens[lo:hi]
 
     def remove(self, opens: IntArray) -> HeldBars:
         """Without the bars that open at ``opens``."""

@@ -219,7 +219,7 @@ class WindowEpisode(Episode):
             previous=asked,
             attempt=len(asked),
             until_s=load.clock.now_s,
-            held=load.known.held.opens,
+            held=load.known.held.near(self.seen.complete),
             empty=load.known.sidecar.empty_windows,
             without_progress=self._without_progress,
             # Bars with nothing newer after them can only be confirmed by IB's "no data"; others, if both sides do not help.
