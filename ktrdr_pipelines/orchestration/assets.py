@@ -128,7 +128,8 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             request = config.request(series)
             with series_lock(store.data_dir, series, on_wait=partial(_report_wait, context, entry_point)):
                 now = datetime.now(UTC)
-                report.notices += store.prepare(series, now=now).describe()
+                prepared = store.prepare(series, now=now)
+                report.notices += prepared.describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
                 report.window = _resolve(config, request, held, now, report)
                 load = Load(
@@ -138,8 +139,9 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     history=gateway.history,
                     limits=storage.history_limits,
                     now=lambda: datetime.now(UTC),
-                    recheck_last=request.mode is Mode.TAIL and held is not None,
+                    recheck_last=request.mode is Mode.TAIL,
                     report=report,
+                    prepared=prepared,
                 )
                 for event in load.run():
                     entry_point.on_event(series, event)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -34,6 +35,7 @@ from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.locks import series_lock
+from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines.universe.file import DEFAULT_UNIVERSE
 from ktrdr_pipelines_tests.conftest import StartGateway
@@ -149,6 +151,34 @@ def test_nothing_missing_needs_no_gateway(
     settings = make_settings(start_gateway().port)
     assert materialize(settings, instance, "2024-03-01").success
     assert materialize(make_settings(unused_port), instance, "2024-03-01").success
+
+
+def test_a_run_prepares_the_file_once(
+    start_gateway: StartGateway,
+    make_settings: MakeSettings,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The load takes over what the asset prepared; what was corrected is in the report once."""
+    settings = make_settings(start_gateway().port)
+    prepared: list[Series] = []
+    prepare = Store.prepare
+
+    def count(store: Store, series: Series, **more: Any) -> Prepared:
+        prepared.append(series)
+        return prepare(store, series, **more)
+
+    monkeypatch.setattr(Store, "prepare", count)
+    assert materialize(settings, instance, "2024-03-01").success
+    assert prepared == [AAPL_1H]
+    csv_path = Store(settings.data_dir).csv_path(AAPL_1H)
+    csv_path.write_bytes(b"".join(line + b"\n" for i, line in enumerate(csv_path.read_bytes().splitlines()) if i != 9))
+    entry_point = EntryPoint()
+    with lend(entry_point):
+        assert materialize(settings, instance, "2024-03-01").success
+    assert prepared == [AAPL_1H] * 2
+    (report,) = entry_point.reports
+    assert (report.fetched_bars, [notice.count("edited") for notice in report.notices]) == (1, [1])
 
 
 def test_a_gateway_that_is_gone_fails_the_run_and_says_so(
