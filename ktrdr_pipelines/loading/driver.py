@@ -35,7 +35,7 @@ from ktrdr_pipelines.loading.actions import (
     Write,
 )
 from ktrdr_pipelines.loading.history_source import History
-from ktrdr_pipelines.loading.knowledge import HeldBars, Knowledge
+from ktrdr_pipelines.loading.knowledge import NOTHING_HELD, HeldBars, Knowledge
 from ktrdr_pipelines.loading.load_plan import load_span
 from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Event, LoadReport
@@ -116,7 +116,7 @@ class Load:
     def _read_held(self) -> HeldBars:
         extent = self._store.extent(self.series)
         if extent is None:
-            return HeldBars(np.empty(0, np.int64))
+            return NOTHING_HELD
         opens = self._store.held_opens(self.series, self._reach)
         return HeldBars(opens, extent.first_open_s, extent.last_open_s)
 
