@@ -15,7 +15,6 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._core.remote_representation.external_data import RepositorySnap
 
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
@@ -243,10 +242,10 @@ def test_definitions_hold_one_asset_per_series_and_share_partitions(make_setting
 def test_the_password_of_the_ledger_is_used_and_never_shown(make_settings: MakeSettings, url: str, shown: str) -> None:
     """What Dagster stores and shows of the definitions holds no password; the resource in a run has it."""
     settings = make_settings(4002, ledger_url=url)
-    repository = build_defs(settings, [AAPL_1H]).get_repository_def()
-    record = dg.serialize_value(RepositorySnap.from_def(repository))
+    job = build_defs(settings, [AAPL_1H]).resolve_implicit_global_asset_job_def()
+    record = dg.serialize_value(job.get_job_snapshot())
     assert "hunter2" not in record
-    assert shown in record
+    assert f'\\"ledger_url\\": \\"{shown}\\"' in record
     with GatewayResource.of(settings).process_config_and_initialize_cm() as gateway:
         address = gateway.address()
     assert address.ledger_url == url
