@@ -21,7 +21,7 @@ from ktrdr_pipelines.ib.discovery import describe_retention
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
+from ktrdr_pipelines.orchestration.checks import evaluate_checks, specs_for
 from ktrdr_pipelines.orchestration.metadata import (
     COLUMN_SCHEMA,
     REPORT,
@@ -160,8 +160,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             report.notices.append(config.notice)
         for notice in report.notices:
             context.log.info(notice)
-        yield evaluate_schema(report)
-        yield evaluate_completeness(report)
+        yield from evaluate_checks(report)
         context.log_event(observe_load(key, report))
         if report.failures:
             raise _failure(report)
