@@ -93,7 +93,7 @@ def ib_load(
     $ ktrdr ib-load AAPL 1h --mode full --start 2024-01-01
     AAPL 1h 2024-01-01..2024-03-05T15:04:05Z: success
       304 bars fetched in 3 requests, 0 retries, 0 s waiting for pacing
-      1 gap, 3 partitions complete, 0 bars proven not to exist
+      1 gap, 3 partitions complete, 0 bars absent at IB
       data/AAPL_1h.csv
 
     Exit codes: 0 all is there, 2 wrong input, 3 IB refuses, 4 IB in trouble (try again), 5 no gateway,
