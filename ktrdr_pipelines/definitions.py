@@ -1,5 +1,4 @@
-"""What Dagster loads: ``defs``. `build_defs` accepts overrides, so that tests and the command line swap the gateway, the
-data folder or the universe in the same way as production does."""
+"""What Dagster loads: ``defs``. With arguments of `build_defs` tests replace the gateway, the data folder or the universe."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""A history that answers from a truth it was given, and misbehaves by a script: for tests of the load, without a socket."""
+"""A history that answers from a given truth, with faults by script: for tests of the load, without a socket."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from ktrdr_pipelines.planning.requests import Request
 
 IntArray = npt.NDArray[np.int64]
 Fault = Callable[[RawBars], RawBars]
+
+TIMEOUTS: dict[str, Any] = {"connect_timeout_s": 15.0, "request_timeout_s": 120.0, "retry_waits_s": (15.0, 30.0, 60.0)}
+"""Of a `GatewayAddress`, as the settings have them."""
 
 
 def utc(text: str) -> datetime:

@@ -37,11 +37,20 @@ def load(port: int, state: Path, numbers: range) -> None:
     from ktrdr_pipelines.ib.history import IBHistory, Waiting
     from ktrdr_pipelines.planning.requests import Request
 
-    def tell(waiting: Waiting) -> None:
+    def show(waiting: Waiting) -> None:
         print(f"  loader {numbers.start}: {waiting.reason}, {waiting.seconds:.0f} s", file=sys.stderr, flush=True)
 
+    address = GatewayAddress(
+        "127.0.0.1",
+        port,
+        connect_timeout_s=15,
+        request_timeout_s=120,
+        retry_waits_s=(15, 30, 60),
+        library="ib_insync",
+        state_dir=state,
+    )
     bars = 0
-    with IBHistory(GatewayAddress("127.0.0.1", port, state_dir=state), on_wait=tell) as history:
+    with IBHistory(address, on_wait=show) as history:
         for number in numbers:
             # Every tenth counts twice.
             what = Instrument(PAIR, "CASH", "IDEALPRO", "USD", ib_symbol="EUR", what_to_show="BID_ASK")

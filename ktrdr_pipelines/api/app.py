@@ -13,8 +13,7 @@ import uvicorn
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp
 
-from ktrdr_pipelines.api import error_responses as refusals
-from ktrdr_pipelines.api import models, routes_data, routes_ib
+from ktrdr_pipelines.api import error_responses, models, routes_data, routes_ib
 from ktrdr_pipelines.api.coalesce import Turnstile
 from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.api.security import Guard, check_binding
@@ -60,8 +59,8 @@ def create_app(settings: Settings, loads: Loads) -> FastAPI:
         },
     )
     app.state.settings = settings
-    refusals.install(app)
-    known_only = [Depends(refusals.refuse_unknown_parameters)]
+    error_responses.install(app)
+    known_only = [Depends(error_responses.refuse_unknown_parameters)]
     for router in (routes_ib.router, routes_data.router):
         app.include_router(router, prefix=PREFIX, dependencies=known_only)
     return app

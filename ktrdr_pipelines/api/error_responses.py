@@ -1,4 +1,4 @@
-"""Refusals of the REST API: one JSON shape for everything, and one table from kinds of failures to HTTP status codes."""
+"""Error responses of the REST API: one JSON shape for everything, and one table from kinds of failures to HTTP status codes."""
 
 from __future__ import annotations
 

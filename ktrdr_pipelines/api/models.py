@@ -120,7 +120,7 @@ class LoadRequest(ContractChoice):
 
     @model_validator(mode="before")
     @classmethod
-    def _say_it_once(cls, given: Any) -> Any:
+    def _refuse_two_names(cls, given: Any) -> Any:
         for one, other in (("start", "start_date"), ("end", "end_date")):
             if isinstance(given, dict) and one in given and other in given:
                 raise ValueError(f"{one} and {other} are two names of one thing; give one of them")

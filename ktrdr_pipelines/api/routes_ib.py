@@ -84,7 +84,7 @@ async def ranges(
         list[models.Timeframes] | None, Query(description="Repeated, or separated by commas.", max_length=_MOST_NAMES)
     ] = None,
 ) -> Any:
-    """A symbol takes one request of the pacing budget, unless asked within a week. What IB did not answer is reported as
+    """Each symbol takes one request of the pacing budget, unless it was asked within a week. What IB did not answer is
     the ``problem`` of its series."""
     settings, questions = _tools(request)
     names, frames = _split(symbols, "symbols"), _split(timeframes, "timeframes")

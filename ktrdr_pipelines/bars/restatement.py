@@ -14,6 +14,7 @@ import pandas as pd
 from ktrdr_pipelines.bars.answer import Answer
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, match_held
+from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe
@@ -57,7 +58,7 @@ def find_ratio(held: pd.DataFrame, answer: Answer, *, may_roll: bool = False) ->
     return float(np.median(ratio[changed])) if 2 * int(changed.sum()) >= len(at) else None
 
 
-def _has_rolled(old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def _has_rolled(old: FloatArray, new: FloatArray) -> BoolArray:
     """True for each bar (a row of four prices) whose prices all moved in one direction by about the same amount."""
     with np.errstate(all="ignore"):
         moved = new - old
@@ -94,14 +95,12 @@ def report_split(series: Series, held: pd.DataFrame, answer: Answer, ratio: floa
     )
 
 
-def _common(held_s: npt.NDArray[np.int64], answer_s: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.intp], ...]:
+def _common(held_s: IntArray, answer_s: IntArray) -> tuple[npt.NDArray[np.intp], ...]:
     _, at, of_answer = np.intersect1d(held_s, answer_s, return_indices=True)
     return at, of_answer
 
 
-def list_anchors(
-    expected: ExpectedBars, asked: ExpectedBars, held_opens: npt.NDArray[np.int64], timeframe: Timeframe
-) -> list[int]:
+def list_anchors(expected: ExpectedBars, asked: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> list[int]:
     """Indexes of ``expected``, oldest first: the held bars next to the ``asked`` ones, before the oldest and after each run.
     Requested again, each shows whether the file still has IB's price scale."""
     if not len(asked) or not len(expected):

@@ -1,8 +1,8 @@
-"""The address of a gateway, with time-outs and patience: values from the settings. Nothing connects here."""
+"""The address of a gateway, with time-outs and patience: plain values. The settings have the defaults. Nothing connects here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from ktrdr_pipelines.ib.client_ids import ClientIds
@@ -17,24 +17,26 @@ nightly restart takes minutes, longer than the retries of one request (105 s).""
 
 @dataclass(frozen=True)
 class GatewayAddress:
-    """The gateway's address, and how long to wait for what; from the settings."""
+    """The gateway's address, and how long to wait for what."""
 
     host: str
     port: int
+    _: KW_ONLY
+    connect_timeout_s: float
+    request_timeout_s: float
+    retry_waits_s: tuple[float, ...]
+    """Seconds before each retry of a transient failure; their number is the number of retries."""
+    library: str
+    """The client library (`ib/wire/library.py`)."""
     client_id: int | None = None
     client_ids: ClientIds = ClientIds.PERSON
-    connect_timeout_s: float = 15.0
-    request_timeout_s: float = 120.0
     probe_timeout_s: float = 10.0
-    retry_waits_s: tuple[float, ...] = (15.0, 30.0, 60.0)
     outage_patience_s: float = OUTAGE_PATIENCE_S
     """0: requests fail at once during an outage of what they need."""
     state_dir: Path = Path()
     """Folder of the pacing ledger and the client id leases, shared by all processes of this machine."""
     ledger_url: str = field(default="", repr=False)
     """May contain a password."""
-    library: str = "ib_insync"
-    """The client library (`ib/wire/library.py`)."""
 
     @property
     def login(self) -> str:

@@ -1,8 +1,8 @@
 """History from IB by its rules: requests are paced, wait for the end of an outage, and are retried.
 
 Between `loading/` and the wire (`client.py`). The connection: `connection.py`; the budget: `ib/pacing/ledger.py`; the
-meaning of codes: `codes.py`. Retries are tenacity's, by the specification's schedule: 3 after the first try, after 15, 30 and
-60 s, for transient errors only. Which bars are missing is not decided here.
+meaning of codes: `codes.py`. Retries are tenacity's, for transient errors only, after the waits of the address (the setting
+IB_RETRY_WAITS). Which bars are missing is not decided here.
 """
 
 from __future__ import annotations

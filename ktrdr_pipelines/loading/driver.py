@@ -35,7 +35,7 @@ from ktrdr_pipelines.loading.actions import (
     Write,
 )
 from ktrdr_pipelines.loading.history_source import History
-from ktrdr_pipelines.loading.knowledge import HeldBars, Knowledge
+from ktrdr_pipelines.loading.knowledge import NOTHING_HELD, HeldBars, Knowledge
 from ktrdr_pipelines.loading.load_plan import load_span
 from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Event, LoadReport
@@ -60,13 +60,15 @@ class Load:
         now: Callable[[], datetime],
         recheck_last: bool = False,
         report: LoadReport | None = None,
+        prepared: Prepared | None = None,
     ) -> None:
         """``window`` is what was asked for (its end may lie in the future). ``history`` is called once something has to be
-        asked, not before. ``recheck_last``: if anything is asked at all, the last held bar is asked again (tail)."""
+        asked, not before. ``recheck_last``: if anything is asked at all, the last held bar is asked again (tail).
+        ``prepared``: the result of `Store.prepare`, from a caller that prepared the files and reported what was corrected."""
         self.series, self.window = series, window
         self.report = report or LoadReport(series, window, merged_file=str(store.csv_path(series)))
         self._store, self._open_history, self._limits, self._now = store, history, limits, now
-        self._recheck_last = recheck_last
+        self._recheck_last, self._prepared = recheck_last, prepared
         self._history: History | None = None
         self._pinned = series
         self._machine: LoadMachine | None = None
@@ -91,8 +93,9 @@ class Load:
         span = load_span(self.series, self.window)
         if span is None:
             return None
-        prepared = self._store.prepare(self.series, now=now)
-        self.report.notices += prepared.describe()
+        if self._prepared is None:
+            self._prepared = self._store.prepare(self.series, now=now)
+            self.report.notices += self._prepared.describe()
         # A series that is refreshed whole needs all opens of its file.
         self._reach = None if self.series.instrument.refreshes_whole else widen(widen(span))
         held, sidecar = self._read_held(), self._store.read_sidecar(self.series)
@@ -113,7 +116,7 @@ class Load:
     def _read_held(self) -> HeldBars:
         extent = self._store.extent(self.series)
         if extent is None:
-            return HeldBars(np.empty(0, np.int64))
+            return NOTHING_HELD
         opens = self._store.held_opens(self.series, self._reach)
         return HeldBars(opens, extent.first_open_s, extent.last_open_s)
 

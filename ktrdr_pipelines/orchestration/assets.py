@@ -21,7 +21,7 @@ from ktrdr_pipelines.ib.discovery import describe_retention
 from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, LoadReport, Planned
-from ktrdr_pipelines.orchestration.checks import evaluate_completeness, evaluate_schema, specs_for
+from ktrdr_pipelines.orchestration.checks import evaluate_checks, specs_for
 from ktrdr_pipelines.orchestration.metadata import (
     COLUMN_SCHEMA,
     REPORT,
@@ -128,7 +128,8 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             request = config.request(series)
             with series_lock(store.data_dir, series, on_wait=partial(_report_wait, context, entry_point)):
                 now = datetime.now(UTC)
-                report.notices += store.prepare(series, now=now).describe()
+                prepared = store.prepare(series, now=now)
+                report.notices += prepared.describe()
                 held = Held.of(store.extent(series), store.read_sidecar(series))
                 report.window = _resolve(config, request, held, now, report)
                 load = Load(
@@ -138,8 +139,9 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
                     history=gateway.history,
                     limits=storage.history_limits,
                     now=lambda: datetime.now(UTC),
-                    recheck_last=request.mode is Mode.TAIL and held is not None,
+                    recheck_last=request.mode is Mode.TAIL,
                     report=report,
+                    prepared=prepared,
                 )
                 for event in load.run():
                     entry_point.on_event(series, event)
@@ -158,8 +160,7 @@ def make_asset(series: Series, partitions: dg.PartitionsDefinition) -> dg.Assets
             report.notices.append(config.notice)
         for notice in report.notices:
             context.log.info(notice)
-        yield evaluate_schema(report)
-        yield evaluate_completeness(report)
+        yield from evaluate_checks(report)
         context.log_event(observe_load(key, report))
         if report.failures:
             raise _failure(report)

@@ -34,7 +34,12 @@ def specs_for(series: Series, key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
+def evaluate_checks(report: LoadReport) -> list[dg.AssetCheckResult]:
+    """The results of both checks for one load."""
+    return [_evaluate_schema(report), _evaluate_completeness(report)]
+
+
+def _evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
     """Failed when IB sent bars that break the rules (they were not written), or the file itself does."""
     broken = [f.error for f in report.failures if isinstance(f.error, DataError)]
     rows = "\n\n".join(f"{error}\n{error.rows}" for error in broken[:_SHOWN])
@@ -48,7 +53,7 @@ def evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
     )
 
 
-def evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
+def _evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
     """Failed when bars of the window are expected and neither held nor confirmed absent."""
     failures = [
         dg.TableRecord({"start": format_instant(f.window.start), "end": format_instant(f.window.end),

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import dagster as dg
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -35,14 +35,14 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     host: str
     port: int
-    client_id: int | None = None
-    connect_timeout_s: float = 15.0
-    request_timeout_s: float = 120.0
-    retry_waits_s: list[float] = Field(default_factory=lambda: [15.0, 30.0, 60.0])
+    client_id: int | None
+    connect_timeout_s: float
+    request_timeout_s: float
+    retry_waits_s: list[float]
     state_dir: str
-    ledger_url: str = ""
+    ledger_url: str
     """Without its password: Dagster stores the configuration of its resources and shows it to every user."""
-    library: str = "ib_insync"
+    library: str
 
     _history: IBHistory | None = PrivateAttr(default=None)
     _entry_point: EntryPoint | None = PrivateAttr(default=None)
@@ -116,7 +116,7 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The folder of the CSV files, and the table of limits that requests are planned by."""
 
     data_dir: str
-    history_limits: HistoryLimits = HistoryLimits.CLASSIC
+    history_limits: HistoryLimits
 
     @classmethod
     def of(cls, settings: Settings) -> "StoreResource":

@@ -65,11 +65,10 @@ def plan_requests(
     *,
     expected: ExpectedBars | None = None,
     within: Window | None = None,
-    newest_first: bool = False,
 ) -> list[Request]:
     """The fewest requests that cover every bar of ``missing``, none longer than ``limits`` allow, none for closed time only.
 
-    A request may span held bars between two gaps; windows of requests never overlap. Oldest first, or ``newest_first``.
+    A request may span held bars between two gaps; windows of requests never overlap. Oldest first.
 
     With ``expected`` (of which ``missing`` is a part) and ``within`` (the window of the run, not beyond now) each request
     also answers for closed time around its bars as far as that costs no further request: up to an hour after its last
@@ -92,7 +91,7 @@ def plan_requests(
         request = _widen(timeframe, span, max(before_s, floor_s), after_s, limits)
         floor_s = request.window.end_s
         requests.append(request)
-    return requests[::-1] if newest_first else requests
+    return requests
 
 
 def _span_of(bars: ExpectedBars, i: int, j: int) -> Span:

@@ -1,7 +1,7 @@
 """What a load would do, without doing it: `ktrdr ib-load --dry-run` between parsing and printing.
 
-The gaps and the requests are the load's own: it is driven up to its plan and not further. Nothing is written, no run is made;
-a file that the load would correct first is corrected in a scratch copy. When the requests could go out is
+The gaps and the requests are the plan of the load's own machine (`Load.open_machine`), which is not driven. Nothing is written,
+no run is made; a file that the load would correct first is corrected in a scratch copy. When the requests could go out is
 `ib/pacing/forecast.py`'s.
 """
 
@@ -24,7 +24,6 @@ from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
 from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.loading.history_source import History
-from ktrdr_pipelines.loading.report import Planned
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.requests import Request
@@ -32,6 +31,7 @@ from ktrdr_pipelines.services.gaps import place
 from ktrdr_pipelines.services.load_inputs import choose_window, identify
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
+from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store
 
@@ -124,18 +124,18 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
                 notices.append(_say_asked(series, history, now))
             if chosen.notice:
                 notices.append(chosen.notice)
-            planned = _plan(request, series, chosen.window, store, settings, now)
+            gaps, requests = _plan(request, series, chosen.window, store, settings, now)
         budget = read_budget(history)
     now_s = budget.now_s if budget else now.timestamp()
     past: Sequence[Entry] = budget.past if budget else ()
-    asks = [describe_bars(series, each) for each in planned.requests]
+    asks = [describe_bars(series, each) for each in requests]
     return DryRun(
         series=series,
         mode=request.mode,
         window=chosen.window,
         now=datetime.fromtimestamp(now_s, UTC),
-        gaps=planned.gaps,
-        requests=planned.requests,
+        gaps=gaps,
+        requests=requests,
         sendings=forecast(asks, past, now_s, pause_until_s=budget.pause_until_s if budget else None),
         used=budget.used if budget else 0,
         waiting=budget.waiting if budget else 0,
@@ -159,11 +159,8 @@ def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
 
 def _plan(
     request: LoadRequest, series: Series, window: Window, store: Store, settings: Settings, now: datetime
-) -> Planned:
-    """The plan of a load: its first event. Nothing was asked or written before that."""
-    if window.is_empty:
-        return Planned((), ())
-    held = store.extent(series)
+) -> tuple[Sequence[Gap], Sequence[Request]]:
+    """The gaps and requests of the load, from its machine's plan. ``store`` is settled for ``series``."""
     load = Load(
         series,
         window,
@@ -171,15 +168,17 @@ def _plan(
         history=_refuse_to_ask,
         limits=settings.history_limits,
         now=lambda: now,
-        recheck_last=request.mode is Mode.TAIL and held is not None,
+        recheck_last=request.mode is Mode.TAIL,
+        prepared=Prepared(),
     )
-    for event in load.run():
-        if isinstance(event, Planned):
-            # The load looks at its window only; users want to know how a gap lies to all that is held.
-            first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
-            gaps = [replace(g, reason=place(g.window.start_s, first_s, last_s)) for g in event.gaps]
-            return Planned(gaps, event.requests)
-    return Planned((), ())
+    machine = load.open_machine()
+    if machine is None:
+        return (), ()
+    # The load looks at its window only; users want to know how a gap lies to all that is held.
+    held = store.extent(series)
+    first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
+    gaps = [replace(gap, reason=place(gap.window.start_s, first_s, last_s)) for gap in machine.plan.gaps]
+    return gaps, machine.plan.requests
 
 
 def _refuse_to_ask() -> History:

@@ -13,17 +13,15 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
+from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Recorded, partitions_in
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.planning.coverage import STAMP_SLACK_S, GapReason, mark_missing, widen
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
-
-IntArray = npt.NDArray[np.int64]
 
 NEWEST_SHOWN = 5
 """How many of the absent ranges are shown with their evidence; all are in the sidecar."""
@@ -203,7 +201,7 @@ def _asked_last(item: ProvenEmpty) -> tuple[datetime, datetime]:
 def explain_missing(
     series: Series,
     expected: ExpectedBars,
-    missing: npt.NDArray[np.bool_],
+    missing: BoolArray,
     held: IntArray,
     recorded: Mapping[str, Recorded],
 ) -> list[Missing]:

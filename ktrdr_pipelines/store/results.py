@@ -32,11 +32,10 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one write did. Counts are rows; ``rows_held_in_window`` are those of the answered window after the write."""
+    """What one write did. Counts are rows."""
 
     rows_added: int
     rows_revised: int
-    rows_held_in_window: int
     path: Path
     revised_from: pd.DataFrame
     """Held bars that were replaced by other values, as they were; ``revised_to`` as they are now."""

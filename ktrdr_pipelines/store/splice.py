@@ -20,14 +20,12 @@ import pandas as pd
 from ktrdr_pipelines.bars.merging import Merged, merge_bars
 from ktrdr_pipelines.bars.schema import Rule, opens_of
 from ktrdr_pipelines.domain.partitions import partition_at
-from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.store.atomic import Disk, FileRange, SourceChanged, replace_file, state_of
 from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
     checksum,
-    count_lines,
     find_row,
     parse_rows,
     read_range,
@@ -60,7 +58,6 @@ class Spliced:
     state: FileState | None
     marks: dict[str, PartitionMark]
     """Every partition the new bars fall into, as it is now."""
-    held_in_window: int
 
 
 def splice_bars(
@@ -70,7 +67,6 @@ def splice_bars(
     timeframe: Timeframe,
     rules: Sequence[Rule],
     *,
-    window: Window | None,
     is_settled: Callable[[FileState | None], bool],
     compare: Comparison | None = None,
     held_wins: bool = False,
@@ -78,9 +74,9 @@ def splice_bars(
 ) -> Spliced:
     """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
 
-    The file is replaced only when a byte of it changes. ``held_in_window`` counts the rows of ``window`` afterwards.
-    ``is_settled`` is true for the state in which the file was settled: in any other nothing is built, else an edit of that
-    moment would pass for our own write. ``compare`` is checked before anything is built. ``whole``: no held bar may stay.
+    The file is replaced only when a byte of it changes. ``is_settled`` is true for the state in which the file was settled: in
+    any other nothing is built, else an edit of that moment would pass for our own write. ``compare`` is checked before anything
+    is built. ``whole``: no held bar may stay.
 
     Raises:
         MalformedFile: a row that was read is not as we write it.
@@ -103,21 +99,21 @@ def splice_bars(
         if whole and source is not None and (low > len(HEADER) or high < size or len(merged.bars) > len(bars)):
             raise LeavesOldBars
         if source is not None and not merged.added and (held_wins or merged.revised_to.empty):
-            return Spliced(merged, before, *_examine(source, timeframe, first_s, last_s, window))
+            return Spliced(merged, before, _mark_range(source, timeframe, first_s, last_s))
         rows = render_rows(merged.bars)
         if source is None:
             parts: list[bytes | FileRange] = [HEADER, rows]
         else:
             parts = [FileRange(source, 0, low), rows, FileRange(source, high, size)]
-        found: list[tuple[dict[str, PartitionMark], int]] = []
+        found: list[dict[str, PartitionMark]] = []
         state = replace_file(
             disk,
             path,
             parts,
             still_valid=lambda: state_of(path) == before,
-            examine=lambda fd: found.append(_examine(fd, timeframe, first_s, last_s, window)),
+            examine=lambda fd: found.append(_mark_range(fd, timeframe, first_s, last_s)),
         )
-        return Spliced(merged, state, *found[0])
+        return Spliced(merged, state, found[0])
 
 
 @contextmanager
@@ -145,14 +141,12 @@ def _open_settled(
         os.close(fd)
 
 
-def _examine(
-    fd: int, timeframe: Timeframe, first_s: int, last_s: int, window: Window | None
-) -> tuple[dict[str, PartitionMark], int]:
-    """The marks of the partitions from ``first_s`` to ``last_s`` (opens of bars, epoch seconds), and the rows of ``window``."""
+def _mark_range(fd: int, timeframe: Timeframe, first_s: int, last_s: int) -> dict[str, PartitionMark]:
+    """The marks of the partitions from ``first_s`` to ``last_s`` (opens of bars, epoch seconds)."""
     size = os.fstat(fd).st_size
     start = find_row(fd, size, partition_at(timeframe, _instant(first_s)).window.start_s)
     end = find_row(fd, size, partition_at(timeframe, _instant(last_s)).window.end_s)
-    return mark_partitions(fd, timeframe, start, end), count_rows(fd, size, window) if window else 0
+    return mark_partitions(fd, timeframe, start, end)
 
 
 def _read_around(
@@ -173,13 +167,12 @@ def _read_around(
 def splice_nothing(
     path: Path,
     bars: pd.DataFrame,
-    window: Window | None,
     rules: Sequence[Rule],
     *,
     is_settled: Callable[[FileState | None], bool],
     compare: Comparison | None = None,
 ) -> Spliced:
-    """The splice of the empty table ``bars``: nothing changes, the rows of ``window`` are counted.
+    """The splice of the empty table ``bars``: held bars are compared, nothing changes.
 
     Raises:
         SourceChanged: the file is not in the state in which it was settled.
@@ -187,16 +180,11 @@ def splice_nothing(
     merged = merge_bars(bars, bars)
     with _open_settled(path, is_settled) as (source, state):
         if source is None or state is None:
-            return Spliced(merged, state, {}, 0)
+            return Spliced(merged, state, {})
         if compare is not None:
             start = find_row(source, state.size, compare.first_s)
             _read_around(source, state.size, start, start, rules, compare)
-        return Spliced(merged, state, {}, count_rows(source, state.size, window) if window else 0)
-
-
-def count_rows(fd: int, size: int, window: Window) -> int:
-    """Rows of ``window`` in a sorted file."""
-    return count_lines(fd, find_row(fd, size, window.start_s), find_row(fd, size, window.end_s))
+        return Spliced(merged, state, {})
 
 
 def mark_partitions(fd: int, timeframe: Timeframe, start: int, end: int) -> dict[str, PartitionMark]:

@@ -257,7 +257,7 @@ class Store:
         until = require_utc(complete_until or datetime.fromtimestamp(last_complete_s + 1, UTC), "complete_until")
         with self._files.locked(series, doing):
             sidecar, spliced, prepared = self._splice(
-                series, bars, answered, source, now, doing, volume_unit, compare=compare, whole=whole
+                series, bars, source, now, doing, volume_unit, compare=compare, whole=whole
             )
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
@@ -279,7 +279,6 @@ class Store:
         return Written(
             rows_added=merged.added,
             rows_revised=len(merged.revised_to),
-            rows_held_in_window=spliced.held_in_window,
             path=self.csv_path(series),
             revised_from=merged.revised_from,
             revised_to=merged.revised_to,
@@ -331,7 +330,7 @@ class Store:
                 )
             if not len(found.bars):
                 return Adopted(0, found.dropped, found.notices, None)
-            sidecar, spliced, _ = self._splice(series, found.bars, None, None, now, doing, held_wins=True)
+            sidecar, spliced, _ = self._splice(series, found.bars, None, now, doing, held_wins=True)
             update = {
                 "updated_at": now,
                 "proven_empty": drop_disproved(sidecar.proven_empty, opens_of(found.bars).tolist()),
@@ -349,7 +348,6 @@ class Store:
         self,
         series: Series,
         bars: pd.DataFrame,
-        window: Window | None,
         source: Source | None,
         now: datetime,
         doing: str,
@@ -370,7 +368,7 @@ class Store:
             try:
                 if not len(bars):
                     unchanged = splice_nothing(
-                        path, bars, window, rules_for(series), is_settled=sidecar.is_written_for, compare=compare
+                        path, bars, rules_for(series), is_settled=sidecar.is_written_for, compare=compare
                     )
                     return sidecar, unchanged, prepared
                 spliced = splice_bars(
@@ -379,7 +377,6 @@ class Store:
                     bars,
                     series.timeframe,
                     rules_for(series),
-                    window=window,
                     is_settled=sidecar.is_written_for,
                     compare=compare,
                     held_wins=held_wins,

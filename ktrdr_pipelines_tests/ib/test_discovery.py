@@ -25,7 +25,7 @@ from ktrdr_pipelines.simulator.listings import list_instruments
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.universe.file import DEFAULT_UNIVERSE, add_series, parse_universe, read_universe
-from ktrdr_pipelines_tests.fakes import MovingClock
+from ktrdr_pipelines_tests.fakes import TIMEOUTS, MovingClock
 from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 
 NOON = datetime(2025, 6, 11, 16, 0, tzinfo=UTC)
@@ -53,7 +53,7 @@ def connect(tmp_path: Path, now: Now) -> Iterator[Connect]:
     with ExitStack() as running:
 
         def make(port: int) -> IBHistory:
-            quick: dict[str, Any] = {"retry_waits_s": (), "request_timeout_s": 10}
+            quick: dict[str, Any] = {**TIMEOUTS, "retry_waits_s": (), "request_timeout_s": 10}
             address = GatewayAddress("127.0.0.1", port, state_dir=tmp_path, library=LIBRARY, **quick)
             return running.enter_context(IBHistory(address, sleep=clock.sleep, now=now, clock=clock))
 

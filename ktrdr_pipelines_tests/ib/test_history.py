@@ -33,6 +33,7 @@ from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
+from ktrdr_pipelines_tests.fakes import TIMEOUTS
 from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 from ktrdr_pipelines_tests.ib.scripted_gateway import BAR, HISTORY, READY, TIME, ScriptedGateway, bars, error
@@ -70,7 +71,9 @@ class Bench:
 
     def connect_to(self, port: int, **options: Any) -> IBHistory:
         quick = {"connect_timeout_s": 5.0, "request_timeout_s": 5.0, "probe_timeout_s": 3.0}
-        address = GatewayAddress("127.0.0.1", port, state_dir=self.where, **{"library": LIBRARY, **quick, **options})
+        address = GatewayAddress(
+            "127.0.0.1", port, state_dir=self.where, **{"library": LIBRARY, **TIMEOUTS, **quick, **options}
+        )
         history = IBHistory(address, self.waits.append, self.time.sleep, clock=self.time)
         return self.running.enter_context(history)
 

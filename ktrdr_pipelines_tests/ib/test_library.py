@@ -9,15 +9,15 @@ import pytest
 from ktrdr_pipelines.errors import ConfigurationError
 from ktrdr_pipelines.ib.wire import library
 from ktrdr_pipelines.ib.wire.library import load_library
-from ktrdr_pipelines.ib.wire.session import GatewaySession
 from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.scripted_gateway import ScriptedGateway
+from ktrdr_pipelines_tests.ib.test_client import make_client
 
 
 def test_the_chosen_library_serves_the_connection() -> None:
     """It is imported, and by its range of versions the gateway knows which one it is."""
     newest = {"ib_insync": 176, "ib_async": 178}[LIBRARY]
-    with ScriptedGateway() as gateway, GatewaySession("127.0.0.1", gateway.port, 7, library=LIBRARY) as session:
+    with ScriptedGateway() as gateway, make_client(gateway.port) as session:
         assert session.library_parts.versions == (157, newest)
     assert LIBRARY in sys.modules
 
@@ -44,7 +44,7 @@ def test_an_unknown_library_is_refused() -> None:
 def test_a_connection_with_a_missing_library_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error reaches the caller, and the next try may succeed."""
     monkeypatch.setitem(sys.modules, f"{LIBRARY}.client", None)
-    session = GatewaySession("127.0.0.1", 1, 7, library=LIBRARY)
+    session = make_client(1)
     for _ in range(2):
         with pytest.raises(ConfigurationError):
             session.connect()

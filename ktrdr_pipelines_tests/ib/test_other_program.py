@@ -23,6 +23,7 @@ from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.server import GatewayThread
+from ktrdr_pipelines_tests.fakes import TIMEOUTS
 from ktrdr_pipelines_tests.ib.chosen_library import LIBRARY
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import HandClock
 
@@ -40,9 +41,19 @@ class SharedLogin(HandClock):
         self.waits: list[Waiting] = []
         self.others_due_s: list[float] = []
         """When the other program asks next, latest first."""
-        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=where, library=LIBRARY)
+        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=where, library=LIBRARY, **TIMEOUTS)
         self.history = running.enter_context(IBHistory(address, self.waits.append, self.sleep, clock=self))
-        self.other = running.enter_context(GatewayClient("127.0.0.1", gateway.port, OTHER_CLIENT_ID, library=LIBRARY))
+        self.other = running.enter_context(
+            GatewayClient(
+                "127.0.0.1",
+                gateway.port,
+                OTHER_CLIENT_ID,
+                connect_timeout_s=15,
+                request_timeout_s=120,
+                probe_timeout_s=10,
+                library=LIBRARY,
+            )
+        )
         self.others_number = 0
 
     def sleep(self, seconds: float) -> None:

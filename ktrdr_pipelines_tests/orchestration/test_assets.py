@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._core.remote_representation.external_data import RepositorySnap
 
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
@@ -34,6 +34,7 @@ from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.locks import series_lock
+from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines.universe.file import DEFAULT_UNIVERSE
 from ktrdr_pipelines_tests.conftest import StartGateway
@@ -151,6 +152,34 @@ def test_nothing_missing_needs_no_gateway(
     assert materialize(make_settings(unused_port), instance, "2024-03-01").success
 
 
+def test_a_run_prepares_the_file_once(
+    start_gateway: StartGateway,
+    make_settings: MakeSettings,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The load takes over what the asset prepared; what was corrected is in the report once."""
+    settings = make_settings(start_gateway().port)
+    prepared: list[Series] = []
+    prepare = Store.prepare
+
+    def count(store: Store, series: Series, **more: Any) -> Prepared:
+        prepared.append(series)
+        return prepare(store, series, **more)
+
+    monkeypatch.setattr(Store, "prepare", count)
+    assert materialize(settings, instance, "2024-03-01").success
+    assert prepared == [AAPL_1H]
+    csv_path = Store(settings.data_dir).csv_path(AAPL_1H)
+    csv_path.write_bytes(b"".join(line + b"\n" for i, line in enumerate(csv_path.read_bytes().splitlines()) if i != 9))
+    entry_point = EntryPoint()
+    with lend(entry_point):
+        assert materialize(settings, instance, "2024-03-01").success
+    assert prepared == [AAPL_1H] * 2
+    (report,) = entry_point.reports
+    assert (report.fetched_bars, [notice.count("edited") for notice in report.notices]) == (1, [1])
+
+
 def test_a_gateway_that_is_gone_fails_the_run_and_says_so(
     make_settings: MakeSettings, instance: dg.DagsterInstance, unused_port: int
 ) -> None:
@@ -213,10 +242,10 @@ def test_definitions_hold_one_asset_per_series_and_share_partitions(make_setting
 def test_the_password_of_the_ledger_is_used_and_never_shown(make_settings: MakeSettings, url: str, shown: str) -> None:
     """What Dagster stores and shows of the definitions holds no password; the resource in a run has it."""
     settings = make_settings(4002, ledger_url=url)
-    repository = build_defs(settings, [AAPL_1H]).get_repository_def()
-    record = dg.serialize_value(RepositorySnap.from_def(repository))
+    job = build_defs(settings, [AAPL_1H]).resolve_implicit_global_asset_job_def()
+    record = dg.serialize_value(job.get_job_snapshot())
     assert "hunter2" not in record
-    assert shown in record
+    assert f'\\"ledger_url\\": \\"{shown}\\"' in record
     with GatewayResource.of(settings).process_config_and_initialize_cm() as gateway:
         address = gateway.address()
     assert address.ledger_url == url

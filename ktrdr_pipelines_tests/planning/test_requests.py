@@ -146,13 +146,6 @@ def test_nothing_missing_is_nothing_asked() -> None:
     assert find_gaps(bars_of(AAPL, "1h", "2024-03-01", "2024-03-04"), nothing) == []
 
 
-def test_newest_first_is_the_same_plan_backwards() -> None:
-    """The order does not change what is asked."""
-    expected = bars_of(AAPL, "1h", "2023-01-01", "2024-01-01")
-    plan = plan_requests(TIMEFRAMES["1h"], expected, CLASSIC)
-    assert plan_requests(TIMEFRAMES["1h"], expected, CLASSIC, newest_first=True) == plan[::-1]
-
-
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from ktrdr_pipelines.simulator.request_reach import DurationRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.store.store import Store
+from ktrdr_pipelines_tests.fakes import TIMEOUTS
 
 MARKET = SyntheticMarket()
 
@@ -352,8 +353,8 @@ class Bench:
         recheck_last: bool = False,
     ) -> tuple[LoadReport, list[Waiting]]:  # fmt: skip
         address = GatewayAddress(
-            "127.0.0.1", gateway.port, state_dir=self.folder, request_timeout_s=timeout_s, probe_timeout_s=timeout_s,
-            connect_timeout_s=min(5.0, 10 * timeout_s),
+            "127.0.0.1", gateway.port, state_dir=self.folder, library="ib_insync", probe_timeout_s=timeout_s,
+            **{**TIMEOUTS, "request_timeout_s": timeout_s, "connect_timeout_s": min(5.0, 10 * timeout_s)},
         )  # fmt: skip
         waits: list[Waiting] = []
         history = IBHistory(address, waits.append, self.clock.sleep, now=lambda: now, clock=self.clock)

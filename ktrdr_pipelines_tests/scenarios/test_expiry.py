@@ -11,7 +11,7 @@ import pytest
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.domain.instruments import Hours, Instrument, Series
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.orchestration.automation.tail import HeldEnds, Tails
+from ktrdr_pipelines.orchestration.automation.due import HeldEnds, Tails
 from ktrdr_pipelines.services.gaps import inspect_series
 from ktrdr_pipelines.settings import load_settings
 from ktrdr_pipelines.store.sidecar import Pinned

@@ -20,7 +20,7 @@ from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway
-from ktrdr_pipelines_tests.fakes import MovingClock, utc, window
+from ktrdr_pipelines_tests.fakes import TIMEOUTS, MovingClock, utc, window
 
 AAPL = stock("AAPL")
 
@@ -36,7 +36,7 @@ def run(tmp_path: Path, start_gateway: StartGateway) -> Callable[..., int]:
         series: Series, span: Window, limits: HistoryLimits = HistoryLimits.CLASSIC, *, recheck_last: bool = False
     ) -> int:
         before = len(gateway.requests)
-        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=tmp_path)
+        address = GatewayAddress("127.0.0.1", gateway.port, state_dir=tmp_path, library="ib_insync", **TIMEOUTS)
         with IBHistory(address, sleep=clock.sleep, clock=clock) as history:
             job = Load(
                 series,

@@ -72,7 +72,7 @@ def test_what_is_written_is_read_back_exactly(store: Store) -> None:
     """Bars, opens, extent and sidecar agree, to the last bit."""
     bars = make_bars(range(5), value=0.1 + 0.2)
     written = write(store, bars, window_of(0, 5))
-    assert (written.rows_added, written.rows_revised, written.rows_held_in_window) == (5, 0, 5)
+    assert (written.rows_added, written.rows_revised) == (5, 0)
     assert written.path.name == "AAPL_1m.csv"
     assert written.partitions == ("2024-01-02",)
     pd.testing.assert_frame_equal(store.read_bars(AAPL_1M), bars, check_exact=True)
@@ -110,7 +110,7 @@ def test_a_load_never_shrinks_a_file(store: Store) -> None:
     """Held bars inside the answered window that are not in the new answer stay."""
     write(store, make_bars(range(10)))
     written = write(store, make_bars([4]), window_of(0, 10))
-    assert (written.rows_added, written.rows_held_in_window) == (0, 10)
+    assert written.rows_added == 0
     assert len(store.held_opens(AAPL_1M)) == 10
 
 
@@ -131,7 +131,7 @@ def test_writing_the_same_again_does_not_touch_the_file(store: Store) -> None:
     sidecar = store.sidecar_path(AAPL_1M).read_bytes()
     written = write(store, make_bars(range(5)), window_of(0, 5))
     after = store.csv_path(AAPL_1M).stat()
-    assert (written.rows_added, written.rows_revised, written.rows_held_in_window) == (0, 0, 5)
+    assert (written.rows_added, written.rows_revised) == (0, 0)
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert store.sidecar_path(AAPL_1M).read_bytes() == sidecar
 
@@ -215,9 +215,7 @@ def test_thousands_of_splices_equal_a_dictionary(writes: Writes, tmp_path_factor
     model: dict[int, tuple[float, ...]] = {}
     marks: dict[str, PartitionMark] = {}
     for bars in answers_from(writes):
-        spliced = splice_bars(
-            QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), window=None, is_settled=lambda _: True
-        )
+        spliced = splice_bars(QuickDisk(), path, bars, AAPL_1M.timeframe, rules_for(AAPL_1M), is_settled=lambda _: True)
         assert spliced.merged.added == len(as_dict(bars).keys() - model.keys())
         model |= as_dict(bars)
         marks |= spliced.marks

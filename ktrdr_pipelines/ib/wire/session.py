@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self, TypeVar
 
@@ -48,14 +48,15 @@ class GatewaySession:
     host: str
     port: int
     client_id: int
-    connect_timeout_s: float = 15.0
-    request_timeout_s: float = 120.0
-    probe_timeout_s: float = 10.0
+    _: KW_ONLY
+    connect_timeout_s: float
+    request_timeout_s: float
+    probe_timeout_s: float
+    library: str
+    """The client library that encodes and decodes."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     ports: Mapping[int, str] = field(default_factory=lambda: WELL_KNOWN_PORTS)
     """Ports to try, and what usually listens there, when ``port`` leads to no gateway."""
-    library: str = "ib_insync"
-    """The client library that encodes and decodes."""
     notices: list[str] = field(default_factory=list)
     """Messages of the gateway that ended no request (farms, links, warnings), newest last; at most the last hundred."""
 

@@ -22,8 +22,8 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError, KtrdrError
 from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.automation.due import QUIET_S
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
-from ktrdr_pipelines.orchestration.automation.tail import QUIET_S
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
 from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span

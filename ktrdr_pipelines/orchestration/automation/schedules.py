@@ -1,6 +1,6 @@
 """Fixed times instead of "as soon as due": one schedule for each timeframe in KTRDR_TAIL_SCHEDULES, in UTC.
 
-A tick decides as the sensor does (`sensors.decide_tail`), without the sensor's growing waits after failures: the user chose
+A tick decides as the sensor does (`tail.decide_tail`), without the sensor's growing waits after failures: the user chose
 the times.
 """
 
@@ -14,8 +14,8 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import asset_key
-from ktrdr_pipelines.orchestration.automation.sensors import decide_tail
-from ktrdr_pipelines.orchestration.automation.tail import HeldEnds
+from ktrdr_pipelines.orchestration.automation.due import HeldEnds
+from ktrdr_pipelines.orchestration.automation.tail import decide_tail
 from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 

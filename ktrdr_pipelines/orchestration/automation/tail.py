@@ -1,43 +1,36 @@
-"""Decides which series miss their newest bars, and which partitions to run for them.
+"""Decides which runs a tick of the tail sensor or of a schedule requests: series that are due, in one run per timeframe.
 
-Without gateway, Dagster and clock: the last held bar comes from the store, the newest complete one from the calendar.
-`sensors.py` makes run requests of the decision and leaves out series in unfinished runs. One run for all series of a
-timeframe, because a run costs five seconds and a further series in it 50 ms (docs/dagster_facts.md, 3 and 6).
+One run for all series of a timeframe, because a run costs five seconds and a further series in it 50 ms (docs/dagster_facts.md,
+3 and 6). Left out are series in unfinished runs and, for a growing while, series whose last requests brought nothing. Which
+bars are due: `due.py`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-import numpy as np
+import dagster as dg
 
-from ktrdr_pipelines.calendars import ExpectedBars, calendar_of, expected_bars, is_open, next_complete
-from ktrdr_pipelines.domain.instruments import Hours, Series
-from ktrdr_pipelines.domain.partitions import Partition, partition_at, partitions_in
-from ktrdr_pipelines.domain.time import Window
-from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.domain.load_request import Mode
+from ktrdr_pipelines.domain.partitions import Partition, partitions_in
+from ktrdr_pipelines.domain.time import Window, format_instant
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import KtrdrError
-from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
-from ktrdr_pipelines.planning.coverage import missing_bars
+from ktrdr_pipelines.orchestration.automation.due import Due, HeldEnds, Tails
+from ktrdr_pipelines.orchestration.automation.run_requests import request_run
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns
 from ktrdr_pipelines.settings import Settings
-from ktrdr_pipelines.store.atomic import state_of
-from ktrdr_pipelines.store.sidecar import TAIL_BYTES, peek_unfinished_from
-from ktrdr_pipelines.store.store import Store
 
-SETTLING_S = 10
-"""A bar is due this long after its close: IB needs a moment to finish it."""
+TAIL_INTERVAL_S = 300
+"""Seconds between two ticks of the sensor."""
 
 MAX_UNNEEDED = 2_000
 """Partitions of series that do not need them, in one run. Dagster writes an event of about 10 ms for each partition of each
 series of a run before it starts, so one series that is years behind must not slow the others down."""
-
-QUIET_S = 30
-"""Another program may still be writing a file that changed so recently; it waits for the next tick."""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 300, 1800
 """After a request that brought nothing the same bar is requested again this much later, with the wait doubled each time."""
@@ -47,26 +40,155 @@ STANDSTILL_S, STANDSTILL_WAIT_S, STANDSTILL_TRIES = 5 * 86400, 6 * 3600, 20
 trades again. Without newer bars its missing ones are not confirmed absent, so it stays due."""
 
 _JITTER_S = 60  # ticks come a little early or late
-_LOCK_TIMEOUT_S = 2.0  # adopting a foreign file takes the lock; a tick does not wait for a writer
-
-
-def settling_s(timeframe: Timeframe, settings: Settings) -> int:
-    """Seconds from the close of a bar until it is due. For daily and longer bars the setting, unless a schedule decides when."""
-    if timeframe.is_intraday or timeframe.name in settings.tail_schedules:
-        return SETTLING_S
-    return max(SETTLING_S, int(settings.settlement_delay_min * 60))
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
-    """A series that misses at least its newest bar. ``first``: the partition of its last held bar, which is requested again.
-    ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds."""
+class Attempt:
+    """``tries`` requests for the bars after ``last_held_s``, the latest at ``asked_at_s``, brought no bar yet."""
 
-    series: Series
-    first: Partition
-    last: Partition
     last_held_s: int
-    newest_close_s: int
+    tries: int
+    asked_at_s: int
+
+    @property
+    def next_at_s(self) -> int:
+        """When the next request may be sent."""
+        wait_s = min(FIRST_WAIT_S << min(self.tries - 1, 10), LONGEST_WAIT_S)
+        if self.tries > STANDSTILL_TRIES and self.asked_at_s - self.last_held_s > STANDSTILL_S:
+            wait_s = STANDSTILL_WAIT_S
+        return self.asked_at_s + wait_s - _JITTER_S
+
+
+def note_attempt(before: Attempt | None, due: Due, now: datetime) -> Attempt:
+    """The attempt that begins now: one more than ``before`` if no bar has arrived since, else the first."""
+    tries = before.tries if before is not None and before.last_held_s == due.last_held_s else 0
+    return Attempt(due.last_held_s, tries + 1, int(now.timestamp()))
+
+
+@dataclass
+class TailTick:
+    """What one tick decided.
+
+    ``reasons``: one line for each timeframe without a run. ``problems``: series that cannot be read, with the reason.
+    ``notices``: corrections of files made by other programs. ``attempts``: requested bars that have not arrived, by series name.
+    """
+
+    requests: list[dg.RunRequest] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+
+
+def decide_tail(
+    settings: Settings,
+    universe: Sequence[Series],
+    held: HeldEnds,
+    active: ActiveRuns,
+    now: datetime,
+    *,
+    attempts: dict[str, Attempt] | None = None,
+    origin: str = "sensor",
+) -> TailTick:
+    """The runs that load the missing newest bars of ``universe`` at ``now``: one per timeframe, for all series that are due.
+
+    Left out: a series in an unfinished run, and for a while a series whose last ``attempts`` brought nothing.
+    """
+    tick = TailTick()
+    tails = Tails(settings, held, now)
+    by_timeframe: dict[str, list[Series]] = {}
+    for series in universe:
+        by_timeframe.setdefault(series.timeframe.name, []).append(series)
+    for name in sorted(by_timeframe, key=list(TIMEFRAMES).index):
+        found = _Found()
+        for series in by_timeframe[name]:
+            _judge(series, tails, active, now, (attempts or {}).get(series.name), found, tick)
+        tick.requests += _request_runs(name, found.due, now, origin)
+        if not found.due:
+            tick.reasons.append(f"{name}: {found.describe(tails)}")
+    tick.notices, held.notices = held.notices, []
+    return tick
+
+
+@dataclass
+class _Found:
+    """The series of one timeframe, by what is to be done."""
+
+    due: list[Due] = field(default_factory=list)
+    complete: list[Series] = field(default_factory=list)
+    waiting: list[Attempt] = field(default_factory=list)
+    run_ids: set[str] = field(default_factory=set)
+    never_loaded: int = 0
+    unreadable: int = 0
+
+    def describe(self, tails: Tails) -> str:
+        """Why no run is requested."""
+        reasons = []
+        if self.run_ids:
+            reasons.append(f"in an unfinished run ({', '.join(sorted(self.run_ids)[:_SHOWN])})")
+        if self.waiting:
+            at = format_instant(datetime.fromtimestamp(min(a.next_at_s for a in self.waiting), UTC))
+            reasons.append(f"{max(a.tries for a in self.waiting)} requests brought nothing, the next one is at {at}")
+        if self.complete:
+            reasons.append(_describe_complete(self.complete, tails))
+        if self.never_loaded:
+            reasons.append(f"{self.never_loaded} series need a first load")
+        if self.unreadable:
+            reasons.append(f"{self.unreadable} series cannot be read, see the log")
+        return "; ".join(reasons)
+
+
+def _judge(
+    series: Series,
+    tails: Tails,
+    active: ActiveRuns,
+    now: datetime,
+    before: Attempt | None,
+    found: _Found,
+    tick: TailTick,
+) -> None:
+    """Add ``series`` to ``found``, and its attempt, if bars are still missing, to ``tick``."""
+    try:
+        last_held_s = tails.last_held_s(series)
+        due = tails.find_due(series, last_held_s) if last_held_s is not None else None
+    except KtrdrError as error:
+        found.unreadable += 1
+        tick.problems.append(f"{series}: {error}")
+        return
+    if last_held_s is None:
+        found.never_loaded += 1
+    elif due is None:
+        found.complete.append(series)
+    elif run_id := active.find(series):
+        found.run_ids.add(run_id)
+        if before is not None:
+            tick.attempts[series.name] = before
+    elif before is not None and before.last_held_s == last_held_s and now.timestamp() < before.next_at_s:
+        found.waiting.append(before)
+        tick.attempts[series.name] = before
+    else:
+        found.due.append(due)
+        tick.attempts[series.name] = note_attempt(before, due, now)
+
+
+def _request_runs(name: str, due: Sequence[Due], now: datetime, origin: str) -> Iterator[dg.RunRequest]:
+    slot = int(now.timestamp()) // TAIL_INTERVAL_S
+    for run in group_due(due):
+        close = format_instant(datetime.fromtimestamp(run.newest_close_s, UTC))
+        key = f"tail:{name}:{close}:{slot}"
+        yield request_run(run.series, run.first, run.last, Mode.TAIL, origin=origin, run_key=key)
+
+
+def _describe_complete(complete: Iterable[Series], tails: Tails) -> str:
+    nexts = [following for s in complete if (following := tails.find_next(s)) is not None]
+    if not nexts:
+        return "all have expired and are complete"
+    at, is_open = min(nexts)
+    return f"market {'open' if is_open else 'closed'} and tail complete until {format_instant(at)}"
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,164 +199,6 @@ class TailRun:
     first: Partition
     last: Partition
     newest_close_s: int
-
-
-class HeldEnds:
-    """The last held bar of each series, and absent bars after it. Reads a file again only if it changed."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._data_dir = data_dir
-        self._store = Store(data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
-        self._last: dict[str, tuple[object, int | None]] = {}
-        self.notices: list[str] = []
-        """Corrections of files made by other programs, until the caller takes them."""
-        self._empty: dict[str, tuple[object, list[Window]]] = {}
-
-    def last_held_s(self, series: Series, now: datetime) -> int | None:
-        """Open of the bar that a tail load continues from, epoch seconds, as in `modes.Held`: the newest, or the one before the
-        start of an unfinished load. None without a CSV or a row in it.
-
-        Also None for another program's file that changed within `QUIET_S` before ``now``: it may still be written.
-
-        Raises:
-            KtrdrError: the file cannot be read.
-        """
-        path, sidecar_path = self._store.csv_path(series), self._store.sidecar_path(series)
-        mark = (state_of(path), state_of(sidecar_path))
-        known = self._last.get(series.name)
-        if known is not None and known[0] == mark:
-            return known[1]
-        if mark[0] is None:
-            return None
-        is_quiet = not 0 <= now.timestamp() - mark[0].mtime_ns / 1e9 < QUIET_S
-        if not is_quiet and mark[1] is None:
-            return None
-        extent = self._store.extent(series)
-        if state_of(path) != mark[0]:  # reading has adopted it
-            self.notices += [f"{series}: {text}" for text in self._store.prepare(series, now=now).describe()]
-            mark = (state_of(path), state_of(sidecar_path))
-        last_s = extent.last_open_s if extent else None
-        if last_s is not None and (unfinished := self._peek_unfinished(series)) is not None:
-            last_s = min(last_s, int(unfinished.timestamp()) - 1)
-        self._last[series.name] = (mark, last_s)
-        return last_s
-
-    def _peek_unfinished(self, series: Series) -> datetime | None:
-        try:
-            with self._store.sidecar_path(series).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-                return peek_unfinished_from(file.read())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            with suppress(KtrdrError):  # a later read of the whole sidecar raises
-                return Store(self._data_dir).read_sidecar(series).unfinished_from
-            return None
-
-    def changed_s(self, series: Series) -> float:
-        """When the sidecar was last written, epoch seconds; 0 without one. It has no evidence about bars that closed later."""
-        mark = state_of(self._store.sidecar_path(series))
-        return mark.mtime_ns / 1e9 if mark else 0.0
-
-    def absent_windows(self, series: Series, after_s: int) -> list[Window]:
-        """Windows of confirmed-absent bars that end after ``after_s``.
-
-        Raises:
-            KtrdrError: the sidecar cannot be read.
-        """
-        mark = (state_of(self._store.csv_path(series)), state_of(self._store.sidecar_path(series)), after_s)
-        known = self._empty.get(series.name)
-        if known is None or known[0] != mark:
-            # A new store, because a store caches every sidecar it reads: megabytes each, for thousands of series.
-            sidecar = Store(self._data_dir).read_sidecar(series)
-            known = (mark, [window for window in sidecar.empty_windows if window.end_s > after_s])
-            self._empty[series.name] = known
-        return known[1]
-
-
-_Key = tuple[str, Hours, str, date | None]
-"""Calendar, hours, timeframe and, of a future, its end: series with one key expect the same bars."""
-
-
-class Tails:
-    """Decides for many series at one instant; what they share (calendar, timeframe, last held bar) is computed once."""
-
-    def __init__(self, settings: Settings, held: HeldEnds, now: datetime) -> None:
-        self._settings, self._held, self._now = settings, held, now
-        self._newest: dict[_Key, int | None] = {}
-        self._after: dict[tuple[_Key, int], ExpectedBars] = {}
-        self._next: dict[_Key, tuple[datetime, bool] | None] = {}
-
-    def last_held_s(self, series: Series) -> int | None:
-        """See `HeldEnds.last_held_s`."""
-        return self._held.last_held_s(series, self._now)
-
-    def find_due(self, series: Series, last_held_s: int) -> Due | None:
-        """The missing newest bars of ``series``; None if it is complete.
-
-        A bar is due if it is complete and settled by the calendar, newer than the last held one, and not confirmed absent.
-
-        Raises:
-            KtrdrError: no calendar, or the sidecar cannot be read.
-        """
-        newest = self._find_newest(series)
-        if newest is not None and last_held_s >= newest:
-            return None
-        after = self._bars_after(series, last_held_s)
-        timeframe = series.timeframe
-        earliest = first_partition_start(timeframe, self._settings)
-        earliest = max(earliest, timeframe.retained_from(self._now) or earliest)
-        wanted = after.take(slice(int(np.searchsorted(after.opens, int(earliest.timestamp()))), None))
-        if not len(wanted):
-            return None
-        newest_close_s = int(wanted.closes[-1])
-        # Reads no sidecar that is older than the newest bar: that would be most of a tick.
-        is_news = self._held.changed_s(series) < newest_close_s
-        # An expired contract has no new bars.
-        is_news &= series.instrument.sec_type != "FUT"
-        empty = [] if is_news else self._held.absent_windows(series, last_held_s)
-        missing = missing_bars(wanted, np.array([last_held_s], dtype=np.int64), empty, timeframe)
-        if not len(missing):
-            return None
-        last_held = datetime.fromtimestamp(last_held_s, UTC)
-        first = partition_at(timeframe, max(last_held, earliest))
-        last = partition_at(timeframe, datetime.fromtimestamp(int(missing.opens[-1]), UTC))
-        return Due(series, first, last, last_held_s, int(missing.closes[-1]))
-
-    def find_next(self, series: Series) -> tuple[datetime, bool] | None:
-        """When the next bar of ``series`` will be due, and whether its market is open now; None if it has expired."""
-        key = self._key(series)
-        if key not in self._next:
-            settling = timedelta(seconds=settling_s(series.timeframe, self._settings))
-            closes = next_complete(series, self._now - settling)
-            is_open_now = is_open(series.instrument, self._now)
-            self._next[key] = None if closes is None else (closes + settling, is_open_now)
-        return self._next[key]
-
-    def _key(self, series: Series) -> _Key:
-        instrument = series.instrument
-        return (calendar_of(instrument), instrument.hours, series.timeframe.name, instrument.trades_until)
-
-    def _settled_s(self, series: Series) -> int:
-        return int(self._now.timestamp()) - settling_s(series.timeframe, self._settings)
-
-    def _find_newest(self, series: Series) -> int | None:
-        """Open of the newest bar that may be due; None if there was none for longer than any holiday lasts."""
-        key = self._key(series)
-        if key not in self._newest:
-            days = 12 if series.timeframe.is_intraday else 100
-            window = Window(self._now - timedelta(days=days), self._now + timedelta(days=1))
-            bars = expected_bars(series, window, complete_at_s=self._settled_s(series))
-            self._newest[key] = int(bars.opens[-1]) if len(bars) else None
-        return self._newest[key]
-
-    def _bars_after(self, series: Series, last_held_s: int) -> ExpectedBars:
-        key = (self._key(series), last_held_s)
-        if key not in self._after:
-            end = max(self._now + timedelta(days=1), datetime.fromtimestamp(last_held_s + 1, UTC))
-            window = Window(datetime.fromtimestamp(last_held_s + 1, UTC), end)
-            self._after[key] = expected_bars(series, window, complete_at_s=self._settled_s(series))
-        return self._after[key]
 
 
 def group_due(due: Sequence[Due], max_unneeded: int = MAX_UNNEEDED) -> list[TailRun]:
@@ -267,24 +231,18 @@ def _make_run(mine: Sequence[Due]) -> TailRun:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """``tries`` requests for the bars after ``last_held_s``, the latest at ``asked_at_s``, brought no bar yet."""
-
-    last_held_s: int
-    tries: int
-    asked_at_s: int
-
-    @property
-    def next_at_s(self) -> int:
-        """When the next request may be sent."""
-        wait_s = min(FIRST_WAIT_S << min(self.tries - 1, 10), LONGEST_WAIT_S)
-        if self.tries > STANDSTILL_TRIES and self.asked_at_s - self.last_held_s > STANDSTILL_S:
-            wait_s = STANDSTILL_WAIT_S
-        return self.asked_at_s + wait_s - _JITTER_S
+# -- the cursor -----------------------------------------------------------------------------------------------------------
 
 
-def note_attempt(before: Attempt | None, due: Due, now: datetime) -> Attempt:
-    """The attempt that begins now: one more than ``before`` if no bar has arrived since, else the first."""
-    tries = before.tries if before is not None and before.last_held_s == due.last_held_s else 0
-    return Attempt(due.last_held_s, tries + 1, int(now.timestamp()))
+def read_cursor(cursor: str | None) -> dict[str, Attempt]:
+    """The attempts of the last tick; none if the cursor is not ours."""
+    try:
+        found = json.loads(cursor or "{}")
+        return {str(name): Attempt(*(int(number) for number in values)) for name, values in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_cursor(attempts: dict[str, Attempt]) -> str:
+    """``attempts`` for the next tick."""
+    return json.dumps({name: [a.last_held_s, a.tries, a.asked_at_s] for name, a in sorted(attempts.items())})

@@ -16,6 +16,7 @@ from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
 
 _PACKAGED = Path(__file__).parents[1] / "home"
+_CONFIG = "dagster.yaml"
 
 
 def open_instance(settings: Settings) -> dg.DagsterInstance:
@@ -43,6 +44,11 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
     return instance
 
 
+def has_home(settings: Settings) -> bool:
+    """True if the settings' Dagster home exists. Queries look first: a query does not create one."""
+    return (settings.dagster_home / _CONFIG).exists()
+
+
 def explain_database(error: DBAPIError, home: Path) -> StoreError:
     """The error for a failure of Dagster's database (a full disk, a read-only or damaged file)."""
     return StoreError(
@@ -59,6 +65,6 @@ def provided_file(path: str) -> Path:
 
 
 def _provide_config(home: Path) -> None:
-    target = home / "dagster.yaml"
+    target = home / _CONFIG
     if not target.exists():
-        shutil.copyfile(provided_file("dagster_home/dagster.yaml"), target)
+        shutil.copyfile(provided_file(f"dagster_home/{_CONFIG}"), target)

@@ -17,7 +17,7 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import file_symbol
 from ktrdr_pipelines.domain.load_request import LoadRequest
 from ktrdr_pipelines.orchestration.metadata import PROBLEM, REPORT
-from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.instance import has_home, open_instance
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.progress_tag import NO_PROGRESS, read_progress
 from ktrdr_pipelines.orchestration.runs.tags import ORIGIN_TAG, SERIES_TAG
@@ -82,7 +82,7 @@ class LoadRecords:
 
     def find(self, run_id: str) -> LoadState | None:
         """The load whose first run is ``run_id``; None where there is none. No Dagster home is created for this."""
-        if self._opened is None and not (self._settings.dagster_home / "dagster.yaml").exists():
+        if self._opened is None and not has_home(self._settings):
             return None
         instance = self._open()
         first = instance.get_run_record_by_id(run_id)

@@ -22,7 +22,7 @@ from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
-from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.instance import has_home, open_instance
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG
 from ktrdr_pipelines.settings import Settings
@@ -80,7 +80,7 @@ class PartitionRecord:
         self._known: set[dg.AssetKey] = set()
 
     def __enter__(self) -> Self:
-        if _has_home(self._settings):
+        if has_home(self._settings):
             self._instance = self._open.enter_context(open_instance(self._settings))
             self._known = set(self._instance.get_asset_keys())
         return self
@@ -156,17 +156,13 @@ def find_run(settings: Settings, run_id: str) -> RecordedRun | None:
     Raises:
         StoreError: Dagster's records cannot be used.
     """
-    if not is_run_id(run_id) or not _has_home(settings):
+    if not is_run_id(run_id) or not has_home(settings):
         return None
     with open_instance(settings) as instance:
         record = instance.get_run_record_by_id(run_id)
         if record is not None and not record.dagster_run.is_finished and reap_dead_runs(instance):
             record = instance.get_run_record_by_id(run_id)
         return _describe(instance, record) if record is not None else None
-
-
-def _has_home(settings: Settings) -> bool:
-    return (settings.dagster_home / "dagster.yaml").exists()
 
 
 def is_run_id(text: str) -> bool:

@@ -22,15 +22,17 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
+from ktrdr_pipelines.orchestration.automation.due import Due, HeldEnds
 from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
-from ktrdr_pipelines.orchestration.automation.sensors import (
+from ktrdr_pipelines.orchestration.automation.sensors import make_tail_sensor
+from ktrdr_pipelines.orchestration.automation.tail import (
+    Attempt,
     TailTick,
     decide_tail,
-    make_tail_sensor,
+    group_due,
     read_cursor,
     write_cursor,
 )
-from ktrdr_pipelines.orchestration.automation.tail import Attempt, Due, HeldEnds, group_due
 from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.sidecar import ProvenEmpty
@@ -46,7 +48,7 @@ MSFT_1H = Series(stock("MSFT"), TIMEFRAMES["1h"])
 EURO_1H = Series(forex("EURUSD"), TIMEFRAMES["1h"])
 MARCH = utc("2024-03-01")
 TUESDAY = utc("2024-03-05T16:00:00")  # 11:00 in New York
-NOBODY = ActiveRuns({})
+NO_RUNS = ActiveRuns({})
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def offline(make_settings: MakeSettings) -> Settings:
 
 
 def tick(settings: Settings, universe: list[Series], now: datetime, **more: object) -> TailTick:
-    return decide_tail(settings, universe, HeldEnds(settings.data_dir), NOBODY, now, **more)  # type: ignore[arg-type]
+    return decide_tail(settings, universe, HeldEnds(settings.data_dir), NO_RUNS, now, **more)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------- what is due
@@ -142,7 +144,7 @@ def test_what_an_earlier_load_could_not_finish_is_due_although_newer_bars_are_he
     store, held = Store(offline.data_dir), HeldEnds(offline.data_dir)
 
     def tick_on() -> TailTick:
-        return decide_tail(offline, [AAPL_1H], held, NOBODY, TUESDAY)
+        return decide_tail(offline, [AAPL_1H], held, NO_RUNS, TUESDAY)
 
     assert tick_on().requests == []
     store.note_unfinished(AAPL_1H, utc("2024-02-05T14:30:00"), None, now=TUESDAY)
