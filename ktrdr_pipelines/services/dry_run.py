@@ -51,7 +51,8 @@ class DryRun:
     """How many of the budget's `WINDOW_UNITS` are used now."""
     waiting: int
     """How many other requests wait; they are not in the forecast."""
-    holds: Sequence[PauseOfAll]
+    pauses: Sequence[PauseOfAll]
+    """Pauses of all requests."""
     notices: Sequence[str]
 
     @property
@@ -90,8 +91,8 @@ class DryRun:
                 "limit": WINDOW_UNITS,
                 "waiting": self.waiting,
                 "holds": [
-                    {"until": format_instant(datetime.fromtimestamp(hold.until_s, UTC)), "reason": hold.reason}
-                    for hold in self.holds
+                    {"until": format_instant(datetime.fromtimestamp(pause.until_s, UTC)), "reason": pause.reason}
+                    for pause in self.pauses
                 ],
             },
             "now": format_instant(self.now),
@@ -139,7 +140,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
         sendings=forecast(asks, past, now_s, pause_until_s=budget.pause_until_s if budget else None),
         used=budget.used if budget else 0,
         waiting=budget.waiting if budget else 0,
-        holds=budget.pauses if budget else (),
+        pauses=budget.pauses if budget else (),
         notices=notices,
     )
 
