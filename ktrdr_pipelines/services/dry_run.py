@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
-from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.ib.discovery import known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
@@ -23,7 +22,6 @@ from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
 from ktrdr_pipelines.loading.driver import Load
-from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.requests import Request
@@ -109,7 +107,8 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
     """What `load.load_series` with the same request would find missing, what it would ask for, and when it could.
 
     IB is asked only for what cannot be known otherwise: which contract an unknown symbol means, and where history starts
-    when there is neither a CSV nor a start (one or two requests, which count). Then a gateway is needed, else none.
+    when there is neither a CSV nor a start (one or two requests, which count). Then a gateway is needed, else none. Without
+    one the plan of a future that was never loaded goes on after its end.
 
     Raises:
         KtrdrError: as `load.load_series`.
@@ -125,7 +124,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
                 notices.append(_say_asked(series, history, now))
             if chosen.notice:
                 notices.append(chosen.notice)
-            gaps, requests = _plan(request, series, chosen.window, store, settings, now)
+            gaps, requests = _plan(request, series, chosen.window, store, history, settings, now)
         budget = read_budget(history)
     now_s = budget.now_s if budget else now.timestamp()
     past: Sequence[Entry] = budget.past if budget else ()
@@ -159,14 +158,21 @@ def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
 
 
 def _plan(
-    request: LoadRequest, series: Series, window: Window, store: Store, settings: Settings, now: datetime
+    request: LoadRequest,
+    series: Series,
+    window: Window,
+    store: Store,
+    history: IBHistory,
+    settings: Settings,
+    now: datetime,
 ) -> tuple[Sequence[Gap], Sequence[Request]]:
-    """The gaps and requests of the load, from its machine's plan. ``store`` is settled for ``series``."""
+    """The gaps and requests of the load, from its machine's plan. ``store`` is settled for ``series``. Of a future that was
+    never loaded IB is asked when it expires, as the load does."""
     load = Load(
         series,
         window,
         store=store,
-        history=_refuse_to_ask,
+        history=lambda: history,
         limits=settings.history_limits,
         now=lambda: now,
         recheck_last=request.mode is Mode.TAIL,
@@ -180,10 +186,6 @@ def _plan(
     first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
     gaps = [replace(gap, reason=place(gap.window.start_s, first_s, last_s)) for gap in machine.plan.gaps]
     return gaps, machine.plan.requests
-
-
-def _refuse_to_ask() -> History:
-    raise BugError("a dry run was about to ask IB for bars", advice="Report this.")
 
 
 def read_budget(history: IBHistory) -> Budget | None:
