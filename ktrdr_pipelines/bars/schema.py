@@ -296,7 +296,15 @@ def show_rows(bars: pd.DataFrame, indexes: Sequence[int], *, header: bool = True
     return shown + (f"\n... and {more} more" if more > 0 else "")
 
 
+def latest_closes(timeframe: Timeframe, opens_s: IntArray) -> IntArray:
+    """When bars are complete under any calendar, epoch seconds: short bars of a session close before that."""
+    return opens_s + _longest_s(timeframe)
+
+
 def latest_complete_open_s(timeframe: Timeframe, now_s: float) -> int:
     """The latest open, in epoch seconds, of a bar that is certainly complete at ``now_s`` under any calendar."""
-    slack = 0 if timeframe.is_intraday else LATEST_SESSION_END_S
-    return int(np.floor(now_s)) - timeframe.seconds - slack
+    return int(np.floor(now_s)) - _longest_s(timeframe)
+
+
+def _longest_s(timeframe: Timeframe) -> int:
+    return timeframe.seconds + (0 if timeframe.is_intraday else LATEST_SESSION_END_S)

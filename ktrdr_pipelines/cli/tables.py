@@ -67,7 +67,7 @@ def describe_dry_run(dry: DryRun) -> list[str]:
     lines.append(
         f"  budget: {dry.used} of {WINDOW_UNITS} requests of the last ten minutes are used, {dry.waiting} waiting"
     )
-    lines += [f"  all requests pause until {_clock(hold.until_s, dry.now)}: {hold.reason}" for hold in dry.holds]
+    lines += [f"  all requests pause until {_clock(pause.until_s, dry.now)}: {pause.reason}" for pause in dry.pauses]
     lines += [f"  note: {notice}" for notice in dry.notices]
     return lines
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ktrdr_pipelines.bars.alignment import refuse_ambiguous_labels
 from ktrdr_pipelines.bars.answer import Answer, NormalisedAnswer, normalise_answer
-from ktrdr_pipelines.bars.schema import LATEST_SESSION_END_S
+from ktrdr_pipelines.bars.schema import latest_closes
 from ktrdr_pipelines.calendars import ExpectedBars, period_keys
 from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.time import Window
@@ -22,30 +22,29 @@ def cut_answer(load: LoadContext, raw: Answer, request: Request) -> NormalisedAn
     A request that ends inside a bar brings that bar cut off at its end: only what closed by then is complete.
 
     Raises:
-        DataError: labels that fit two periods, a stamp that is no whole second, two different bars with one stamp.
+        DataError: labels that fit two periods, two different bars with one stamp.
     """
     series, end_s = load.series, request.end.timestamp()
     until_s = min(load.clock.now_s, end_s) if series.timeframe.is_intraday else load.clock.now_s
     refuse_ambiguous_labels(raw.opens_s, series, end_s=end_s, round_the_clock=load.all_expected.sessions_per_week > 5)
-    columns = {"timestamp": raw.opens_s, "open": raw.open, "high": raw.high, "low": raw.low, "close": raw.close}
     return normalise_answer(
-        {**columns, "volume": raw.volume},
+        raw,
         series,
         _widen_to_periods(series.timeframe, request.window, load.expected),
         now_s=until_s,
-        closes=lambda opens_s: _closes_of(series.timeframe, opens_s, load.all_expected),
+        closes_s=_closes_of(series.timeframe, raw.opens_s, load.all_expected),
     )
 
 
 def _closes_of(timeframe: Timeframe, opens_s: IntArray, all_expected: ExpectedBars) -> IntArray:
     """When each bar is complete: by the calendar where it has the bar, else at the latest possible time."""
-    nominal = opens_s + timeframe.seconds + (0 if timeframe.is_intraday else LATEST_SESSION_END_S)
+    latest = latest_closes(timeframe, opens_s)
     if not len(all_expected):
-        return nominal
+        return latest
     # A week or month may be labelled with any of its days.
     known, wanted = (period_keys(timeframe, stamps) for stamps in (all_expected.opens, opens_s))
     at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    return np.where(known[at] == wanted, all_expected.closes[at], nominal)
+    return np.where(known[at] == wanted, all_expected.closes[at], latest)
 
 
 def _widen_to_periods(timeframe: Timeframe, window: Window, expected: ExpectedBars) -> Window:

@@ -83,8 +83,8 @@ class Load:
         yield from drive([self])
 
     def open_machine(self) -> LoadMachine | None:
-        """Read the files and plan; None when the window is empty. Asks nothing, unless a future was never loaded: IB says when it
-        expires, and years may lie after that.
+        """Read the files and plan; None when the window is empty. Asks nothing, unless a future was never loaded: IB reports when
+        it expires, and years may lie after that.
 
         Raises:
             KtrdrError: as `run`.

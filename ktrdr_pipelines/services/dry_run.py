@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
-from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.ib.discovery import known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
@@ -23,7 +22,6 @@ from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
 from ktrdr_pipelines.loading.driver import Load
-from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.requests import Request
@@ -51,7 +49,8 @@ class DryRun:
     """How many of the budget's `WINDOW_UNITS` are used now."""
     waiting: int
     """How many other requests wait; they are not in the forecast."""
-    holds: Sequence[PauseOfAll]
+    pauses: Sequence[PauseOfAll]
+    """Pauses of all requests."""
     notices: Sequence[str]
 
     @property
@@ -90,8 +89,8 @@ class DryRun:
                 "limit": WINDOW_UNITS,
                 "waiting": self.waiting,
                 "holds": [
-                    {"until": format_instant(datetime.fromtimestamp(hold.until_s, UTC)), "reason": hold.reason}
-                    for hold in self.holds
+                    {"until": format_instant(datetime.fromtimestamp(pause.until_s, UTC)), "reason": pause.reason}
+                    for pause in self.pauses
                 ],
             },
             "now": format_instant(self.now),
@@ -108,7 +107,8 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
     """What `load.load_series` with the same request would find missing, what it would ask for, and when it could.
 
     IB is asked only for what cannot be known otherwise: which contract an unknown symbol means, and where history starts
-    when there is neither a CSV nor a start (one or two requests, which count). Then a gateway is needed, else none.
+    when there is neither a CSV nor a start (one or two requests, which count). Then a gateway is needed, else none. Without
+    one the plan of a future that was never loaded goes on after its end.
 
     Raises:
         KtrdrError: as `load.load_series`.
@@ -124,7 +124,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
                 notices.append(_say_asked(series, history, now))
             if chosen.notice:
                 notices.append(chosen.notice)
-            gaps, requests = _plan(request, series, chosen.window, store, settings, now)
+            gaps, requests = _plan(request, series, chosen.window, store, history, settings, now)
         budget = read_budget(history)
     now_s = budget.now_s if budget else now.timestamp()
     past: Sequence[Entry] = budget.past if budget else ()
@@ -139,7 +139,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
         sendings=forecast(asks, past, now_s, pause_until_s=budget.pause_until_s if budget else None),
         used=budget.used if budget else 0,
         waiting=budget.waiting if budget else 0,
-        holds=budget.pauses if budget else (),
+        pauses=budget.pauses if budget else (),
         notices=notices,
     )
 
@@ -158,14 +158,21 @@ def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
 
 
 def _plan(
-    request: LoadRequest, series: Series, window: Window, store: Store, settings: Settings, now: datetime
+    request: LoadRequest,
+    series: Series,
+    window: Window,
+    store: Store,
+    history: IBHistory,
+    settings: Settings,
+    now: datetime,
 ) -> tuple[Sequence[Gap], Sequence[Request]]:
-    """The gaps and requests of the load, from its machine's plan. ``store`` is settled for ``series``."""
+    """The gaps and requests of the load, from its machine's plan. ``store`` is settled for ``series``. Of a future that was
+    never loaded IB is asked when it expires, as the load does."""
     load = Load(
         series,
         window,
         store=store,
-        history=_refuse_to_ask,
+        history=lambda: history,
         limits=settings.history_limits,
         now=lambda: now,
         recheck_last=request.mode is Mode.TAIL,
@@ -179,10 +186,6 @@ def _plan(
     first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
     gaps = [replace(gap, reason=place(gap.window.start_s, first_s, last_s)) for gap in machine.plan.gaps]
     return gaps, machine.plan.requests
-
-
-def _refuse_to_ask() -> History:
-    raise BugError("a dry run was about to ask IB for bars", advice="Report this.")
 
 
 def read_budget(history: IBHistory) -> Budget | None:

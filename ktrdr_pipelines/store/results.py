@@ -40,8 +40,6 @@ class Written:
     revised_from: pd.DataFrame
     """Held bars that were replaced by other values, as they were; ``revised_to`` as they are now."""
     revised_to: pd.DataFrame
-    partitions: tuple[str, ...]
-    """Keys of the partitions the bars fall into."""
     prepared: Prepared
     sidecar: Sidecar
     """The sidecar after the write."""

@@ -282,7 +282,6 @@ class Store:
             path=self.csv_path(series),
             revised_from=merged.revised_from,
             revised_to=merged.revised_to,
-            partitions=tuple(spliced.marks),
             prepared=prepared,
             sidecar=sidecar,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktrdr_pipelines.bars.answer import Closes, normalise_answer
+from ktrdr_pipelines.bars.answer import NormalisedAnswer, normalise_answer
 from ktrdr_pipelines.bars.schema import (
     COLUMNS,
     STAMP_DTYPE,
     bar_schema,
     bars_from_columns,
     empty_bars,
+    latest_closes,
     opens_of,
     validate_bars,
 )
@@ -24,6 +26,7 @@ from ktrdr_pipelines.domain.instruments import Instrument, Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.errors import DataError
+from ktrdr_pipelines.ib.wire.decoding import RawBars
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 AAPL_1M = Series(stock("AAPL"), parse_timeframe("1m"))
@@ -39,12 +42,17 @@ def minute_bars(count: int = 3, start_s: int = T0, step_s: int = 60) -> pd.DataF
     return bars_from_columns(opens_s, close, close + 0.5, close - 0.5, close, 10.0 * (1 + np.arange(count)))
 
 
-def flat_columns(opens_s: Sequence[float], values: Sequence[float]) -> dict[str, Sequence[float]]:
-    return {"timestamp": opens_s, **dict.fromkeys(COLUMNS[1:], values)}
+def flat_answer(opens_s: Sequence[int], values: Sequence[float]) -> RawBars:
+    return RawBars(np.array(opens_s, np.int64), *(np.array(values, np.float64) for _ in COLUMNS[1:]))
 
 
-def columns_of(bars: pd.DataFrame) -> dict[str, list[float]]:
-    return {"timestamp": opens_of(bars).tolist(), **{name: bars[name].tolist() for name in COLUMNS[1:]}}
+def answer_of(bars: pd.DataFrame) -> RawBars:
+    return RawBars(opens_of(bars), *(bars[name].to_numpy(np.float64, copy=True) for name in COLUMNS[1:]))
+
+
+def normalise(raw: RawBars, series: Series, window: Window, now_s: float) -> NormalisedAnswer:
+    """Without a calendar."""
+    return normalise_answer(raw, series, window, now_s=now_s, closes_s=latest_closes(series.timeframe, raw.opens_s))
 
 
 def test_a_bars_table_has_exact_columns_and_types() -> None:
@@ -186,70 +194,56 @@ def test_a_futures_session_may_open_at_ten_past() -> None:
 
 
 def test_an_answer_is_cut_to_the_half_open_window() -> None:
-    """The bar at the window's start stays, the one at its end is dropped, and the counts are reported."""
-    answer = normalise_answer(minute_bars(5), AAPL_1M, Window.from_epoch(T0 + 60, T0 + 180), now_s=T0 + 10_000)
+    """The bar at the window's start stays, the one at its end is dropped."""
+    answer = normalise(answer_of(minute_bars(5)), AAPL_1M, Window.from_epoch(T0 + 60, T0 + 180), T0 + 10_000)
     assert opens_of(answer.bars).tolist() == [T0 + 60, T0 + 120]
-    assert (answer.received, answer.outside, answer.forming, answer.duplicates) == (5, 3, 0, 0)
-    assert answer.earliest_open_s == T0
-    assert not answer.out_of_order
     assert not answer.volume_missing
 
 
 @pytest.mark.parametrize(("now_s", "kept"), [(T0 + 180, 3), (T0 + 179.999, 2), (T0 + 120, 2), (T0, 0)])
 def test_the_forming_bar_is_dropped_until_it_has_closed(now_s: float, kept: int) -> None:
     """A bar counts from the second of its close, not before; an answer of forming bars alone is empty."""
-    answer = normalise_answer(minute_bars(3), AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=now_s)
-    assert (len(answer.bars), answer.forming) == (kept, 3 - kept)
+    answer = normalise(answer_of(minute_bars(3)), AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s)
+    assert len(answer.bars) == kept
 
 
-def test_closes_can_be_given_as_mapping_array_or_function() -> None:
-    """A half-hour bar at 09:30 is complete at 10:00 if ``closes`` has it; other opens have the full length."""
+def test_a_short_bar_is_complete_at_its_own_close() -> None:
+    """A half-hour bar at 09:30 is complete at 10:00; without a calendar every bar has the full length."""
     half, full = T0, T0 + 1800
-    raw = flat_columns([half, full], [1.0, 1.0])
-    window = Window.from_epoch(T0, T0 + 7200)
-
-    def kept(closes: Closes | None) -> list[int]:
-        answer = normalise_answer(raw, AAPL_1H, window, now_s=full, closes=closes)
-        return [int(open_s) for open_s in opens_of(answer.bars)]
-
-    assert kept(None) == []
-    assert kept({half: full}) == [half]
-    assert kept(np.array([full, full + 3600])) == [half]
-    assert kept(lambda opens_s: opens_s + 1800) == [half]
-    with pytest.raises(ValueError, match="2 opens"):
-        kept([full])
+    raw, window = flat_answer([half, full], [1.0, 1.0]), Window.from_epoch(T0, T0 + 7200)
+    assert normalise(raw, AAPL_1H, window, full).bars.empty
+    answer = normalise_answer(raw, AAPL_1H, window, now_s=full, closes_s=np.array([full, full + 3600]))
+    assert opens_of(answer.bars).tolist() == [half]
 
 
 def test_a_daily_bar_without_a_calendar_waits_for_the_latest_session_end() -> None:
     """US extended hours end at 01:00 UTC of the next day: midnight is too early."""
     day_s = 1_704_153_600  # 2024-01-02
-    raw = flat_columns([day_s], [1.0])
-    window = Window.from_epoch(day_s, day_s + 86400)
-    assert normalise_answer(raw, AAPL_1D, window, now_s=day_s + 86400).forming == 1
-    assert normalise_answer(raw, AAPL_1D, window, now_s=day_s + 86400 + 6 * 3600).forming == 0
+    raw, window = flat_answer([day_s], [1.0]), Window.from_epoch(day_s, day_s + 86400)
+    assert normalise(raw, AAPL_1D, window, day_s + 86400).bars.empty
+    assert len(normalise(raw, AAPL_1D, window, day_s + 86400 + 6 * 3600).bars) == 1
 
 
-def test_disorder_and_equal_duplicates_are_repaired_and_counted() -> None:
-    """Rows in any order, equal ones repeated: the same bars come out, with the counts."""
+def test_disorder_and_equal_duplicates_are_repaired() -> None:
+    """Rows in any order, equal ones repeated: the same bars come out."""
     bars = minute_bars(3)
-    answer = normalise_answer(bars.iloc[[2, 0, 1, 0]], AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
+    answer = normalise(answer_of(bars.iloc[[2, 0, 1, 0]]), AAPL_1M, Window.from_epoch(T0, T0 + 600), T0 + 10_000)
     pd.testing.assert_frame_equal(answer.bars, bars)
-    assert (answer.duplicates, answer.out_of_order) == (1, True)
 
 
 def test_two_different_bars_with_one_stamp_are_refused_with_both_rows() -> None:
     """Which one is right is unknown, so the whole window is refused, and the error shows both."""
     bars = pd.concat([minute_bars(3), minute_bars(1).assign(close=100.25)], ignore_index=True)
     with pytest.raises(DataError, match="two different bars") as caught:
-        normalise_answer(bars, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
+        normalise(answer_of(bars), AAPL_1M, Window.from_epoch(T0, T0 + 600), T0 + 10_000)
     assert "100.25" in caught.value.rows
     assert caught.value.rows.count("14:30") == 2
 
 
 def test_a_missing_volume_becomes_zero_and_is_flagged() -> None:
     """IB's -1 means "none": 0 in the file, and ``volume_missing`` is set."""
-    raw = columns_of(minute_bars(2)) | {"volume": [-1.0, -1.0]}
-    answer = normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
+    raw = replace(answer_of(minute_bars(2)), volume=np.array([-1.0, -1.0]))
+    answer = normalise(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), T0 + 10_000)
     assert answer.bars["volume"].tolist() == [0.0, 0.0]
     assert answer.volume_missing
 
@@ -257,65 +251,36 @@ def test_a_missing_volume_becomes_zero_and_is_flagged() -> None:
 @pytest.mark.parametrize("mark", [2.0**31 - 1, 2.0**63 - 1, 2.0**127 - 1, 1.7976931348623157e308])
 def test_marks_for_a_volume_that_is_not_set_are_none_where_none_is_expected(mark: float) -> None:
     """Forex has no volume: every such mark is 0 in the file. A share with such a mark is refused."""
-    raw = columns_of(minute_bars(2)) | {"volume": [mark, 0.0]}
+    raw = replace(answer_of(minute_bars(2)), volume=np.array([mark, 0.0]))
     span = Window.from_epoch(T0, T0 + 600)
-    pair = Series(forex("EURUSD"), parse_timeframe("1m"))
-    answer = normalise_answer(raw, pair, span, now_s=T0 + 10_000)
+    answer = normalise(raw, Series(forex("EURUSD"), parse_timeframe("1m")), span, T0 + 10_000)
     assert answer.bars["volume"].tolist() == [0.0, 0.0]
     assert answer.volume_missing
     with pytest.raises(DataError, match="mark"):
-        validate_bars(normalise_answer(raw, AAPL_1M, span, now_s=T0 + 10_000).bars, AAPL_1M)
+        validate_bars(normalise(raw, AAPL_1M, span, T0 + 10_000).bars, AAPL_1M)
 
 
 @pytest.mark.parametrize("name", COLUMNS[1:])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -2.0])
 def test_values_that_are_no_numbers_fail_the_whole_window(name: str, value: float) -> None:
     """NaN passes naive comparisons; here it never passes."""
-    raw = columns_of(minute_bars(3))
-    raw[name][1] = value
-    answer = normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
+    raw = answer_of(minute_bars(3))
+    getattr(raw, name)[1] = value
+    answer = normalise(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), T0 + 10_000)
     with pytest.raises(DataError):
         validate_bars(answer.bars, AAPL_1M)
 
 
-@pytest.mark.parametrize("stamp", [float("nan"), float("inf"), T0 + 0.5, 1e300])
-def test_stamps_that_are_no_whole_seconds_are_refused(stamp: float) -> None:
-    """A fraction is never rounded to the stamp of another bar."""
-    raw = columns_of(minute_bars(2)) | {"timestamp": [stamp, T0]}
-    with pytest.raises(DataError, match="whole seconds"):
-        normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
-
-
-def test_stamps_without_a_zone_are_refused() -> None:
-    """A guessed zone shifts a whole file by hours."""
-    raw = minute_bars(2).assign(timestamp=minute_bars(2)["timestamp"].dt.tz_localize(None))
-    with pytest.raises(DataError, match="zone"):
-        normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
-
-
-def test_stamps_in_any_zone_and_unit_are_read() -> None:
-    """Aware datetimes keep their instant."""
-    raw = minute_bars(2)
-    raw["timestamp"] = raw["timestamp"].dt.tz_convert("Asia/Tokyo").dt.as_unit("ns")
-    answer = normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
-    assert opens_of(answer.bars).tolist() == [T0, T0 + 60]
-
-
-@pytest.mark.parametrize("missing", COLUMNS)
-def test_an_answer_without_a_column_is_refused(missing: str) -> None:
-    """An incomplete answer is a `DataError`."""
-    raw = columns_of(minute_bars(2))
-    del raw[missing]
-    with pytest.raises(DataError, match=missing):
-        normalise_answer(raw, AAPL_1M, Window.from_epoch(T0, T0 + 600), now_s=T0 + 10_000)
+def test_a_stamp_after_the_year_9999_is_refused() -> None:
+    """Also outside of the window: such an answer is not one of bars."""
+    with pytest.raises(DataError, match="9999"):
+        normalise(flat_answer([T0, 253_402_300_800], [1.0, 1.0]), AAPL_1M, Window.from_epoch(T0, T0 + 600), T0 + 10_000)
 
 
 def test_an_empty_answer_is_an_empty_table() -> None:
     """No rows are no bars, in the usual shape."""
-    raw: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    answer = normalise_answer(raw, EURUSD_1H, Window.from_epoch(T0, T0 + 600), now_s=T0)
+    answer = normalise(RawBars.nothing(""), EURUSD_1H, Window.from_epoch(T0, T0 + 600), T0)
     pd.testing.assert_frame_equal(answer.bars, empty_bars())
-    assert (answer.received, answer.earliest_open_s) == (0, None)
 
 
 @pytest.mark.slow
@@ -326,16 +291,15 @@ def test_an_empty_answer_is_an_empty_table() -> None:
     length=st.integers(0, 40),
     now=st.integers(-10 * 60, 70 * 60),
 )
-def test_what_goes_in_is_kept_or_counted(minutes: list[int], start: int, length: int, now: int) -> None:
-    """For any answer: kept, outside, forming and duplicate rows add up, and what is kept is exactly what should be."""
+def test_exactly_the_complete_bars_of_the_window_are_kept(
+    minutes: list[int], start: int, length: int, now: int
+) -> None:
+    """For any answer: each bar inside and complete once, nothing else."""
     opens_s = [T0 + 60 * m for m in minutes]
-    prices = [float(100 + m) for m in minutes]
-    raw = flat_columns(opens_s, prices)
     window = Window.from_epoch(T0 + 60 * start, T0 + 60 * (start + length))
-    answer = normalise_answer(raw, AAPL_1M, window, now_s=T0 + now)
+    answer = normalise(flat_answer(opens_s, [float(100 + m) for m in minutes]), AAPL_1M, window, T0 + now)
     expected = sorted({o for o in opens_s if window.start_s <= o < window.end_s and o + 60 <= T0 + now})
     assert opens_of(answer.bars).tolist() == expected
-    assert answer.received == len(answer.bars) + answer.outside + answer.forming + answer.duplicates
 
 
 def test_a_session_may_open_off_the_grid_where_the_calendar_has_it() -> None:

@@ -42,7 +42,6 @@ from ktrdr_pipelines_tests.ib.scripted_gateway import START as START_API
 SERIES = Series(stock("AAPL"), TIMEFRAMES["1h"])
 START, END = datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 3, 1, 21, tzinfo=UTC)
 REQUEST = Request(Window(START, END), END, Duration(1, "D"))
-PACING = "Historical Market Data Service error message:Historical data request pacing violation"
 
 
 class FakeTime(HandClock):

@@ -21,7 +21,15 @@ import numpy as np
 import pytest
 
 from ktrdr_pipelines.bars.answer import normalise_answer
-from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, find_faults, opens_of, rules_for, validate_bars
+from ktrdr_pipelines.bars.schema import (
+    COLUMNS,
+    BarArrays,
+    find_faults,
+    latest_closes,
+    opens_of,
+    rules_for,
+    validate_bars,
+)
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
@@ -124,14 +132,15 @@ def check(script: Script, outcome: RawBars | KtrdrError, name: str) -> None:
     assert np.array_equal(np.column_stack(columns[1:]), sent, equal_nan=True), name
     assert bool(outcome.no_data_text) == script.says_no_data, name
     if script.is_altered:
-        check_stored(script.rows, dict(zip(COLUMNS, columns, strict=True)), name)
+        check_stored(script.rows, outcome, name)
 
 
-def check_stored(rows: list[Row], raw: dict[str, Any], name: str) -> None:
+def check_stored(rows: list[Row], raw: RawBars, name: str) -> None:
     """What would be stored is exactly what the answer has for the window, or nothing, and then for a reason."""
     expected = storable(rows, WINDOW.start_s, WINDOW.end_s)
     try:
-        bars = normalise_answer(raw, SERIES, WINDOW, now_s=LATER_S).bars
+        closes_s = latest_closes(SERIES.timeframe, raw.opens_s)
+        bars = normalise_answer(raw, SERIES, WINDOW, now_s=LATER_S, closes_s=closes_s).bars
         validate_bars(bars, SERIES)
     except DataError:
         assert expected is None, f"{name}: refused {rows}"

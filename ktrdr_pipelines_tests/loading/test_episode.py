@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from ktrdr_pipelines.bars.schema import opens_of
@@ -370,7 +369,7 @@ def test_a_whole_answer_without_a_held_bar_writes_nothing() -> None:
 
 def test_a_bar_that_the_end_of_its_request_cuts_off_is_left_out() -> None:
     """The market trades on at the end of the request, which lies two minutes into a bar: that bar came with two of its five
-    minutes, and our clock says that it is long complete."""
+    minutes, and by our clock it is long complete."""
     euro: Instrument = forex("EURUSD")
     series = Series(euro, TIMEFRAMES["5m"])
     load = make_load(series, span=window("2024-01-08", "2024-01-12"))
@@ -380,4 +379,3 @@ def test_a_bar_that_the_end_of_its_request_cuts_off_is_left_out() -> None:
     assert opens[-1] < end.timestamp() < opens[-1] + 300 < load.clock.now_s
     cut = cut_answer(load, raw_bars(opens), request)
     assert opens_of(cut.bars).tolist() == opens[:-1].tolist()
-    assert (cut.forming, isinstance(cut.bars, pd.DataFrame)) == (1, True)

@@ -15,6 +15,7 @@ from ktrdr_pipelines.loading.driver import Load
 from ktrdr_pipelines.services.dry_run import plan_series
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
+from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
 
 AAPL = Series(stock("AAPL"), TIMEFRAMES["1h"])
@@ -33,6 +34,19 @@ def loaded(make_settings: Callable[..., Settings], unused_port: int) -> Settings
     assert load.report.status == "success"
     store.note_unfinished(AAPL, utc("2024-02-01"), None, now=datetime.now(UTC))
     return settings
+
+
+@pytest.mark.parametrize("has_gateway", [True, False])
+def test_the_plan_of_a_future_ends_with_its_contract(
+    has_gateway: bool, start_gateway: StartGateway, make_settings: Callable[..., Settings], unused_port: int
+) -> None:
+    """IB reports the expiry of a future that was never loaded. Without a gateway the plan goes on until now."""
+    settings = make_settings(start_gateway().port if has_gateway else unused_port)
+    settings.universe_path.parent.mkdir(parents=True, exist_ok=True)
+    settings.universe_path.write_text("series:\n  - {symbol: ESZ4, sec_type: FUT, exchange: CME, timeframes: [1d]}\n")
+    request = LoadRequest("ESZ4", TIMEFRAMES["1d"], Mode.FULL, utc("2024-06-01"), None)
+    dry = plan_series(request, settings=settings)
+    assert (dry.requests[-1].window.end < utc("2025-06-01")) == (len(dry.requests) == 1) == has_gateway
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

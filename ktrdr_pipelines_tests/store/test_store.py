@@ -74,7 +74,7 @@ def test_what_is_written_is_read_back_exactly(store: Store) -> None:
     written = write(store, bars, window_of(0, 5))
     assert (written.rows_added, written.rows_revised) == (5, 0)
     assert written.path.name == "AAPL_1m.csv"
-    assert written.partitions == ("2024-01-02",)
+    assert list(written.sidecar.partitions) == ["2024-01-02"]
     pd.testing.assert_frame_equal(store.read_bars(AAPL_1M), bars, check_exact=True)
     assert store.held_opens(AAPL_1M).tolist() == opens_of(bars).tolist()
     assert store.extent(AAPL_1M) == Extent(T0, T0 + 240)
