@@ -114,6 +114,8 @@ class LoadMachine:
         self._load.series = Series(result.instrument, self._load.series.timeframe)
         self._load.clock.lag_s = result.clock_lag_s
         known = self._load.known
+        if result.held is not None:
+            known.held = result.held
         known.sidecar = known.sidecar.model_copy(update=self._unfinished)
         self._waiting.extend(self.plan.requests)
         return []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ktrdr_pipelines.store.settle import Prepared
-from ktrdr_pipelines.store.sidecar import Sidecar
+from ktrdr_pipelines.store.sidecar import FileMark, Sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,5 +44,7 @@ class Written:
     partitions: tuple[str, ...]
     """Keys of the partitions the bars fall into."""
     prepared: Prepared
+    found: FileMark | None
+    """The CSV as the write found it."""
     sidecar: Sidecar
     """The sidecar after the write."""
