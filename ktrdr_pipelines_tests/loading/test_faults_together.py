@@ -204,3 +204,25 @@ def test_a_clock_that_is_disproved_in_the_middle_of_a_window_leaves_later_bars_m
     assert any("ignored" in notice for notice in report.notices)
     assert held(store, series) == history.truth.tolist()
     assert report.missing_bars + report.proven_empty == 30
+
+
+@pytest.mark.parametrize("error", [None, StoreError("the disk is full")], ids=["no error", "full disk"])
+def test_a_first_request_that_is_the_newest_does_not_confuse_the_load(tmp_path: Path, error: StoreError | None) -> None:
+    """The request that compares price scales comes first. Here it is the newest: the held bars follow the gap, and the file was
+    not written for days."""
+    series = Series(stock("AAPL"), TIMEFRAMES["5m"])
+    span = window("2024-05-20", "2024-06-03")
+    store, now = Store(tmp_path), utc("2024-06-10T14:00:00")
+    history = FakeHistory.of(series, span)
+    load(store, history, window("2024-05-28T13:30:00", "2024-05-29T18:30:00"), series, now)
+    history.requests.clear()
+    history.script = {} if error is None else {1: error}
+    report = load(store, history, span, series, now)
+    starts = [request.window.start for request in history.requests]
+    if error is None:
+        assert starts[0] > starts[1]
+        assert held(store, series) == history.truth.tolist()
+    else:
+        (failure,) = report.failures
+        assert failure.window.start < starts[0]
+        assert failure.window.end >= utc("2024-05-31T20:00:00")
