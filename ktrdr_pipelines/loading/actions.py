@@ -101,10 +101,11 @@ class Start:
 @dataclass(frozen=True)
 class Begun:
     """The gateway is connected: ``instrument`` with IB's conId and time zone; its clock is ``clock_lag_s`` behind this
-    machine's."""
+    machine's. ``held`` as in `Stored`."""
 
     instrument: Instrument
     clock_lag_s: float = 0.0
+    held: HeldBars | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +139,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Refused:
-    """The action failed with ``error``."""
+    """The action failed with ``error``. ``held`` after a write: the bars as they were read again, for the disk may have refused
+    the claims only; None when they cannot be read."""
 
     error: KtrdrError
+    held: HeldBars | None = None
 
 
 Input = Start | Answered | HeadFound | Stored | Refused

@@ -62,6 +62,8 @@ def _are_pending(load: LoadContext, missing: ExpectedBars, unproven: ExpectedBar
 def _find_history_start(load: LoadContext, missing: ExpectedBars) -> HistoryStart | None:
     """If the ``missing`` bars lie right before the first held one, and not after IB's head timestamp: that bar is where history
     starts, and nothing older needs to be asked for, now or later."""
+    if load.series.instrument.refreshes_whole:
+        return None  # its answers are for all there is: there is nothing older to be saved from asking for
     first_s, head_s = load.known.held.first_s, load.head_s
     if first_s is None or head_s is None or head_s <= int(missing.opens[-1]):
         return None

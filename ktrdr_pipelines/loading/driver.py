@@ -14,7 +14,7 @@ from datetime import datetime
 import numpy as np
 import pandas as pd
 
-from ktrdr_pipelines.bars.restatement import RESTATED_KINDS, refuse_restatement
+from ktrdr_pipelines.bars.restatement import refuse_restatement
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
@@ -41,7 +41,7 @@ from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Event, LoadReport
 from ktrdr_pipelines.planning.coverage import widen
 from ktrdr_pipelines.store.settle import Prepared
-from ktrdr_pipelines.store.sidecar import Pinned, Sidecar
+from ktrdr_pipelines.store.sidecar import FileMark, Pinned, Sidecar
 from ktrdr_pipelines.store.splice import Comparison
 from ktrdr_pipelines.store.store import Store
 
@@ -73,6 +73,8 @@ class Load:
         self._pinned = series
         self._machine: LoadMachine | None = None
         self._reach: Window | None = None
+        self._file: FileMark | None = None
+        """The CSV of which is known what it holds."""
 
     def run(self) -> Iterator[Event]:
         """Drive the load, event by event. A window that fails is an event.
@@ -98,7 +100,8 @@ class Load:
             self.report.notices += self._prepared.describe()
         # A series that is refreshed whole needs all opens of its file.
         self._reach = None if self.series.instrument.refreshes_whole else widen(widen(span))
-        held, sidecar = self._read_held(), self._store.read_sidecar(self.series)
+        sidecar = self._store.read_sidecar(self.series)
+        held, self._file = self._read_held(), sidecar.file
         self.report.cached_before = not held.is_empty
         if held.is_empty and self.series.instrument.sec_type == "FUT":
             sidecar = self._learn_expiry(sidecar)
@@ -155,10 +158,15 @@ class Load:
                 pinned = history.pin(self.series.instrument)
             self._pinned = Series(pinned, self.series.timeframe)
             self._store.check_identity(self._pinned, history.source)
-            self._store.note_unfinished(self.series, action.unfinished_from, action.unfinished_until, now=self._now())
+            found = self._store.note_unfinished(
+                self.series, action.unfinished_from, action.unfinished_until, now=self._now()
+            )
+            # To connect may take a while: another program may have changed the file.
+            held = self._read_held() if found.file != self._file else None
+            self._file = found.file
         except KtrdrError as error:
             return Refused(error)
-        return Begun(pinned, history.clock_lag_s)
+        return Begun(pinned, history.clock_lag_s, held)
 
     def _carry_out(self, action: Ask | AskHead | Write) -> Input:
         try:
@@ -166,7 +174,12 @@ class Load:
                 return self._ask(action)
             return self._ask_head() if isinstance(action, AskHead) else self._write(action)
         except KtrdrError as error:
-            return Refused(error)
+            return Refused(error, self._try_held() if isinstance(action, Write) else None)
+
+    def _try_held(self) -> HeldBars | None:
+        with suppress(KtrdrError):
+            return self._read_held()
+        return None
 
     def _ask(self, action: Ask) -> Answered:
         history = self._connected
@@ -195,18 +208,22 @@ class Load:
             source=self._connected.source,
             now=self._now(),
             whole=action.whole,
+            is_known=lambda found: found == self._file,
         )
         first = written.revised_to["timestamp"].iloc[0].to_pydatetime() if written.rows_revised else None
         stored = Stored(written.rows_added, written.rows_revised, first, written.sidecar)
-        if written.prepared == Prepared() and self._store.is_unchanged(written):
+        was_known = written.found == self._file and written.prepared == Prepared()
+        self._file = written.sidecar.file
+        if was_known and self._store.is_unchanged(written):
             return stored
         # Another program changed the file: what is held is read again.
-        return replace(stored, sidecar=self._store.read_sidecar(self._pinned), held=self._read_held())
+        sidecar = self._store.read_sidecar(self._pinned)
+        return replace(stored, sidecar=sidecar, held=self._read_held())
 
     def _comparison(self, action: Write) -> Comparison | None:
         """The held bars that show whether the compared answers are on the file's price scale."""
-        answers = [answer for answer in action.compared if len(answer.opens_s)]
-        if not answers or self._pinned.instrument.sec_type not in RESTATED_KINDS:
+        answers = action.compared
+        if not answers:
             return None
         doing = f"loading {self._pinned} {action.window}"
 

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ktrdr_pipelines.bars.answer import Answer, NormalisedAnswer
 from ktrdr_pipelines.bars.merging import merge_bars
+from ktrdr_pipelines.bars.restatement import RESTATED_KINDS, ScaleChanged
 from ktrdr_pipelines.bars.schema import empty_bars, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
 from ktrdr_pipelines.domain.time import format_instant
@@ -77,6 +78,8 @@ class Episode(ABC):
     """One planned request. `receive` an input, carry out the actions; `state` is final at the end."""
 
     transitions: ClassVar[Transitions]
+    compares_scale: ClassVar[bool] = True
+    """Whether answers must have the price scale of the held bars."""
 
     def __init__(self, number: int, request: Request, load: LoadContext) -> None:
         """``number`` names the episode in its actions."""
@@ -100,8 +103,12 @@ class Episode(ABC):
         self.has_no_word = True
         """Until a bar or IB's own "no data" arrives."""
         self._arrived = self._fresh = np.empty(0, np.int64)
+        self._missing_before = load.known.find_missing(self.wanted)
         self._unwritten: pd.DataFrame = empty_bars()
-        self._compared: list[Answer] = []
+        self._uncompared: list[Answer] = []
+        """Answers whose price scale the store has not compared with the file yet."""
+        self._comparing: list[Answer] = []
+        """Those that the write under way compares."""
         self._deferred: Ask | AskHead | End | None = None
 
     @property
@@ -143,9 +150,11 @@ class Episode(ABC):
         """Keep what the answer to ``asked`` shows, and cut it to the window of ``cut_to``."""
         raw = event.answer
         self.load.clock.lag_s = event.clock_lag_s
-        self.seen.add(raw, asked, from_s)
         self.load.clock.check(raw.opens_s)
-        self._compared.append(raw)
+        self.seen.look_around(self.load.clock.now_s)
+        self.seen.add(raw, asked, from_s)
+        if self.compares_scale and self.load.series.instrument.sec_type in RESTATED_KINDS and len(raw.opens_s):
+            self._uncompared.append(raw)
         answer = cut_answer(self.load, raw, cut_to)
         self.has_no_word &= not len(raw.opens_s) and not raw.no_data_text
         text = raw.no_data_text or f"{len(raw.opens_s)} bars, {len(answer.bars)} of them in the window"
@@ -176,11 +185,15 @@ class Episode(ABC):
         return [self._write(claims, whole=whole)]
 
     def _write(self, claims: Claims | None, *, whole: bool = False) -> Write:
-        compared, self._compared = self._compared, []
-        return Write(self.number, self._unwritten, self.request.window, claims, compared, whole)
+        self._comparing, self._uncompared = self._uncompared, []
+        return Write(self.number, self._unwritten, self.request.window, claims, self._comparing, whole)
 
     def _go(self, action: Ask | AskHead | End) -> list[Action]:
         if isinstance(action, End):
+            if self._uncompared and not self.load.known.held.is_empty:
+                # The episode may end, but another price scale is the end of the load: the next window must not mix the two.
+                self._deferred, self.state = action, State.WRITING
+                return [self._write(None)]
             self.error = action.error
             self.state = State.PUT_OFF if action.error is None else State.FAILED
             return []
@@ -216,16 +229,28 @@ class Episode(ABC):
         return []
 
     def fail(self, event: Refused) -> list[Action]:
-        """The action failed. What the store refused is not held; the reason to end that came first remains the reason."""
-        if len(self._unwritten):
+        """The action failed. What the store refused is not held. Bars with bad values are refused before their price scale is
+        compared: that comes next, without the bars."""
+        is_comparison = self.state is State.WRITING and not len(self._unwritten)
+        if self.state is State.AWAITING_HEAD:
+            self.load.head_is_asked = True  # once a load, whatever came back
+        if event.held is not None:
+            self.load.known.held = event.held
+        elif len(self._unwritten):
             self.load.known.held = self.load.known.held.remove(self._fresh)
-            self._unwritten = empty_bars()
-        is_ending = self.state is State.WRITING and isinstance(self._deferred, End) and self._deferred.error is not None
-        return self._go(self._deferred if is_ending and self._deferred is not None else End(event.error))
+        self._unwritten, self._fresh = empty_bars(), self._fresh[:0]
+        if isinstance(event.error, ScaleChanged):
+            return self._go(End(event.error))
+        if is_comparison and isinstance(self._deferred, End) and self._deferred.error is not None:
+            return self._go(self._deferred)
+        if not is_comparison and isinstance(event.error, DataError):
+            self._uncompared = [*self._comparing, *self._uncompared]
+        return self._go(End(event.error))
 
     def _count(self, event: Stored) -> None:
         written, self._unwritten = self._unwritten, empty_bars()
         self._fresh = self._fresh[:0]
+        self._comparing = []
         load = self.load
         if event.sidecar is not None:
             load.known.sidecar = event.sidecar
@@ -249,16 +274,20 @@ class Episode(ABC):
             report.notices.append(f"IB answers {event.revised} held bars differently now, first {first}")
 
     def refuse_vanished(self) -> None:
-        """Bars that an answer brought and the file does not hold were taken away by another program: no evidence of anything.
+        """Bars that were held or that an answer brought, and that the file does not hold, were taken away by another program: no
+        evidence of anything.
 
         Raises:
             DataError: there are such bars.
         """
         missing: ExpectedBars = self.load.known.find_missing(self.wanted)
-        vanished = int(match_held(missing, self._arrived, self.load.series.timeframe).sum()) if len(missing) else 0
+        if not len(missing):
+            return
+        was_there = ~np.isin(missing.opens, self._missing_before.opens)
+        vanished = int((was_there | match_held(missing, self._arrived, self.load.series.timeframe)).sum())
         if vanished:
             raise DataError(
-                f"{vanished} bars that IB sent are not in the file: another program changed it meanwhile",
+                f"{vanished} bars that were held or that IB sent are not in the file: another program changed it meanwhile",
                 doing=self.doing,
                 advice="Close the file there (an editor, a copy under way) and run the load again.",
             )

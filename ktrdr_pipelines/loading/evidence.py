@@ -179,14 +179,21 @@ class RequestEvidence:
         all_expected: ExpectedBars,
         now_s: int,
     ) -> None:
-        """``window`` is the planned request's. ``all_expected``: expected bars in and around it, complete or not."""
+        """``window`` is the planned request's. ``all_expected``: expected bars in and around it, complete at ``now_s`` or not."""
         self._series, self._known = series, known
         self.answers: list[AnswerEvidence] = []
         longest = series.timeframe.longest_request(limits)
         reach_s = max(_LEAST_AROUND_S, longest.count * NOMINAL_S[longest.unit])
-        near = bars_inside(all_expected, Window.from_epoch(max(0, window.start_s - reach_s), window.end_s + reach_s))
-        self.complete = near.take(slice(0, int(np.searchsorted(near.closes, now_s, side="right"))))
-        """Bars that are complete at ``now_s``, as far around the window as a request for it may reach."""
+        self._near = bars_inside(
+            all_expected, Window.from_epoch(max(0, window.start_s - reach_s), window.end_s + reach_s)
+        )
+        self.complete = self._near
+        """Bars that are complete by now, as far around the window as a request for it may reach."""
+        self.look_around(now_s)
+
+    def look_around(self, now_s: int) -> None:
+        """It is ``now_s``: an answer may have moved the gateway's clock."""
+        self.complete = self._near.take(slice(0, int(np.searchsorted(self._near.closes, now_s, side="right"))))
 
     def add(self, raw: Answer, request: Request, from_s: int | None = None) -> None:
         """Keep what ``raw`` shows; it covers ``from_s`` on, or the window of ``request``."""

@@ -87,9 +87,7 @@ class LoadMachine:
         self._opened = self._done = 0
         self._is_second_look = False
         self._is_stopped = False
-        self._everything = (
-            Window(plan.requests[0].window.start, plan.requests[-1].window.end) if plan.requests else None
-        )
+        self._everything = _enclose(plan.requests) if plan.requests else None
         report.gaps_analyzed, report.requests_planned = len(plan.gaps), len(plan.requests)
 
     # -- the interface ------------------------------------------------------------------------------------------------
@@ -114,6 +112,8 @@ class LoadMachine:
         self._load.series = Series(result.instrument, self._load.series.timeframe)
         self._load.clock.lag_s = result.clock_lag_s
         known = self._load.known
+        if result.held is not None:
+            known.held = result.held
         known.sidecar = known.sidecar.model_copy(update=self._unfinished)
         self._waiting.extend(self.plan.requests)
         return []
@@ -249,9 +249,8 @@ class LoadMachine:
         if self._is_second_look:
             return [self._fail(request.window, error)]
         if _concerns_all(error):
-            assert self._everything is not None
             self._is_stopped = True
-            return [self._fail(Window(request.window.start, self._everything.end), error)]
+            return [self._fail(_enclose([request, *self._waiting, *self._skipped]), error)]
         return [self._fail(request.window, error), *self._report_touched(request, 0)]
 
     def _mark_known(self, episode: Episode) -> None:
@@ -368,6 +367,11 @@ class LoadMachine:
         report.missing_bars = int(self._is_missing[self._indexes(self._window)].sum())
         if report.failures:
             report.status = "partial" if report.segments_fetched or report.fetched_bars else "failed"
+
+
+def _enclose(requests: Sequence[Request]) -> Window:
+    """From the oldest to the newest of ``requests``; the one that compares price scales is the first, wherever it lies."""
+    return Window(min(r.window.start for r in requests), max(r.window.end for r in requests))
 
 
 def _concerns_all(error: KtrdrError) -> bool:

@@ -29,6 +29,8 @@ MAX_ANSWERS = 5
 class WholeEpisode(Episode):
     """Settles the one request of a load that refreshes the whole series."""
 
+    compares_scale = False  # that bars are restated is what this is for
+
     def __init__(self, number: int, request: Request, load: LoadContext) -> None:
         super().__init__(number, request, load)
         self._held_s = load.known.held.opens
@@ -78,7 +80,6 @@ class WholeEpisode(Episode):
         if head_s is not None:
             unproven = unproven.take(np.flatnonzero(unproven.opens >= head_s))
         self.hold(self._bars)
-        self._compared.clear()  # that they are restated is what this is for
         return self.settle(make_claims(self, self._expected, self._missing, unproven), whole=True)
 
     def _refuse_incomplete(self) -> None:

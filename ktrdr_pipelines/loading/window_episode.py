@@ -177,9 +177,13 @@ class WindowEpisode(Episode):
         self.refuse_vanished()
         if len(self.asked) > 1 and len(self._missing) < len(self._expected):
             self.load.agreed = self.load.agreed + 1 if len(self._missing) == self._found else 0
-        forming = self.wanted.closes > self.load.clock.now_s
-        missing = self.wanted.take(np.flatnonzero(np.isin(self.wanted.opens, self._missing.opens) | forming))
-        return self.settle(make_claims(self, self._expected, missing, self._unproven))
+        # Forming bars, and those that were forming by a clock that the gateway's bars disproved since: nothing is known of them.
+        late = np.isin(self.wanted.opens, self.load.known.find_missing(self.wanted).opens)
+        late &= ~np.isin(self.wanted.opens, self._expected.opens)
+        late |= self.wanted.closes > self.load.clock.now_s
+        missing = self.wanted.take(np.flatnonzero(np.isin(self.wanted.opens, self._missing.opens) | late))
+        unproven = self.wanted.take(np.flatnonzero(np.isin(self.wanted.opens, self._unproven.opens) | late))
+        return self.settle(make_claims(self, self._expected, missing, unproven))
 
     # -- probes -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ktrdr_pipelines.store.settle import Prepared
-from ktrdr_pipelines.store.sidecar import Sidecar
+from ktrdr_pipelines.store.sidecar import FileMark, Sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,5 +41,7 @@ class Written:
     """Held bars that were replaced by other values, as they were; ``revised_to`` as they are now."""
     revised_to: pd.DataFrame
     prepared: Prepared
+    found: FileMark | None
+    """The CSV as the write found it."""
     sidecar: Sidecar
     """The sidecar after the write."""

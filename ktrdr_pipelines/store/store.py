@@ -226,6 +226,7 @@ class Store:
         compare: Comparison | None = None,
         asked: Window | None = None,
         whole: bool = False,
+        is_known: Callable[[FileMark | None], bool] | None = None,
     ) -> Written:
         """Add ``bars`` to the CSV, and what is known since to the sidecar: both in one step under the lock.
 
@@ -235,9 +236,10 @@ class Store:
         is the window in which the answer was verified to be complete (None claims nothing); ``proven_empty`` the ranges of
         expected bars that are absent. Claims end where bars may still be forming: at ``complete_until``, whose caller knows
         that every bar opening before it has closed by ``now``, else one nominal bar before ``now``. An answered window was
-        verified against what the file held: it is not claimed where the file turns out to be edited. ``history_start`` and
-        ``sparse``: what else was learned; None changes nothing. ``compare``: which held bars are checked before the write,
-        and the check. ``asked``: the window of the request, for errors.
+        verified against what the file held: it is not claimed where the file turns out to be edited, nor at all when
+        ``is_known`` is false for the CSV as it is found. ``history_start`` and ``sparse``: what else was learned; None changes
+        nothing. ``compare``: which held bars are checked before the write, and the check; without bars and claims nothing
+        else is done. ``asked``: the window of the request, for errors.
 
         ``whole``: ``bars`` replace everything that is held, in one step; refused when a held bar is not in ``bars``.
 
@@ -250,6 +252,7 @@ class Store:
         """
         now = require_utc(now, "now")
         asked = asked or answered
+        is_check = not len(bars) and not proven_empty and (answered, history_start, sparse) == (None, None, None)
         if len(bars):
             validate_bars(bars, series, asked)
         doing = f"writing bars of {series}" + (f" {asked}" if asked else "")
@@ -259,6 +262,9 @@ class Store:
             sidecar, spliced, prepared = self._splice(
                 series, bars, source, now, doing, volume_unit, compare=compare, whole=whole
             )
+            found = sidecar.file
+            if is_known is not None and not is_known(found):
+                answered = None
             claims = [claim for claim in proven_empty if claim.start < until]
             ranges = drop_disproved(add_proven_empty(sidecar.proven_empty, claims), opens_of(bars).tolist())
             spans = add_answered(sidecar.answered, answered, until) if answered else sidecar.answered
@@ -273,8 +279,9 @@ class Store:
             }
             update |= {"history_start": history_start} if history_start is not None else {}
             update |= {"sparse": sparse} if sparse is not None else {}
-            sidecar = sidecar.model_copy(update=update)
-            self._sidecars.save(series, sidecar)
+            if not is_check:
+                sidecar = sidecar.model_copy(update=update)
+                self._sidecars.save(series, sidecar)
         merged = spliced.merged
         return Written(
             rows_added=merged.added,
@@ -283,6 +290,7 @@ class Store:
             revised_from=merged.revised_from,
             revised_to=merged.revised_to,
             prepared=prepared,
+            found=found,
             sidecar=sidecar,
         )
 
@@ -291,13 +299,18 @@ class Store:
         with explained(written.path, f"looking at {written.path.name}"):
             return written.sidecar.is_written_for(state_of(written.path))
 
-    def note_unfinished(self, series: Series, since: datetime | None, until: datetime | None, *, now: datetime) -> None:
-        """Record which bars are still missing after loads of newer (``since``) and of older bars (``until``); None: none."""
+    def note_unfinished(
+        self, series: Series, since: datetime | None, until: datetime | None, *, now: datetime
+    ) -> Sidecar:
+        """Record which bars are still missing after loads of newer (``since``) and of older bars (``until``); None: none. Returns
+        the sidecar."""
         doing = f"noting what is unfinished of {series}"
         with self._files.locked(series, doing):
             sidecar, _ = settle(self._sidecars, series, require_utc(now, "now"), doing)
             update = {"updated_at": now, "series": str(series), "unfinished_from": since, "unfinished_until": until}
-            self._sidecars.save(series, sidecar.model_copy(update=update))
+            sidecar = sidecar.model_copy(update=update)
+            self._sidecars.save(series, sidecar)
+        return sidecar
 
     def adopt(self, series: Series, path: Path | None = None, *, now: datetime, assume_utc: bool = False) -> Adopted:
         """Adopt a file of another program as the CSV of ``series``, or as a part of it.
