@@ -34,6 +34,7 @@ def create_app(settings: Settings, loads: Loads) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.loads = loads
+        app.state.is_ending = False
         # Few at a time: each connects, and client ids are few; or reads a whole file.
         app.state.gateway_questions = Turnstile(width=2, waiting=200)
         # Bounded in time: what users ask when other questions hang never waits for those.
@@ -81,7 +82,8 @@ def serve(host: str, port: int) -> int:
     """
     settings = load_settings()
     loads = Loads(settings, DagsterServices(settings, notify=lambda text: click.echo(f"ktrdr serve: {text}")))
-    application = guarded(create_app(settings, loads), host=host, token=settings.api_token)
+    app = create_app(settings, loads)
+    application = guarded(app, host=host, token=settings.api_token)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -99,7 +101,7 @@ def serve(host: str, port: int) -> int:
         application, log_level="info", server_header=False, timeout_graceful_shutdown=5, lifespan="on"
     )
     shown = f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{port}"
-    server = _Server(config, f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
+    server = _Server(config, app, f"REST API at {shown}{PREFIX}, described at {shown}/docs (Ctrl-C ends it)")
     # A container's engine ends it with SIGTERM, a user with Ctrl-C; uvicorn ends in order and raises the signal once more.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, suppress(KeyboardInterrupt):
@@ -112,12 +114,16 @@ def serve(host: str, port: int) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Prints ``ready`` once it answers."""
+    """Prints ``ready`` once it answers. When it ends, requests that wait for a load are answered with the load's state."""
 
-    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, ready: str) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._app, self._ready = app, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         click.echo(self._ready)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.is_ending = True
+        await super().shutdown(sockets=sockets)

@@ -143,7 +143,7 @@ class LoadResult(Answer):
 
 
 class LoadProgress(BaseModel):
-    """How far a load is. ``result`` is there when it is over and was not refused."""
+    """The state of a load. ``result`` is null until it is over, and if it failed as a whole."""
 
     run_id: str
     status: Literal["queued", "running", "success", "partial", "failed"]

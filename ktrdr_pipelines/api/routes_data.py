@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import State
 
 from ktrdr_pipelines.api import models
 from ktrdr_pipelines.api.bar_pages import MOST_BARS, Format, list_held, read_page, render_page
-from ktrdr_pipelines.api.coalesce import Turnstile
 from ktrdr_pipelines.api.error_responses import NotHere, refuse_problem
 from ktrdr_pipelines.api.loads import Loads
 from ktrdr_pipelines.domain.instruments import Series, file_symbol
@@ -46,7 +46,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 2.0
 """Between two looks at a load that is waited for."""
 
 _LOAD_ANSWERS: dict[int | str, dict[str, Any]] = {
-    202: {"model": models.LoadProgress, "description": "Accepted; ask GET /data/load/{run_id} how far it is."},
+    202: {"model": models.LoadProgress, "description": "Accepted; its state is at GET /data/load/{run_id}."},
     404: {"model": models.Refusal, "description": "IB knows no such contract, or gives no permission for it."},
     503: {"model": models.Refusal, "description": "No gateway, or too many loads wait (busy): ask again later."},
 }
@@ -61,9 +61,9 @@ End = Annotated[models.Time | None, Query(description="Not included. ISO 8601; w
 async def load(
     request: Request, wanted: models.LoadRequest, wait: Annotated[bool | None, Query(description=_NO_WAIT)] = None
 ) -> Any:
-    """Submits a run to Dagster's queue. A load like one that is queued or running is that one. A symbol that the universe does
-    not name is looked up first, and so is the start of a history where only IB knows it; several contracts of that name are a
-    refusal that lists them. Where there is nothing to load the answer comes at once and has no run.
+    """Submits a run to Dagster's queue. A load equal to one that is queued or running joins it. A symbol that the universe does
+    not name is looked up first, and so is the start of a history where only IB knows it; several contracts of that name are an
+    error that lists them. An empty window is answered at once, without a run.
 
     The answer of a load that failed as a whole is a refusal; with ``partial`` some windows failed, which ``failures`` lists.
     """
@@ -75,7 +75,7 @@ async def load(
     if isinstance(found, LoadReport):
         return {**found.as_dict(), "run_id": None, "run_ids": []}
     if wait is not False and wanted.wait is not False:
-        found = await _wait(loads, questions, found)
+        found = await _wait(request.app.state, found)
     if not found.is_over:
         return JSONResponse(_describe(found).model_dump(mode="json"), 202, {"Location": _place(found)})
     if found.result is not None and found.status != "failed":
@@ -90,14 +90,14 @@ async def load(
     )
 
 
-async def _wait(loads: Loads, questions: Turnstile, state: LoadState) -> LoadState:
-    """``state`` when its load is over, or after `LONGEST_WAIT_S`. All who wait for one load share its readings."""
+async def _wait(app: State, state: LoadState) -> LoadState:
+    """``state`` when its load is over, after `LONGEST_WAIT_S`, or when the server ends. All who wait share its readings."""
     run_id = state.run_id
     deadline, pause = time.monotonic() + LONGEST_WAIT_S, FIRST_PAUSE_S
-    while not state.is_over and time.monotonic() < deadline:
+    while not state.is_over and not app.is_ending and time.monotonic() < deadline:
         await asyncio.sleep(pause)
         pause = min(pause * 1.2, LONGEST_PAUSE_S)
-        latest: LoadState | None = await questions.share(("load", run_id), lambda: loads.find(run_id))
+        latest: LoadState | None = await app.load_questions.share(("load", run_id), lambda: app.loads.find(run_id))
         state = latest or state
     return state
 
@@ -106,7 +106,7 @@ async def _wait(loads: Loads, questions: Turnstile, state: LoadState) -> LoadSta
     "/load/{run_id}",
     response_model=models.LoadProgress | models.RunProgress,
     responses=_NOT_HERE,
-    summary="How far a load is",
+    summary="The state of a load",
 )
 async def progress(request: Request, run_id: str) -> Any:
     """From Dagster's records: of loads over this API with their progress and result, of every other run (a command's, a sensor's,
@@ -126,7 +126,7 @@ async def progress(request: Request, run_id: str) -> Any:
     if found is None:
         raise NotHere(
             "Dagster has no load of that id",
-            advice="The Dagster UI lists all runs; a load of which nothing was missing is none.",
+            advice="Check the id; the Dagster UI lists all runs.",
         )
     return found
 

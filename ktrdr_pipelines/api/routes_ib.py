@@ -100,9 +100,9 @@ async def cleanup(request: Request) -> Any:
     return (await questions.share("cleanup", lambda: disconnect_everything(settings))).as_dict()
 
 
-@router.post("/symbols/discover", response_model=models.Discovered, summary="What a symbol means to IB")
+@router.post("/symbols/discover", response_model=models.Discovered, summary="Find the contract of a symbol")
 async def discover(request: Request, wanted: models.DiscoverRequest) -> Any:
-    """Tried in the specification's order. Several contracts of that name are a refusal that lists them."""
+    """Tried in the specification's order. Several contracts of that name are an error that lists them."""
     settings, questions = _tools(request)
     choice = wanted.choice()
     found = await questions.share(

@@ -93,11 +93,11 @@ def ib_load(
     $ ktrdr ib-load AAPL 1h --mode full --start 2024-01-01
     AAPL 1h 2024-01-01..2024-03-05T15:04:05Z: success
       304 bars fetched in 3 requests, 0 retries, 0 s waiting for pacing
-      1 gap, 3 partitions complete, 0 bars absent at IB
+      1 gap found, 3 partitions complete, 0 bars absent at IB
       data/AAPL_1h.csv
 
-    Exit codes: 0 all is there, 2 wrong input, 3 IB refuses, 4 IB in trouble (try again), 5 no gateway,
-    6 bad data, 7 disk, 70 a bug of this program, 130 interrupted.
+    Exit codes: 0 success, 2 invalid input, 3 IB refuses, 4 transient trouble (try again), 5 no gateway,
+    6 invalid bars, 7 disk, 70 a bug of this program, 130 interrupted.
     """
     # Only the parsing: invalid input is refused before the second that the other imports take.
     from ktrdr_pipelines.domain.load_request import Choice, LoadRequest

@@ -32,7 +32,7 @@ def describe_load(report: LoadReport) -> list[str]:
         f"{report.series} {report.window}: {report.status}",
         f"  {count(report.fetched_bars, 'bar')} fetched in {count(report.ib_requests_made, 'request')}, "
         f"{count(report.retries, 'retry')}, {report.pacing_wait_s:.0f} s waiting for pacing{retry_wait}",
-        f"  {count(report.gaps_analyzed, 'gap')}, {_count_partitions(report)} complete, "
+        f"  {count(report.gaps_analyzed, 'gap')} found, {_count_partitions(report)} complete, "
         f"{count(report.proven_empty, 'bar')} absent at IB{missing}",
         *(f"  note: {notice}" for notice in report.notices),
         *([f"  {report.merged_file}"] if Path(report.merged_file).exists() else []),

@@ -142,7 +142,8 @@ def unknown_symbol(
         + (f" ({remembered})" if remembered else "")
         + (f"; similar: {'; '.join(similar)}" if similar else ""),
         doing="looking up a symbol",
-        advice="Check the spelling; indices, crypto and continuous futures need --sec-type, futures often --exchange.",
+        advice="Check the spelling; indices, crypto and continuous futures need --sec-type (over REST: sec_type), "
+        "futures often --exchange.",
         code=200,
     )
 

@@ -271,7 +271,10 @@ class Episode(ABC):
         report.unexpected_bars += int(unexpected.sum())
         if event.first_revised is not None:
             first = format_instant(event.first_revised)
-            report.notices.append(f"IB answers {event.revised} held bars differently now, first {first}")
+            report.notices.append(
+                f"IB now has other values than the file for {event.revised} bar{'s' * (event.revised != 1)}, first {first}; "
+                "the file has the new values"
+            )
 
     def refuse_vanished(self) -> None:
         """Bars that were held or that an answer brought, and that the file does not hold, were taken away by another program: no

@@ -210,7 +210,7 @@ def _report_wait(context: dg.AssetExecutionContext, entry_point: EntryPoint, rea
 
 def _log_event(context: dg.AssetExecutionContext, series: Series, event: Event) -> None:
     if isinstance(event, Planned):
-        context.log.info(f"{series}: {len(event.gaps)} gaps, {len(event.requests)} requests planned")
+        context.log.info(f"{series}: gaps found: {len(event.gaps)}, requests planned: {len(event.requests)}")
     elif isinstance(event, Fetched):
         context.log.info(f"{event.done} of {event.planned}: {event.request}: {event.rows} new bars")
     elif isinstance(event, Failure):
