@@ -296,7 +296,7 @@ def test_a_tail_asks_for_the_last_held_bar_again_and_reports_a_revision(store: S
     assert job.report.revised_bars == 1
     bars = store.read_bars(AAPL_1H)
     assert bars["volume"][opens_of(bars) == last].tolist() == [999_999]
-    assert any("differently" in notice for notice in job.report.notices)
+    assert any("other values" in notice for notice in job.report.notices)
 
 
 def test_windows_before_the_first_bar_are_not_asked_one_by_one(store: Store) -> None:
