@@ -92,5 +92,5 @@ def test_a_report_names_no_file_that_is_not_there(start_gateway: StartGateway, k
     done = ktrdr(*arguments, port=port)
     assert done.returncode == 0, done.stderr
     assert "AAPL_1h.csv" not in done.stdout
-    assert "0 gaps, 0 of 1 partition complete" in done.stdout
+    assert "0 of 1 partition complete" in done.stdout
     assert json.loads(ktrdr(*arguments, "--json", port=port).stdout)["merged_file"].endswith("AAPL_1h.csv")
