@@ -40,9 +40,9 @@ LOAD = "/api/v1/data/load"
 Served = tuple[str, Settings, GatewayThread]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server with its Dagster for all tests that use it, because it takes seconds to start. Each loads series of its own."""
+    """A server with its Dagster, which takes a good part of a minute of computing to start: one test uses it, for all promises."""
     with run_in_thread(SyntheticMarket(), judge=False) as gateway:
         settings = settings_in(tmp_path_factory.mktemp("served"), gateway.port, tail_sensor=False)
         with serving(settings, Loads(settings, DagsterServices(settings))) as address:
@@ -72,8 +72,7 @@ def end_of(address: str, run_id: str) -> dict[str, Any]:
 # -- with all processes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-def test_two_hundred_requests_at_once_load_each_series_once(served: Served) -> None:
+def check_two_hundred_requests_at_once(served: Served) -> None:
     """All get the specification's result, requests for one thing share its load, and IB is asked once for each. The bars are in
     the CSV, the run and its partition in Dagster, under the id that was answered."""
     address, settings, gateway = served
@@ -107,7 +106,7 @@ def test_two_hundred_requests_at_once_load_each_series_once(served: Served) -> N
         assert record.read(Series(stock("MSFT"), parse_timeframe("1d")), ["2022"]) == {"2022": Recorded.COMPLETE}
 
 
-def test_a_choice_of_contract_loads_a_new_series_and_its_progress_can_be_followed(served: Served) -> None:
+def check_a_choice_of_contract(served: Served) -> None:
     """202 with an id and where to look, then the result. Dagster did not know the series before. Another choice for the same
     symbol is refused: it is never answered with the first one's bars."""
     address, settings, _ = served
@@ -129,6 +128,15 @@ def test_a_choice_of_contract_loads_a_new_series_and_its_progress_can_be_followe
     assert state["result"]["run_ids"] == [run_id]
     sidecar = json.loads((settings.data_dir / "AMBG_1d.meta.json").read_text())
     assert sidecar["instrument"]["con_id"] == 900002
+
+
+@pytest.mark.long
+def test_loads_with_all_processes(served: Served, subtests: pytest.Subtests) -> None:
+    """Requests at once share their loads; a choice of contract loads a new series whose progress can be followed."""
+    with subtests.test("two hundred requests at once"):
+        check_two_hundred_requests_at_once(served)
+    with subtests.test("a choice of contract"):
+        check_a_choice_of_contract(served)
 
 
 @contextmanager
