@@ -42,7 +42,7 @@ Served = tuple[str, Settings, GatewayThread]
 
 @pytest.fixture
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with its Dagster, which takes a good part of a minute of computing to start: one test uses it, for all promises."""
+    """A server with its Dagster, which costs half a minute of CPU to start: one test uses it, for all promises."""
     with run_in_thread(SyntheticMarket(), judge=False) as gateway:
         settings = settings_in(tmp_path_factory.mktemp("served"), gateway.port, tail_sensor=False)
         with serving(settings, Loads(settings, DagsterServices(settings))) as address:
