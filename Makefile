@@ -35,7 +35,7 @@ ifeq ($(INITDB),)
 endif
 	@echo "$(BIN)/mypy beside $(BIN)/python -m pytest; what mypy finds comes last"
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
-	  $(BIN)/python -m pytest -n 4 --dist worksteal $(if $(INITDB),,-m "not postgres"); tests=$$?; \
+	  $(BIN)/python -m pytest -n 3 --dist worksteal $(if $(INITDB),,-m "not postgres"); tests=$$?; \
 	  $(MAKE) --no-print-directory test-ib-async || tests=$$?; \
 	  wait $$types; types=$$?; echo "mypy:"; cat $(VENV)/mypy.log; exit $$((tests || types))
 

@@ -18,7 +18,7 @@ DEFAULT_PORT = 4001
 """The project's default port of a gateway (`IB_PORT`), so that ``ktrdr`` finds the simulator without any setting."""
 
 
-@click.command(name="simulator")
+@click.command(name="simulator", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
