@@ -153,7 +153,7 @@ def remove_files(store: Store) -> None:
 
 
 def test_nothing_is_claimed_of_a_file_that_is_gone_with_its_sidecar(tmp_path: Path) -> None:
-    """Without the sidecar nothing shows that bars are gone; what was verified was verified on another file all the same."""
+    """Without the sidecar nothing shows that bars are gone; what was verified was verified on another file."""
     store = Store(tmp_path)
     truth = expected_bars(AAPL, JANUARY).opens
     history = FakeHistory(np.delete(truth, np.arange(20, 30)))
