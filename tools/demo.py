@@ -106,7 +106,7 @@ def load(env: dict[str, str]) -> None:
     run(
         "loading EURUSD 1h",
         [
-            "dagster", "asset", "materialize", "-m", "ktrdr_pipelines.definitions", "--select", "ohlcv/EURUSD/1h",
+            "dagster", "asset", "materialize", "-m", "ktrdr_pipelines.definitions", "--select", "ohlcv/EURUSD_1h",
             "--partition-range", "2017-04-01...2018-02-01",
         ],
         env,

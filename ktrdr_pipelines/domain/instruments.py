@@ -195,9 +195,9 @@ class Series:
         return f"{file_symbol(self.instrument.symbol)}_{self.timeframe.name}"
 
     @property
-    def asset_path(self) -> tuple[str, str, str]:
-        """The asset key ``ohlcv/<symbol>/<timeframe>``."""
-        return (ASSET_ROOT, file_symbol(self.instrument.symbol), self.timeframe.name)
+    def asset_path(self) -> tuple[str, str]:
+        """The asset key ``ohlcv/<name>``, such as ``ohlcv/AAPL_1h``. Dagster's graph shows the last part only."""
+        return (ASSET_ROOT, self.name)
 
     def __str__(self) -> str:
         return f"{self.instrument.symbol} {self.timeframe.name}"

@@ -125,8 +125,10 @@ class LoadReport:
             "empty_sessions": self.empty_sessions,
             "missing_bars": self.missing_bars,
             "partitions_completed": sorted(self.completed),
-            "failures": [
-                {"window": str(f.window), "kind": f.error.family, "error": str(f.error)} for f in self.failures
-            ],
+            "failures": self.list_failures(),
             "notices": list(self.notices),
         }
+
+    def list_failures(self) -> list[dict[str, str]]:
+        """The failed windows as plain values."""
+        return [{"window": str(f.window), "kind": f.error.family, "error": str(f.error)} for f in self.failures]

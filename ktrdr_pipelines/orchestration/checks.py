@@ -34,16 +34,17 @@ def specs_for(series: Series, key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def evaluate_checks(report: LoadReport) -> list[dg.AssetCheckResult]:
-    """The results of both checks for one load."""
-    return [_evaluate_schema(report), _evaluate_completeness(report)]
+def evaluate_checks(key: dg.AssetKey, report: LoadReport) -> list[dg.AssetCheckResult]:
+    """The results of both checks for one load of the asset ``key``."""
+    return [_evaluate_schema(key, report), _evaluate_completeness(key, report)]
 
 
-def _evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
+def _evaluate_schema(key: dg.AssetKey, report: LoadReport) -> dg.AssetCheckResult:
     """Failed when IB sent bars that break the rules (they were not written), or the file itself does."""
     broken = [f.error for f in report.failures if isinstance(f.error, DataError)]
     rows = "\n\n".join(f"{error}\n{error.rows}" for error in broken[:_SHOWN])
     return dg.AssetCheckResult(
+        asset_key=key,
         check_name=SCHEMA_CHECK,
         passed=not broken,
         severity=dg.AssetCheckSeverity.ERROR,
@@ -53,7 +54,7 @@ def _evaluate_schema(report: LoadReport) -> dg.AssetCheckResult:
     )
 
 
-def _evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
+def _evaluate_completeness(key: dg.AssetKey, report: LoadReport) -> dg.AssetCheckResult:
     """Failed when bars of the window are expected and neither held nor confirmed absent."""
     failures = [
         dg.TableRecord({"start": format_instant(f.window.start), "end": format_instant(f.window.end),
@@ -62,6 +63,7 @@ def _evaluate_completeness(report: LoadReport) -> dg.AssetCheckResult:
     ]  # fmt: skip
     complete = report.missing_bars == 0 and not report.failures
     return dg.AssetCheckResult(
+        asset_key=key,
         check_name=COMPLETENESS_CHECK,
         passed=complete,
         severity=dg.AssetCheckSeverity.ERROR,

@@ -354,11 +354,11 @@ def test_a_series_added_while_the_ui_runs_appears_there_and_sensors_see_it(tmp_p
         return {"/".join(node["assetKey"]["path"]) for node in ask(url, "{assetNodes{assetKey{path}}}")["assetNodes"]}
 
     try:
-        assert wait_for(lambda: "ohlcv/AAPL/1h" in shown(), running, 90), (tmp_path / "ui.log").read_text()
-        assert "ohlcv/TSLA/2h" not in shown()
+        assert wait_for(lambda: "ohlcv/AAPL_1h" in shown(), running, 90), (tmp_path / "ui.log").read_text()
+        assert "ohlcv/TSLA_2h" not in shown()
         add = [*ktrdr, "universe", "add", "TSLA", "2h", "--sec-type", "STK"]
         subprocess.run(add, env=environment, cwd=tmp_path, check=True, capture_output=True)
-        assert wait_for(lambda: "ohlcv/TSLA/2h" in shown(), running, 30), (tmp_path / "ui.log").read_text()
+        assert wait_for(lambda: "ohlcv/TSLA_2h" in shown(), running, 30), (tmp_path / "ui.log").read_text()
         tick = ask(
             url,
             'mutation{sensorDryRun(selectorData:{repositoryName:"__repository__",repositoryLocationName:"ktrdr_pipelines",'

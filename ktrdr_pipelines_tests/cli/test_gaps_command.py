@@ -353,7 +353,7 @@ def test_partitions_that_an_adopted_file_completes_are_dagsters_at_once(ktrdr: K
     assert "500 rows adopted" in out
     assert "1 complete partition reported to Dagster" in out
     with dg.DagsterInstance.from_config(str(tmp_path / "home")) as instance:
-        assert instance.get_materialized_partitions(dg.AssetKey(["ohlcv", "AAPL", "1d"])) == {"2023"}
+        assert instance.get_materialized_partitions(dg.AssetKey(["ohlcv", "AAPL_1d"])) == {"2023"}
 
 
 def test_adopting_naive_stamps_needs_a_word(ktrdr: Ktrdr, tmp_path: Path) -> None:

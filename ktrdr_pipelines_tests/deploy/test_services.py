@@ -62,7 +62,7 @@ def launch_load(stack: Stack) -> str:
         "repositoryLocationName": "ktrdr_pipelines",
         "repositoryName": "__repository__",
         "pipelineName": "__ASSET_JOB",
-        "assetSelection": [{"path": ["ohlcv", "AAPL", "1d"]}],
+        "assetSelection": [{"path": ["ohlcv", "AAPL_1d"]}],
     }
     tags = [{"key": "dagster/partition", "value": "2023"}]
     parameters = {"selector": selector, "mode": "default", "executionMetadata": {"tags": tags}}
@@ -122,7 +122,7 @@ def test_the_services_become_healthy_and_load_bars_together(tmp_path: Path) -> N
         stack.wait_until(
             lambda: stack.listens("3000") and stack.is_healthy("webserver"), "the web server's health", tries=300
         )
-        assert assets(stack) == ["ohlcv/AAPL/1d"]
+        assert assets(stack) == ["ohlcv/AAPL_1d"]
 
         run_id = launch_load(stack)
 
@@ -140,7 +140,7 @@ def test_the_services_become_healthy_and_load_bars_together(tmp_path: Path) -> N
 
         (data / "universe.yaml").write_text(UNIVERSE + "  - {symbol: MSFT, timeframes: [1d]}\n")
         ask(stack, RELOAD)
-        stack.wait_until(lambda: assets(stack) == ["ohlcv/AAPL/1d", "ohlcv/MSFT/1d"], "the new series", tries=300)
+        stack.wait_until(lambda: assets(stack) == ["ohlcv/AAPL_1d", "ohlcv/MSFT_1d"], "the new series", tries=300)
 
         if "api" in services:
             stack.wait_until(lambda: stack.listens("8000") and stack.is_healthy("api"), "the API's health", tries=300)

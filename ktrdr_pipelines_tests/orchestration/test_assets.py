@@ -30,6 +30,7 @@ from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
 from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
+from ktrdr_pipelines.orchestration.runs.tags import RANGE_END_TAG, RANGE_START_TAG
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
@@ -110,6 +111,39 @@ def test_a_range_is_one_run_whose_failed_partitions_show_as_failed(
     history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
     with history, lend(EntryPoint(history=history)):
         _check_a_failing_range(settings, instance, gateway)
+
+
+def test_a_failing_series_of_a_run_turns_only_its_own_partitions_red(
+    start_gateway: StartGateway, make_settings: MakeSettings, instance: dg.DagsterInstance
+) -> None:
+    """Two of three series in one run: IB refuses one of them. The other is complete, the one left out is not touched."""
+    gateway = start_gateway([FaultRule(kind="error", code=162, text="No market data permissions", symbol="MSFT")])
+    settings = make_settings(gateway.port)
+    series = [Series(stock(symbol), TIMEFRAMES["1h"]) for symbol in ("AAPL", "MSFT", "GOOG")]
+    keys = ["2024-01-01", "2024-02-01", "2024-03-01"]
+    result = (
+        build_defs(settings, series)
+        .resolve_implicit_global_asset_job_def()
+        .execute_in_process(
+            instance=instance,
+            asset_selection=[asset_key(each) for each in series[:2]],
+            raise_on_error=False,
+            tags={RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]},
+        )
+    )
+    assert not result.success
+    partitions = define_partitions(series[0].timeframe, settings)
+    found = {
+        each.instrument.symbol: {
+            status.value if status else None
+            for status in (instance.get_status_by_partition(asset_key(each), keys, partitions) or {}).values()
+        }
+        for each in series
+    }
+    assert found == {"AAPL": {"MATERIALIZED"}, "MSFT": {"FAILED"}, "GOOG": {None}}
+    checks = {(c.asset_key, c.check_name): c.passed for c in result.get_asset_check_evaluations()}
+    assert checks[asset_key(series[0]), "completeness"]
+    assert not checks[asset_key(series[1]), "completeness"]
 
 
 def _check_a_failing_range(settings: Settings, instance: dg.DagsterInstance, gateway: GatewayThread) -> None:

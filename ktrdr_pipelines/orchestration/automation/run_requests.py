@@ -26,11 +26,13 @@ def request_run(
     tags = {MODE_TAG: mode.value, ORIGIN_TAG: origin, TIMEFRAME_TAG: series[0].timeframe.name}
     if first != last:
         tags |= {RANGE_START_TAG: first.key, RANGE_END_TAG: last.key}
-    requests = {op_name(s): LoadRequest(s.instrument.symbol, s.timeframe, mode) for s in series}
+    config = LoadRequest(series[0].instrument.symbol, series[0].timeframe, mode).to_config()
+    if len(series) > 1:
+        config["symbol"] = ""  # the step makes a request of it for each of its series
     return dg.RunRequest(
         run_key=f"{run_key}:{hashlib.sha256(names.encode()).hexdigest()[:12]}",
         asset_selection=[asset_key(s) for s in series],
         partition_key=first.key if first == last else None,
-        run_config={"ops": {op: {"config": request.to_config()} for op, request in requests.items()}},
+        run_config={"ops": {op_name(series[0]): {"config": config}}},
         tags=tags,
     )

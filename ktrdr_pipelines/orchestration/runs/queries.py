@@ -186,7 +186,7 @@ def _describe(instance: dg.DagsterInstance, record: dg.RunRecord) -> RecordedRun
     )
     events = [entry.dagster_event for entry in logs if entry.dagster_event is not None]
     chosen = [*(run.asset_selection or ()), *(event.asset_key for event in events if event.asset_key)]
-    found = {key: RecordedSeries(symbol_from_file(key.path[1]), key.path[2]) for key in chosen if _is_series(key)}
+    found = {key: _name_series(key) for key in chosen if _is_series(key)}
     if not found:
         return None
     for event in events:
@@ -213,7 +213,12 @@ def _describe(instance: dg.DagsterInstance, record: dg.RunRecord) -> RecordedRun
 
 
 def _is_series(key: dg.AssetKey) -> bool:
-    return len(key.path) == 3 and key.path[0] == ASSET_ROOT
+    return len(key.path) == 2 and key.path[0] == ASSET_ROOT
+
+
+def _name_series(key: dg.AssetKey) -> RecordedSeries:
+    symbol, _, timeframe = key.path[1].rpartition("_")
+    return RecordedSeries(symbol_from_file(symbol), timeframe)
 
 
 def _mode_of(run: dg.DagsterRun) -> str:

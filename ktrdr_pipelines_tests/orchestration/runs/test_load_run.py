@@ -8,7 +8,8 @@ from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.load_request import Choice, LoadRequest, Mode
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import InputError, TransientError
-from ktrdr_pipelines.orchestration.assets import LoadConfig, op_name
+from ktrdr_pipelines.orchestration.assets import op_name
+from ktrdr_pipelines.orchestration.load_config import LoadConfig
 from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
 from ktrdr_pipelines.orchestration.runs.submission import submit_run
 from ktrdr_pipelines_tests.fakes import utc, window
