@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import StoreError, TransientError
 from ktrdr_pipelines.ib.pacing.backends import LedgerStore, Transaction
 from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
@@ -181,7 +182,7 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def try_acquire(self, ask: Ask) -> Grant | Wait:
+    def try_acquire(self, ask: Ask, *, work: WorkClass = WorkClass.INTERACTIVE) -> Grant | Wait:  # noqa: ARG002
         """A grant if ``ask`` may be sent now, else how long to wait and why. Takes no place in the queue."""
         return self._store.run(lambda tx: self._decide(tx, ask, ticket=None))
 
@@ -189,6 +190,7 @@ class Ledger:
         self,
         ask: Ask,
         *,
+        work: WorkClass = WorkClass.INTERACTIVE,  # noqa: ARG002
         sleep: Callable[[float], object] = time.sleep,
         on_wait: OnWait | None = None,
         cancel: Callable[[], bool] | None = None,
