@@ -157,6 +157,16 @@ class Settings(BaseSettings):
             "spread over machines; default a SQLite file in DAGSTER_HOME.",
         ),
     ]
+    open_requests: Annotated[
+        int,
+        _field(
+            "KTRDR_OPEN_REQUESTS",
+            6,
+            "How many requests of one run may be unanswered at once. IB allows 50 for a login.",
+            ge=1,
+            le=50,
+        ),
+    ]
     history_limits: Annotated[
         HistoryLimits,
         _field(

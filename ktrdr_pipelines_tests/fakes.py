@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,10 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.domain.calls import Call
 from ktrdr_pipelines.domain.instruments import Instrument, Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.ib.pacing.clock import Reading
+from ktrdr_pipelines.loading.driver import drive
+from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.report import Ended, Event, Failure
 from ktrdr_pipelines.planning.durations import reach_back
 from ktrdr_pipelines.planning.requests import Request
 
@@ -56,9 +60,6 @@ class FakeHistory:
     source: str = "paper"
     requests: list[Request] = field(default_factory=list)
     heads_asked: int = 0
-    retries: int = 0
-    pacing_wait_s: float = 0.0
-    retry_wait_s: float = 0.0
     clock_lag_s: float = 0.0
     reaches_back_s: int = 86400
     """How much further back than its window an answer reaches at least; its duration may lead further."""
@@ -72,15 +73,23 @@ class FakeHistory:
     def requests_made(self) -> int:
         return len(self.requests) + self.heads_asked
 
-    def pin(self, instrument: Instrument) -> Instrument:
+    def interrupt(self) -> None:
+        """Answers come at once: there is nothing to interrupt."""
+
+    def resume(self) -> None:
+        """See `interrupt`."""
+
+    def pin(self, instrument: Instrument, call: Call | None = None) -> Instrument:
         return replace(instrument, con_id=4711, time_zone="America/New_York")
 
-    def find_head(self, instrument: Instrument) -> datetime | None:
+    def find_head(self, instrument: Instrument, call: Call | None = None) -> datetime | None:
         self.heads_asked += 1
+        (call or Call()).costs.requests += 1
         return self.head
 
-    def fetch(self, series: Series, request: Request) -> RawBars:
+    def fetch(self, series: Series, request: Request, call: Call | None = None) -> RawBars:
         self.requests.append(request)
+        (call or Call()).costs.requests += 1
         # Over-answers at the old end, as IB does; the forming bar is up to the truth.
         end_s = int(request.end.timestamp())
         start_s = reach_back(end_s, request.duration)
@@ -110,3 +119,16 @@ class MovingClock:
 
     def read(self) -> Reading:
         return Reading(self.now_s(), time.monotonic() + self.slept_s, "test")
+
+
+def run_load(load: Load) -> Iterator[Event]:
+    """The events of one load, one request at a time.
+
+    Raises:
+        KtrdrError: the load could not begin.
+    """
+    for _, event in drive([load]):
+        if isinstance(event, Failure) and not load.report.requests_planned:
+            raise event.error
+        if not isinstance(event, Ended):
+            yield event

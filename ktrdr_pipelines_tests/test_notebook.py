@@ -22,12 +22,12 @@ from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, InputError, TransientError
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway
-from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
 
 MakeSettings = Callable[..., Settings]
 
@@ -118,7 +118,7 @@ def load_all(store: Store, history: FakeHistory, series: Series, span: Window) -
         now=lambda: now,
         recheck_last=False,
     )
-    assert list(job.run())
+    assert list(run_load(job))
 
 
 def no_warning(settings: Settings, timeframe: str, start: str, end: str) -> int:

@@ -30,11 +30,12 @@ TEN_MINUTES_S, BUDGET = 600.0, 60
 
 def load(port: int, state: Path, numbers: range) -> None:
     """One process: ask for one day of bars per number, and print what it cost as one line of JSON."""
+    from ktrdr_pipelines.domain.calls import Waiting
     from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
     from ktrdr_pipelines.domain.time import Window
     from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
     from ktrdr_pipelines.ib.endpoint import GatewayAddress
-    from ktrdr_pipelines.ib.history import IBHistory, Waiting
+    from ktrdr_pipelines.ib.history import IBHistory
     from ktrdr_pipelines.planning.requests import Request
 
     def show(waiting: Waiting) -> None:
@@ -58,7 +59,7 @@ def load(port: int, state: Path, numbers: range) -> None:
             end = datetime(2024, 3, 5, 22, tzinfo=UTC) + timedelta(weeks=number // len(SYMBOLS))
             request = Request(Window(end - timedelta(days=1), end), end, Duration(1, "D"))
             bars += len(history.fetch(Series(history.pin(instrument), TIMEFRAMES["1h"]), request))
-        print(json.dumps({"sent": history.requests_made, "bars": bars, "retries": history.retries}))
+        print(json.dumps({"sent": history.costs.requests, "bars": bars, "retries": history.costs.retries}))
 
 
 def most_units(sent: list[tuple[float, int]], span_s: float) -> int:

@@ -7,6 +7,7 @@ One connection at a time. The wire: `ib/wire/session.py`; the client ids: `clien
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,15 +28,13 @@ PROBE_AFTER_S = 30.0
 
 @dataclass
 class Connection:
-    """The gateway at ``address``. One thread at a time; `close` on every path.
+    """The gateway at ``address``, for several threads; `close` on every path.
 
-    ``on_wait`` gets reason and seconds at most of each wait for the gateway. ``clock`` has to run on while the machine sleeps: a
-    connection that was unused then is not to be trusted.
+    While one thread connects or probes, the others wait for it. ``clock`` has to run on while the machine sleeps: a connection
+    that was unused then is not to be trusted.
     """
 
     address: GatewayAddress
-    on_wait: Callable[[str, float], None] = lambda _reason, _seconds: None
-    sleep: Callable[[float], None] = time.sleep
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     clock: Clock = field(default_factory=SystemClock)
 
@@ -45,68 +44,89 @@ class Connection:
         self.has_given_up = False
         """True once the gateway could not be reached for as long as patience lasts."""
         self._client: GatewayClient | None = None
+        self._connecting: GatewayClient | None = None
         self._lease: Lease | None = None
         self._used: Stamp = self.clock.read()
         self._is_suspect = False
         self._patience_s = 0.0
+        self._mutex = threading.RLock()
 
     @property
     def clock_lag_s(self) -> float:
         """How many seconds the gateway's time is behind this machine's; 0 if it is not, or without a connection."""
         return self._client.clock_lag_s if self._client is not None else 0.0
 
-    def get(self) -> GatewayClient:
-        """The present connection, probed if it was idle, or a new one with the next free client id.
+    def get(
+        self,
+        on_wait: Callable[[str, float], None] = lambda _reason, _seconds: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> GatewayClient:
+        """The present connection, probed if it was idle, or a new one with the next free client id. ``on_wait`` gets reason and
+        seconds at most of a wait for the gateway.
 
         Raises:
             GatewayUnreachable: see `GatewayClient.connect`; at once before the first connection, else when patience ends.
         """
-        if self._client is not None:
-            try:
-                self.check()
-                return self._client
-            except GatewayUnreachable as error:
-                log.warning("connecting again: %s", error.observed)
-                self.close()
-        return self._connect_patiently()
+        with self._mutex:
+            if self._client is not None:
+                try:
+                    self.check(self._client)
+                    return self._client
+                except GatewayUnreachable as error:
+                    log.warning("connecting again: %s", error.observed)
+                    self.close()
+            return self._connect_patiently(on_wait, sleep)
 
-    def check(self) -> None:
-        """Check that the connection is alive: probe it if it was idle or its last request failed.
+    def check(self, client: GatewayClient) -> None:
+        """Check that ``client`` is the present connection and alive: probe it if it was idle or its last request failed.
 
         Raises:
             GatewayUnreachable: it is not.
         """
-        if self._client is None or not self._client.is_connected:
-            raise GatewayUnreachable(f"the connection to {self.address.host}:{self.address.port} was lost")
-        idle_s = self.clock.read().age_of(self._used)
-        # Negative: the clock was set back, so the idle time is unknown.
-        if self._is_suspect or not 0 <= idle_s <= PROBE_AFTER_S:
-            self._client.probe()
-            self._is_suspect = False
-            self.note_use()
+        with self._mutex:
+            if client is not self._client or not client.is_connected:
+                raise GatewayUnreachable(f"the connection to {self.address.host}:{self.address.port} was lost")
+            idle_s = self.clock.read().age_of(self._used)
+            # Negative: the clock was set back, so the idle time is unknown.
+            if self._is_suspect or not 0 <= idle_s <= PROBE_AFTER_S:
+                client.probe()
+                self._is_suspect = False
+                self.note_use(client)
 
-    def note_use(self, error: KtrdrError | None = None) -> None:
-        """Note that a request was sent or has ended just now, with ``error`` if it failed."""
-        self._used = self.clock.read()
-        if error is None:
-            return
-        if isinstance(error, GatewayUnreachable):
-            self.close()
-        # A dead connection shows as a request without an answer: probe before the next one waits as long.
-        self._is_suspect = error.is_transient and not error.pauses_login
+    def note_use(self, client: GatewayClient, error: KtrdrError | None = None) -> None:
+        """Note that a request was sent over ``client`` or has ended just now, with ``error`` if it failed."""
+        with self._mutex:
+            if client is not self._client:
+                return  # a request of a connection that was replaced meanwhile
+            self._used = self.clock.read()
+            if error is None:
+                return
+            if isinstance(error, GatewayUnreachable):
+                self.close()
+            # A dead connection shows as a request without an answer: probe before the next one waits as long.
+            self._is_suspect = error.is_transient and not error.pauses_login
+
+    def cancel_requests(self) -> None:
+        """Cancel what is open, on the wire too; an attempt to connect ends. For another thread than the ones that ask."""
+        client = self._client or self._connecting
+        if client is not None:
+            client.cancel_requests()
 
     def close(self) -> None:
         """Disconnect and release the client id. Harmless when repeated."""
-        client, lease = self._client, self._lease
-        self._client = self._lease = None
-        try:
-            if client is not None:
-                client.close()
-        finally:
-            if lease is not None:
-                lease.release()
+        with self._mutex:
+            client, lease = self._client, self._lease
+            self._client = self._lease = None
+            try:
+                if client is not None:
+                    client.close()
+            finally:
+                if lease is not None:
+                    lease.release()
 
-    def _connect_patiently(self) -> GatewayClient:
+    def _connect_patiently(
+        self, on_wait: Callable[[str, float], None], sleep: Callable[[float], None]
+    ) -> GatewayClient:
         """Connect. A gateway that was connected before is waited for: it restarts every night."""
         pause_s = next(iter(self.address.retry_waits_s), 0.0)
         is_reported = False
@@ -125,10 +145,10 @@ class Connection:
                 if not is_reported:
                     is_reported = True
                     log.warning("no gateway any more, waiting up to %g s for it: %s", self._patience_s, error.observed)
-                    self.on_wait(f"the gateway is gone and may be restarting: {error.observed}", self._patience_s)
+                    on_wait(f"the gateway is gone and may be restarting: {error.observed}", self._patience_s)
                 wait_s = min(pause_s, self._patience_s)
                 self._patience_s -= wait_s
-                self.sleep(wait_s)
+                sleep(wait_s)
             else:
                 self.has_given_up, self._patience_s = False, self.address.return_patience_s
                 return client
@@ -151,6 +171,7 @@ class Connection:
                 now=self.now,
                 library=self.address.library,
             )
+            self._connecting = client
             try:
                 client.connect()
             except ClientIdInUse:
@@ -169,7 +190,9 @@ class Connection:
             except BaseException:
                 lease.release()
                 raise
+            finally:
+                self._connecting = None
             self._client, self._lease, self._is_suspect = client, lease, False
             self.account = client.account
-            self.note_use()
+            self.note_use(client)
             return client

@@ -1,285 +1,179 @@
-"""Carry out what load machines want: the only place of a load that has a store, a gateway and a clock.
+"""Drive several loads at once: which one asks next, how many questions are out, and an end in good order.
 
-One request is out at a time. Several loads take turns, request by request, over one history.
+The loads (`load.py`) carry out what their machines want; results come back to this one thread, so that a load's files are written
+by one thread. Loads take turns, so that the rule for one contract does not hold up a run of several (docs/ib_facts.md, 6).
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import datetime
+from math import inf
 
-import numpy as np
-import pandas as pd
-
-from ktrdr_pipelines.bars.restatement import refuse_restatement
-from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.time import Window
-from ktrdr_pipelines.domain.timeframes import HistoryLimits
-from ktrdr_pipelines.errors import BugError, KtrdrError, StoreError
-from ktrdr_pipelines.loading.actions import (
-    Action,
-    Answered,
-    Ask,
-    AskHead,
-    Begin,
-    Begun,
-    HeadFound,
-    Input,
-    Refused,
-    Remember,
-    Report,
-    Stored,
-    Write,
-)
+from ktrdr_pipelines.domain.calls import Waiting
+from ktrdr_pipelines.domain.work_class import WorkClass
+from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.loading.actions import Action
 from ktrdr_pipelines.loading.history_source import History
-from ktrdr_pipelines.loading.knowledge import NOTHING_HELD, HeldBars, Knowledge
-from ktrdr_pipelines.loading.load_plan import load_span
+from ktrdr_pipelines.loading.in_flight import InFlight, Question, Settled, Waits, make_in_flight
+from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.load_plan import FEW_REQUESTS
 from ktrdr_pipelines.loading.machine import LoadMachine
-from ktrdr_pipelines.loading.report import Event, LoadReport
-from ktrdr_pipelines.planning.coverage import widen
-from ktrdr_pipelines.store.settle import Prepared
-from ktrdr_pipelines.store.sidecar import FileMark, Pinned, Sidecar
-from ktrdr_pipelines.store.splice import Comparison
-from ktrdr_pipelines.store.store import Store
+from ktrdr_pipelines.loading.report import Ended, Event
+
+LOCK_POLL_S = 0.2
+"""How often a load looks whether another load of its series is over."""
+
+IN_TURN = 6
+"""So many loads take turns, even if only one question is out at a time."""
+
+OnWait = Callable[[Load, Waiting], None]
 
 
-class Load:
-    """One load of one series. Iterate over `run` to drive it; `report` is true at every moment in between."""
+def drive(
+    loads: Sequence[Load],
+    *,
+    open_requests: int = 1,
+    on_wait: OnWait = lambda _load, _waiting: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[tuple[Load, Event]]:
+    """Run ``loads`` with ``open_requests`` questions out at most; each event with its load, `Ended` as the last one of each.
 
+    With one open request no thread is used. Loads that are broken off (the caller stops iterating, or is interrupted) end their
+    open requests, keep what is in the files and remember what is unfinished. ``on_wait`` is called when a load waits, for
+    another load of its series too; ``sleep`` is for that.
+    """
+    yield from _Drive(loads, open_requests, on_wait, sleep).run()
+
+
+class _Drive:
     def __init__(
-        self,
-        series: Series,
-        window: Window,
-        *,
-        store: Store,
-        history: Callable[[], History],
-        limits: HistoryLimits,
-        now: Callable[[], datetime],
-        recheck_last: bool = False,
-        report: LoadReport | None = None,
-        prepared: Prepared | None = None,
+        self, loads: Sequence[Load], open_requests: int, on_wait: OnWait, sleep: Callable[[float], None]
     ) -> None:
-        """``window`` is what was asked for (its end may lie in the future). ``history`` is called once something has to be
-        asked, not before. ``recheck_last``: if anything is asked at all, the last held bar is asked again (tail).
-        ``prepared``: the result of `Store.prepare`, from a caller that prepared the files and reported what was corrected."""
-        self.series, self.window = series, window
-        self.report = report or LoadReport(series, window, merged_file=str(store.csv_path(series)))
-        self._store, self._open_history, self._limits, self._now = store, history, limits, now
-        self._recheck_last, self._prepared = recheck_last, prepared
-        self._history: History | None = None
-        self._pinned = series
-        self._machine: LoadMachine | None = None
-        self._reach: Window | None = None
-        self._file: FileMark | None = None
-        """The CSV of which is known what it holds."""
+        self._waiting = deque(loads)
+        self._active: deque[tuple[Load, LoadMachine]] = deque()
+        self._on_wait, self._sleep = on_wait, sleep
+        self._reported: set[Load] = set()
+        self._few_left = FEW_REQUESTS
+        self._histories: dict[int, History] = {}
+        """Those that were asked something."""
+        self._in_flight: InFlight = make_in_flight(open_requests, self._show_wait)
 
-    def run(self) -> Iterator[Event]:
-        """Drive the load, event by event. A window that fails is an event.
-
-        Raises:
-            KtrdrError: what makes the whole load impossible before anything was asked (an unreadable file, no calendar).
-        """
-        yield from drive([self])
-
-    def open_machine(self) -> LoadMachine | None:
-        """Read the files and plan; None when the window is empty. Asks nothing, unless a future was never loaded: IB reports when
-        it expires, and years may lie after that.
-
-        Raises:
-            KtrdrError: as `run`.
-        """
-        now = self._now()
-        span = load_span(self.series, self.window)
-        if span is None:
-            return None
-        if self._prepared is None:
-            self._prepared = self._store.prepare(self.series, now=now)
-            self.report.notices += self._prepared.describe()
-        # A series that is refreshed whole needs all opens of its file.
-        self._reach = None if self.series.instrument.refreshes_whole else widen(widen(span))
-        sidecar = self._store.read_sidecar(self.series)
-        held, self._file = self._read_held(), sidecar.file
-        self.report.cached_before = not held.is_empty
-        if held.is_empty and self.series.instrument.sec_type == "FUT":
-            sidecar = self._learn_expiry(sidecar)
-        self._machine = LoadMachine(
-            self.series,
-            self.window,
-            Knowledge(self.series.timeframe, held, sidecar),
-            self._limits,
-            now=now,
-            report=self.report,
-            recheck_last=self._recheck_last,
-        )
-        return self._machine
-
-    def _read_held(self) -> HeldBars:
-        extent = self._store.extent(self.series)
-        if extent is None:
-            return NOTHING_HELD
-        opens = self._store.held_opens(self.series, self._reach)
-        return HeldBars(opens, extent.first_open_s, extent.last_open_s)
-
-    def _learn_expiry(self, sidecar: Sidecar) -> Sidecar:
-        with suppress(KtrdrError):  # the request for bars meets it again, and reports it
-            pinned = self._open_history().pin(self.series.instrument)
-            return sidecar.model_copy(update={"instrument": Pinned.of(pinned)})
-        return sidecar
-
-    # -- actions ------------------------------------------------------------------------------------------------------
-
-    def step(self, actions: list[Action]) -> Iterator[Event]:
-        """Carry out ``actions`` and all that follows from their results."""
-        assert self._machine is not None
-        queue = deque(actions)
-        while queue:
-            action = queue.popleft()
-            if isinstance(action, Report):
-                yield action.event
-            elif isinstance(action, Begin):
-                queue.extend(self._machine.begun(self._begin(action)))
-            elif isinstance(action, Remember):
-                # Should that fail, the next load looks at more than it has to, and asks for what is missing anyway.
-                with suppress(StoreError):
-                    self._store.note_unfinished(
-                        self.series, action.unfinished_from, action.unfinished_until, now=self._now()
-                    )
-            else:
-                queue.extend(self._machine.receive(action.episode, self._carry_out(action)))
-
-    def _begin(self, action: Begin) -> Begun | Refused:
+    def run(self) -> Iterator[tuple[Load, Event]]:
         try:
-            self._store.check_writable(self.series)
-            history = self._history = self._open_history()
-            with self._counting(history):
-                pinned = history.pin(self.series.instrument)
-            self._pinned = Series(pinned, self.series.timeframe)
-            self._store.check_identity(self._pinned, history.source)
-            found = self._store.note_unfinished(
-                self.series, action.unfinished_from, action.unfinished_until, now=self._now()
-            )
-            # To connect may take a while: another program may have changed the file.
-            held = self._read_held() if found.file != self._file else None
-            self._file = found.file
-        except KtrdrError as error:
-            return Refused(error)
-        return Begun(pinned, history.clock_lag_s, held)
+            while self._waiting or self._active:
+                yield from self._open_loads()
+                yield from self._ask()
+                yield from self._end_loads()
+                yield from self._take()
+        finally:
+            self._break_off()
 
-    def _carry_out(self, action: Ask | AskHead | Write) -> Input:
-        try:
-            if isinstance(action, Ask):
-                return self._ask(action)
-            return self._ask_head() if isinstance(action, AskHead) else self._write(action)
-        except KtrdrError as error:
-            return Refused(error, self._try_held() if isinstance(action, Write) else None)
+    # -- opening ------------------------------------------------------------------------------------------------------
 
-    def _try_held(self) -> HeldBars | None:
-        with suppress(KtrdrError):
-            return self._read_held()
-        return None
-
-    def _ask(self, action: Ask) -> Answered:
-        history = self._connected
-        with self._counting(history):
-            answer = history.fetch(self._pinned, action.request)
-        return Answered(answer, self._now(), history.clock_lag_s)
-
-    def _ask_head(self) -> HeadFound:
-        history = self._connected
-        with self._counting(history):
-            head = history.find_head(self._pinned.instrument)
-        return HeadFound(head, self._now())
-
-    def _write(self, action: Write) -> Stored:
-        claims = action.claims
-        written = self._store.write(
-            self._pinned,
-            action.bars,
-            asked=action.window,
-            answered=claims.answered if claims else None,
-            proven_empty=claims.absent if claims else (),
-            complete_until=claims.complete_until if claims else None,
-            history_start=claims.history_start if claims else None,
-            sparse=claims.sparse if claims else None,
-            compare=self._comparison(action),
-            source=self._connected.source,
-            now=self._now(),
-            whole=action.whole,
-            is_known=lambda found: found == self._file,
-        )
-        first = written.revised_to["timestamp"].iloc[0].to_pydatetime() if written.rows_revised else None
-        stored = Stored(written.rows_added, written.rows_revised, first, written.sidecar)
-        was_known = written.found == self._file and written.prepared == Prepared()
-        self._file = written.sidecar.file
-        if was_known and self._store.is_unchanged(written):
-            return stored
-        # Another program changed the file: what is held is read again.
-        sidecar = self._store.read_sidecar(self._pinned)
-        return replace(stored, sidecar=sidecar, held=self._read_held())
-
-    def _comparison(self, action: Write) -> Comparison | None:
-        """The held bars that show whether the compared answers are on the file's price scale."""
-        answers = action.compared
-        if not answers:
-            return None
-        doing = f"loading {self._pinned} {action.window}"
-
-        def check(held: pd.DataFrame) -> None:
-            for answer in answers:
-                refuse_restatement(self._pinned, held, answer, doing)
-
-        first_s = min(int(np.min(answer.opens_s)) for answer in answers)
-        return Comparison(first_s, max(int(np.max(answer.opens_s)) for answer in answers), check)
+    def _open_loads(self) -> Iterator[tuple[Load, Event]]:
+        """Open as many loads as can have a question out; those whose series another process loads wait behind the others."""
+        for _ in range(len(self._waiting)):
+            if not self._has_room:
+                return
+            load = self._waiting.popleft()
+            try:
+                if holder := load.lock.try_acquire():
+                    self._wait_for(load, holder)
+                    continue
+                machine = load.open_machine()
+            except KtrdrError as error:
+                yield load, load.fail(error)
+                machine = None
+            if machine is None:
+                load.lock.release()
+                yield load, Ended()
+                continue
+            self._classify(load, machine)
+            self._active.append((load, machine))
+            yield from self._step(load, machine.start())
 
     @property
-    def _connected(self) -> History:
-        if self._history is None:
-            raise BugError(f"a request of the load of {self.series} before it has begun")
-        return self._history
+    def _has_room(self) -> bool:
+        """Whether another load may be opened."""
+        return len(self._active) < max(self._in_flight.limit, IN_TURN)
 
-    @contextmanager
-    def _counting(self, history: History) -> Iterator[None]:
-        """Add what ``history`` does meanwhile to the report of this load: others may use the same history."""
-        before = _counts(history)
-        try:
-            yield
-        finally:
-            made, retries, paced_s, waited_s = (now - was for now, was in zip(_counts(history), before, strict=True))
-            self.report.ib_requests_made += int(made)
-            self.report.retries += int(retries)
-            self.report.pacing_wait_s += paced_s
-            self.report.retry_wait_s += waited_s
+    def _wait_for(self, load: Load, holder: str) -> None:
+        self._waiting.append(load)
+        if load not in self._reported:
+            self._reported.add(load)
+            self._on_wait(load, Waiting(holder, inf, None))
 
+    def _classify(self, load: Load, machine: LoadMachine) -> None:
+        """Many small loads in one run are no small work."""
+        if load.work is WorkClass.INTERACTIVE:
+            self._few_left -= len(machine.plan.requests)
+            if self._few_left < 0:
+                load.work = WorkClass.BACKFILL
 
-def _counts(history: History) -> tuple[int, int, float, float]:
-    return history.requests_made, history.retries, history.pacing_wait_s, history.retry_wait_s
+    # -- asking -------------------------------------------------------------------------------------------------------
 
+    def _ask(self) -> Iterator[tuple[Load, Event]]:
+        """Open requests, load by load in turn, while there is room. Answers that wait for an earlier one take room too."""
+        limit = self._in_flight.limit
+        is_idle = 0
+        while is_idle < len(self._active) and len(self._in_flight) < limit and self._count_open() < 2 * limit:
+            load, machine = self._active[0]
+            self._active.rotate(-1)
+            actions = machine.open_next() if machine.open_requests < limit else []
+            is_idle = 0 if actions else is_idle + 1
+            yield from self._step(load, actions)
 
-def drive(loads: Sequence[Load]) -> Iterator[Event]:
-    """Run ``loads``, which take turns request by request. A load that is broken off remembers what is unfinished.
+    def _count_open(self) -> int:
+        return sum(machine.open_requests for _, machine in self._active)
 
-    Raises:
-        KtrdrError: as `Load.run`.
-    """
-    active: deque[tuple[Load, LoadMachine]] = deque()
-    try:
-        for load in loads:
-            machine = load.open_machine()
-            if machine is not None:
-                active.append((load, machine))
-                yield from load.step(machine.start())
-        while active:
-            load, machine = active[0]
-            actions = machine.open_next()
-            if actions:
-                yield from load.step(actions)
-                active.rotate(-1)
-            else:
-                active.popleft()
-                yield from load.step(machine.finish())
-    finally:
-        for load, machine in active:
-            deque(load.step(machine.finish(is_broken_off=True)), maxlen=0)
+    def _end_loads(self) -> Iterator[tuple[Load, Event]]:
+        for load, machine in [each for each in self._active if each[1].is_over]:
+            yield from self._step(load, machine.finish())
+            self._active.remove((load, machine))
+            load.lock.release()
+            yield load, Ended()
+
+    def _step(self, load: Load, actions: list[Action]) -> Iterator[tuple[Load, Event]]:
+        for event in load.step(actions, self._submit):
+            yield load, event
+
+    def _submit(self, question: Question) -> None:
+        history = question.asker.history
+        self._histories[id(history)] = history
+        self._in_flight.submit(question)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _take(self) -> Iterator[tuple[Load, Event]]:
+        """Wait for the next result, and for the end of other loads of the waiting series."""
+        is_blocked = bool(self._waiting) and self._has_room
+        if not len(self._in_flight):
+            if is_blocked and not self._active:
+                self._sleep(LOCK_POLL_S)
+            return
+        found = self._in_flight.take(LOCK_POLL_S if is_blocked else None)
+        if isinstance(found, Waits):
+            self._show_wait(found.question, found.waiting)
+        elif isinstance(found, Settled):
+            load: Load = found.question.asker
+            if any(load is active for active, _ in self._active):
+                yield from self._step(load, load.answered(found.question, found.result))
+
+    def _show_wait(self, question: Question, waiting: Waiting) -> None:
+        self._on_wait(question.asker, waiting)
+
+    def _break_off(self) -> None:
+        """End what is still out, and remember what the loads owe. After a regular end nothing is left to do."""
+        for question in self._in_flight.close(self._interrupt):
+            question.asker.count(question.call.costs)
+        for history in self._histories.values():
+            history.resume()
+        for load, machine in self._active:
+            deque(load.step(machine.finish(is_broken_off=True), lambda _question: None), maxlen=0)
+            load.lock.release()
+
+    def _interrupt(self) -> None:
+        for history in self._histories.values():
+            history.interrupt()

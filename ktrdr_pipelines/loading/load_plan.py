@@ -20,6 +20,7 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition, partitions_in
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import KtrdrError, PermanentError
 from ktrdr_pipelines.loading.knowledge import Knowledge
 from ktrdr_pipelines.planning.coverage import Gap, bars_inside, find_gaps, mark_missing, widen
@@ -28,6 +29,9 @@ from ktrdr_pipelines.planning.requests import Request, plan_requests
 
 SCALE_TRUSTED = timedelta(hours=18)
 """So long after the last write of a file its bars count as being on the price scale of IB's answers: splits come overnight."""
+
+TAIL_REQUESTS, FEW_REQUESTS = 3, 10
+"""So many planned requests at most are a tail, or the small work of a user who waits; more are a backfill."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,15 @@ class LoadPlan:
     requests: Sequence[Request]
     unreachable: tuple[Window, KtrdrError] | None = None
     anchor_s: int | None = None
+    is_tail: bool = False
+    """All that is missing lies after the last held bar."""
+
+    @property
+    def work(self) -> WorkClass:
+        """The class of its requests: the end of a series, a few requests, or a backfill."""
+        if self.is_tail and len(self.requests) <= TAIL_REQUESTS:
+            return WorkClass.TAIL
+        return WorkClass.INTERACTIVE if len(self.requests) <= FEW_REQUESTS else WorkClass.BACKFILL
 
 
 def load_span(series: Series, window: Window) -> Window | None:
@@ -115,6 +128,7 @@ class _Planner:
             requests=requests,
             unreachable=unreachable,
             anchor_s=anchor_s,
+            is_tail=held.last_s is not None and len(asked) > 0 and int(asked.opens[0]) > held.last_s,
         )
 
     def _widen_to_all(self, span: Window) -> Window:

@@ -7,8 +7,10 @@ settled is an episode (`window_episode.py`, `whole_episode.py`); here is what li
 1. what is missing of the window becomes the fewest requests (`load_plan.py`)
 2. requests that a found start of history has answered are not made; those that it puts in doubt come last
 3. a failed request does not stop the others, unless the next one cannot fare better
-4. bars that were the newest when they were asked for are looked at once more when newer ones are held
-5. partitions are reported as complete when they are, and what is left unfinished is remembered
+4. requests overlap, but their answers are taken in the planned order, so that every decision is the one that would be made if
+   they were asked one by one, and bars arrive in the file in order
+5. bars that were the newest when they were asked for are looked at once more when newer ones are held
+6. partitions are reported as complete when they are, and what is left unfinished is remembered
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
-from ktrdr_pipelines.errors import BugError, DataError, GatewayUnreachable, KtrdrError, TransientError
+from ktrdr_pipelines.errors import BugError, DataError, GatewayUnreachable, KtrdrError, StoreError, TransientError
 from ktrdr_pipelines.loading.actions import (
     Action,
+    Answered,
     Begin,
     Begun,
     Input,
@@ -83,10 +86,18 @@ class LoadMachine:
         self._pending: list[ExpectedBars] = []
         self._second_looks: deque[Request] = deque()
         self._looking_at: ExpectedBars | None = None
-        self._open: dict[int, Episode] = {}
+        self._open: dict[int, Episode] = {}  # in the order of their opening
+        self._results: dict[int, Input] = {}
+        """Results for open episodes before which others have to be settled."""
+        self._is_beginning = False
+        self.is_over = False
+        """Nothing is open, and nothing more can be opened: `finish` is next."""
         self._opened = self._done = 0
         self._is_second_look = False
         self._is_stopped = False
+        anchors = (plan.anchor_s, known.held.last_s if recheck_last else None)
+        self._compared_s = [s for s in anchors if s is not None]
+        """Held bars that are asked for again, to compare them: their opens, epoch seconds."""
         self._everything = _enclose(plan.requests) if plan.requests else None
         report.gaps_analyzed, report.requests_planned = len(plan.gaps), len(plan.requests)
 
@@ -100,11 +111,13 @@ class LoadMachine:
         if self.plan.unreachable is not None:
             actions.append(self._fail(*self.plan.unreachable))
         if self.plan.requests:
+            self._is_beginning = True
             actions.append(self._begin())
         return actions
 
     def begun(self, result: Begun | Refused) -> list[Action]:
         """The result of `Begin`."""
+        self._is_beginning = False
         if isinstance(result, Refused):
             self._is_stopped = True
             assert self._everything is not None
@@ -120,11 +133,14 @@ class LoadMachine:
 
     def open_next(self) -> list[Action]:
         """Open the next episode, if there is one: its `Ask`. Requests that are not needed any more are reported as done.
-        Empty when nothing more can be opened; if nothing is open either, the load is over and `finish` is next."""
+        Empty when nothing more can be opened now; `is_over` shows whether that is the end."""
         actions: list[Action] = []
+        if self._is_beginning:
+            return actions
         while not any(not isinstance(action, Report) for action in actions):
             request = self._choose_next()
             if request is None:
+                self.is_over = not self._open
                 break
             if not self._is_second_look and not self._is_needed(request):
                 self._done += 1
@@ -137,19 +153,29 @@ class LoadMachine:
         return actions
 
     def receive(self, number: int, event: Input) -> list[Action]:
-        """Give the result of an action to the episode that waits for it.
+        """Give the result of an action to the episode that waits for it; at once if it is the first open one, else when those
+        before it are settled. Results for episodes that a failure of the whole load has closed are ignored.
 
         Raises:
-            BugError: no such episode is open, or the input does not belong to its state.
+            BugError: no such episode was opened, or the input does not belong to its state.
         """
-        if number not in self._open:
-            raise BugError(f"episode {number} of the load of {self._load.series} is not open")
-        episode = self._open[number]
-        actions = episode.receive(event)
-        if episode.is_final:
-            del self._open[number]
-            actions += self._close(episode)
+        if not 0 < number <= self._opened:
+            raise BugError(f"episode {number} of the load of {self._load.series} was never opened")
+        if number in self._open:
+            self._results[number] = event
+        actions: list[Action] = []
+        while self._open and (first := next(iter(self._open))) in self._results:
+            episode = self._open[first]
+            actions += episode.receive(self._results.pop(first))
+            if episode.is_final:
+                del self._open[first]
+                actions += self._close(episode)
         return actions
+
+    @property
+    def open_requests(self) -> int:
+        """How many episodes are open."""
+        return len(self._open)
 
     def finish(self, *, is_broken_off: bool = False) -> list[Action]:
         """The end, also of a load that ``is_broken_off``: the last failure, and what the next load has to remember."""
@@ -172,10 +198,10 @@ class LoadMachine:
         later; bars that were the newest are looked at again at the end."""
         if self._is_stopped:
             return None
+        if self._open and (not self._waiting or self._must_be_alone()):
+            return None
         if self._waiting:
             return self._waiting.popleft()
-        if self._open:
-            return None
         if self._skipped:
             return self._skipped.pop()
         if not self._second_looks:
@@ -184,6 +210,18 @@ class LoadMachine:
             return None
         self._is_second_look = True
         return self._second_looks.popleft()
+
+    def _must_be_alone(self) -> bool:
+        """True while what is open decides whether the next request is made at all: one that compares price scales; the last held
+        bar; one older than anything held, which may lie before the start of history."""
+        first_s = self._load.known.held.first_s
+        if first_s is None or self._waiting[0].window.start_s < first_s:
+            return True
+        open_windows = [episode.request.window for episode in self._open.values()]
+        return any(
+            window.start_s < first_s or any(window.start_s <= s < window.end_s for s in self._compared_s)
+            for window in open_windows
+        )
 
     def _prepare_second_look(self) -> None:
         """Bars that were the newest when they were asked for and are not any more: those after them can show now whether they
@@ -250,8 +288,21 @@ class LoadMachine:
             return [self._fail(request.window, error)]
         if _concerns_all(error):
             self._is_stopped = True
-            return [self._fail(_enclose([request, *self._waiting, *self._skipped]), error)]
+            given_up = self._give_up_open(error)
+            return [self._fail(_enclose([request, *given_up, *self._waiting, *self._skipped]), error)]
         return [self._fail(request.window, error), *self._report_touched(request, 0)]
+
+    def _give_up_open(self, error: KtrdrError) -> list[Request]:
+        """The open requests that fail with ``error``; those that are answered go on, unless their bars could not be written."""
+        keeps_answers = not isinstance(error, ScaleChanged | StoreError)
+        given_up: list[Request] = []
+        for number, episode in list(self._open.items()):
+            result = self._results.get(number)
+            if not (keeps_answers and isinstance(result, Answered)):
+                given_up.append(episode.request)
+                del self._open[number]
+                self._results.pop(number, None)
+        return given_up
 
     def _mark_known(self, episode: Episode) -> None:
         """Everything of a settled request is held or confirmed as absent now, but for bars that may only be late."""

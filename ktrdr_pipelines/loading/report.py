@@ -60,7 +60,12 @@ class Completed:
     """Held bars that the calendar does not expect; IB has them."""
 
 
-Event = Planned | Fetched | Failure | Completed
+@dataclass(frozen=True)
+class Ended:
+    """The load is over: its report is final."""
+
+
+Event = Planned | Fetched | Failure | Completed | Ended
 
 
 @dataclass

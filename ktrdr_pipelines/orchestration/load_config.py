@@ -13,6 +13,7 @@ from pydantic import Field
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, parse_instant
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import InputError, PermanentError
 from ktrdr_pipelines.ib.discovery import describe_retention
 from ktrdr_pipelines.loading.report import LoadReport
@@ -40,6 +41,13 @@ class LoadConfig(dg.Config):
     exchange: str = ""
     currency: str = ""
     con_id: int = 0
+    work: str = Field(
+        default="", description="The class of its requests: tail, interactive or backfill; empty: by how many it needs."
+    )
+
+    def work_class(self) -> WorkClass | None:
+        """The class that was asked for; None: the load decides. A misspelt one is none."""
+        return WorkClass(self.work) if self.work in tuple(WorkClass) else None
 
     def request(self, series: Series) -> LoadRequest:
         """The request, for ``series``.

@@ -5,7 +5,7 @@ in-process executor one connection serves all series of a run and is closed at i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -18,7 +18,7 @@ from ktrdr_pipelines.ib.client_ids import ClientIds
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, current_entry_point
-from ktrdr_pipelines.orchestration.runs.liveness import reaping
+from ktrdr_pipelines.orchestration.runs.liveness import executing_here, reap_dead_runs
 from ktrdr_pipelines.orchestration.runs.progress_tag import follow_in_tag
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
@@ -43,6 +43,8 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     ledger_url: str
     """Without its password: Dagster stores the configuration of its resources and shows it to every user."""
     library: str
+    open_requests: int
+    """How many requests of one step may be unanswered at once."""
 
     _history: IBHistory | None = PrivateAttr(default=None)
     _entry_point: EntryPoint | None = PrivateAttr(default=None)
@@ -62,6 +64,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             state_dir=str(settings.dagster_home),
             ledger_url=_without_secrets(settings.ledger_url),
             library=settings.ib_library,
+            open_requests=settings.open_requests,
         )
 
     def address(self) -> GatewayAddress:
@@ -88,13 +91,16 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         run = context.run
         is_daemon = any(tag in run.tags for tag in _DAEMON_TAGS) if run else False
         self._client_ids = ClientIds.DAEMON if is_daemon else ClientIds.PERSON
-        with reaping(context.instance, run.run_id) if run and context.instance else nullcontext():
-            try:
-                yield self
-            finally:
-                if self._history is not None:
-                    self._history.close()
-                    self._history = None
+        if run and context.instance:
+            executing_here(context.instance, run.run_id)
+        try:
+            yield self
+        finally:
+            if self._history is not None:
+                self._history.close()
+                self._history = None
+            if context.instance:
+                reap_dead_runs(context.instance)
 
     def entry_point(self, instance: dg.DagsterInstance, run_id: str) -> EntryPoint:
         """The entry point of the run: what executes it in this process, else one that keeps the progress in the run's records."""

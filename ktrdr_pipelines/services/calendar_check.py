@@ -128,7 +128,7 @@ def check_calendar(
         check = compare_with_ib(history, history.pin(instrument), window, now=now)
         if apply:
             check = replace(check, file=_save(check, settings.data_dir, source=history.source, now=now))
-        return replace(check, requests=history.requests_made)
+        return replace(check, requests=history.costs.requests)
 
 
 def compare_with_ib(history: ScheduleSource, instrument: Instrument, window: Window, *, now: datetime) -> CalendarCheck:

@@ -21,7 +21,7 @@ from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.requests import Request
@@ -29,7 +29,6 @@ from ktrdr_pipelines.services.gaps import place
 from ktrdr_pipelines.services.load_inputs import choose_window, identify
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
-from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store
 
@@ -120,7 +119,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
         with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
             notices = pending.describe()
             chosen = choose_window(request, series, store, history, settings, now)
-            if history.requests_made:
+            if history.costs.requests:
                 notices.append(_say_asked(series, history, now))
             if chosen.notice:
                 notices.append(chosen.notice)
@@ -149,9 +148,9 @@ def _say_asked(series: Series, history: IBHistory, since: datetime) -> str:
     has one; whether there is anything older is looked up each time."""
     known = known_to_account(history).find_head(history.pin(series.instrument))
     is_new = known is not None and known.until - HEAD_KEPT >= since
-    again = history.requests_made - is_new
-    plural = "s" if history.requests_made > 1 else ""
-    asked = f"where history starts was asked of IB ({history.requests_made} request{plural})"
+    again = history.costs.requests - is_new
+    plural = "s" if history.costs.requests > 1 else ""
+    asked = f"where history starts was asked of IB ({history.costs.requests} request{plural})"
     if not again:
         return f"{asked} and is remembered: the load does not ask again"
     return f"{asked}; the load makes {again} of them again, before these"
@@ -176,7 +175,6 @@ def _plan(
         limits=settings.history_limits,
         now=lambda: now,
         recheck_last=request.mode is Mode.TAIL,
-        prepared=Prepared(),
     )
     machine = load.open_machine()
     if machine is None:

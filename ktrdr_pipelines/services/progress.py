@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.report import Event, Failure, Fetched, Planned
 
 LONG_WAIT_S = 30

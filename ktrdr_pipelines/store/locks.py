@@ -1,8 +1,7 @@
 """Two locks of a series: the series lock, one load at a time, and the write lock, one write at a time.
 
-Two loads side by side would lose nothing (each write takes the write lock), but would request the same bars twice. Dagster's
-pool does not prevent that: on SQLite two processes can claim its one slot in the same instant, and another Dagster home has
-a pool of its own. Readers and `ktrdr adopt` need no series lock.
+Two loads side by side would lose nothing (each write takes the write lock), but would request the same bars twice. Readers and
+`ktrdr adopt` need no series lock.
 
 Both are files beside the CSV, not the CSV itself: a rename would leave the lock on the old file. filelock keeps its time-outs
 and is free at once after kill -9 (docs/dependencies.md).
@@ -13,8 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,47 +23,46 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.store.atomic import explained
 
-_RETRY_S = 0.2
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HOLDER = re.compile(r"process \d+, since [0-9: -]+ UTC")
 
 
-@contextmanager
-def series_lock(
-    data_dir: Path,
-    series: Series,
-    *,
-    on_wait: Callable[[str], None] = lambda _: None,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[None]:
-    """The block is the one load of ``series``, after waiting for as long as another one goes on.
+class SeriesLock:
+    """The right to be the one load of ``series``. The end of its process frees it, however it ends.
 
-    ``on_wait`` is called once, with what this load waits for, such as ``another load of AAPL 1h (process 4711, since
-    2024-01-02 14:02 UTC)``. The end of the other load frees the lock, however it ends. In a folder that cannot be
-    written there is no lock: a load there can do no more than find that no bar is missing.
-
-    Raises:
-        StoreError: the disk refuses for another reason.
+    In a folder that cannot be written there is no lock: a load there can do no more than find that no bar is missing.
     """
-    path = data_dir / f".{series.name}.load.lock"
-    # The block may be left in another thread than it was entered in: a generator ends where it is collected.
-    lock: FileLock | None = FileLock(path, timeout=0, thread_local=False)
-    with explained(path, f"preparing the files of {series}"):
+
+    def __init__(self, data_dir: Path, series: Series) -> None:
+        self._series = series
+        self._path = data_dir / f".{series.name}.load.lock"
+        # It may be released in another thread than it was acquired in: a generator ends where it is collected.
+        self._lock = FileLock(self._path, timeout=0, thread_local=False)
+
+    def try_acquire(self) -> str:
+        """Acquire it, without waiting; empty, or what has it, such as ``another load of AAPL 1h (process 4711, since
+        2024-01-02 14:02 UTC)``.
+
+        Raises:
+            StoreError: the disk refuses for another reason than that the folder cannot be written.
+        """
+        with explained(self._path, f"preparing the files of {self._series}"):
+            try:
+                _make_lock_file(self._path)
+            except OSError as refusal:
+                if refusal.errno not in _UNWRITABLE:
+                    raise
+                return ""
         try:
-            _make_lock_file(path)
-        except OSError as refusal:
-            if refusal.errno not in _UNWRITABLE:
-                raise
-            lock = None
-    if lock is None:
-        yield
-        return
-    _acquire(lock, lambda: on_wait(f"another load of {series} ({_read_holder(path)})"), sleep)
-    try:
-        _write_holder(path)
-        yield
-    finally:
-        lock.release()
+            self._lock.acquire()
+        except Timeout:
+            return f"another load of {self._series} ({_read_holder(self._path)})"
+        _write_holder(self._path)
+        return ""
+
+    def release(self) -> None:
+        """Free it; harmless when it was not acquired."""
+        self._lock.release()
 
 
 @contextmanager
@@ -97,20 +94,6 @@ def _make_lock_file(path: Path) -> None:
     """filelock takes a file that cannot be made for one that is contended, and would wait for its whole time-out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-
-
-def _acquire(lock: FileLock, report: Callable[[], None], sleep: Callable[[float], None]) -> None:
-    has_reported = False
-    while True:
-        try:
-            lock.acquire()
-        except Timeout:
-            if not has_reported:
-                report()
-            has_reported = True
-            sleep(_RETRY_S)
-        else:
-            return
 
 
 def _write_holder(path: Path) -> None:

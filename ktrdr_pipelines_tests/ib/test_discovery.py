@@ -187,7 +187,7 @@ def test_what_was_found_is_remembered_and_expires(start_gateway: Any, connect: C
     known = symbols_file(first)
     found = discover("TSLA", history=first, known=known)
     asked: list[str] = []
-    second.describe = lambda instrument, doing: asked.append(doing) or []  # type: ignore[method-assign, func-returns-value]
+    second.describe = lambda instrument, doing, call=None: asked.append(doing) or []  # type: ignore[method-assign, func-returns-value]
     assert discover("tsla", history=second, known=KnownSymbols(known.path, now)) == found
     assert [each.instrument for each in known.list_found()] == [found.instrument]
     assert (len(known.list_found("STK")), known.list_found("CASH")) == (1, [])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Instrument, Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
@@ -27,7 +28,7 @@ from ktrdr_pipelines.errors import (
 )
 from ktrdr_pipelines.ib.client_ids import ClientIds, in_use, lease_client_id
 from ktrdr_pipelines.ib.endpoint import OUTAGE_PATIENCE_S
-from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
+from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.pacing.ledger import open_ledger
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.faults import FaultRule
@@ -113,7 +114,7 @@ def test_transient_errors_are_retried_after_15_30_and_60_seconds(bench: Bench, s
     with pytest.raises(TransientError) as caught:
         history.fetch(SERIES, REQUEST)
     assert bench.time.long_sleeps == [15.0, 30.0, 60.0]
-    assert (history.retries, history.requests_made, len(gateway.requests)) == (3, 4, 4)
+    assert (history.costs.retries, history.costs.requests, len(gateway.requests)) == (3, 4, 4)
     assert caught.value.code == 162
     text = str(caught.value)
     assert "given up after 4 tries" in text
@@ -127,7 +128,7 @@ def test_a_retry_that_works_shows_in_the_counts_only(bench: Bench, start_gateway
     gateway = start_gateway([FaultRule("error", nth=(1, 2))])
     history = bench.connect_to(gateway.port)
     assert len(history.fetch(SERIES, REQUEST)) == 7
-    assert (history.retries, history.requests_made) == (2, 3)
+    assert (history.costs.retries, history.costs.requests) == (2, 3)
     assert bench.time.long_sleeps == [15.0, 30.0]
 
 
@@ -149,7 +150,7 @@ def test_what_will_fail_again_is_not_tried_again(
     with pytest.raises(kind) as caught:
         history.fetch(SERIES, REQUEST)
     assert type(caught.value) is kind
-    assert (history.retries, len(gateway.requests), bench.time.long_sleeps) == (0, 1, [])
+    assert (history.costs.retries, len(gateway.requests), bench.time.long_sleeps) == (0, 1, [])
     assert "given up" not in str(caught.value)
 
 
@@ -209,8 +210,8 @@ def test_every_wait_is_in_the_log(bench: Bench, start_gateway: Any, caplog: pyte
     assert "(history service error): odd" in caplog.text
     assert "try 2 of 2 in 3 s" in caplog.text
     assert "waiting up to 13 s: pacing: no identical request within 15 seconds" in caplog.text
-    assert history.retry_wait_s == 3.0
-    assert history.pacing_wait_s == pytest.approx(12.5, abs=0.2)
+    assert history.costs.retry_wait_s == 3.0
+    assert history.costs.pacing_wait_s == pytest.approx(12.5, abs=0.2)
 
 
 def test_no_gateway_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:
@@ -219,7 +220,7 @@ def test_no_gateway_at_the_first_call_fails_at_once(bench: Bench, unused_port: i
     for call in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(stock("AAPL")), history.connect):
         with pytest.raises(GatewayUnreachable, match="connection refused"):
             call()
-    assert (bench.time.long_sleeps, history.requests_made, bench.leased(unused_port)) == ([], 0, [])
+    assert (bench.time.long_sleeps, history.costs.requests, bench.leased(unused_port)) == ([], 0, [])
 
 
 # -- connections that break -----------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_a_dropped_connection_is_made_again_for_the_retry(bench: Bench, start_ga
     gateway = start_gateway([FaultRule("drop_after", after_bytes=150, nth=(1,))])
     history = bench.connect_to(gateway.port)
     assert len(history.fetch(SERIES, REQUEST)) == 7
-    assert (history.retries, bench.time.long_sleeps) == (1, [15.0])
+    assert (history.costs.retries, bench.time.long_sleeps) == (1, [15.0])
     assert len(bench.leased(gateway.port)) == 1
 
 
@@ -254,8 +255,8 @@ def test_a_gateway_that_restarts_for_minutes_is_waited_for(bench: Bench) -> None
         bench.time.on_sleep = come_back
         assert len(history.fetch(SERIES, REQUEST)) == 7
         assert bench.time.long_sleeps == [15.0] * 20
-        assert history.retries == 0
-        assert history.retry_wait_s == 300.0
+        assert history.costs.retries == 0
+        assert history.costs.retry_wait_s == 300.0
         (reported,) = bench.waits
         assert reported.reason.startswith("the gateway is gone and may be restarting: no gateway at")
         assert reported.seconds == pytest.approx(525, abs=20)
@@ -276,7 +277,7 @@ def test_patience_with_a_gateway_that_stays_away_has_an_end(bench: Bench) -> Non
                 history.fetch(SERIES, REQUEST)
         slept = sum(bench.time.long_sleeps)
         assert 15 < slept <= 25  # less what the attempts took
-        assert history.retries == 0
+        assert history.costs.retries == 0
         assert "waited" not in str(caught.value)
         assert bench.leased(gateway.port) == []
 
@@ -309,7 +310,7 @@ def test_a_machine_that_slept_asks_before_it_trusts(bench: Bench) -> None:
         assert len(gateway.received_of(TIME)) == 2
         bench.time.pass_by(-3600)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (gateway.connections, history.retries, len(gateway.received_of(HISTORY))) == (2, 0, 1)
+        assert (gateway.connections, history.costs.retries, len(gateway.received_of(HISTORY))) == (2, 0, 1)
         history.close()
 
 
@@ -326,7 +327,7 @@ def test_requests_that_the_link_lost_are_asked_again_as_soon_as_pacing_allows(be
         assert 45 < bench.time.wall_s - begun_s < 47
         assert [wait.seconds for wait in bench.waits if wait.reason.startswith("retry")] == [0.0, 30.0]
         assert "pacing: no identical request within 15 seconds" in [wait.reason for wait in bench.waits]
-        assert (history.retries, gateway.connections) == (2, 1)
+        assert (history.costs.retries, gateway.connections) == (2, 1)
         history.close()
 
 
@@ -344,7 +345,7 @@ def test_a_connection_lost_while_waiting_for_its_turn_costs_no_request(bench: Be
 
         bench.time.on_sleep = drop
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (len(gateway.received_of(HISTORY)), history.requests_made, history.retries) == (2, 2, 1)
+        assert (len(gateway.received_of(HISTORY)), history.costs.requests, history.costs.retries) == (2, 2, 1)
         assert bench.time.long_sleeps == []
         history.close()
 
@@ -367,7 +368,7 @@ def test_a_gateway_that_hangs_and_restarts_is_ridden_out(bench: Bench) -> None:
         history = bench.connect_to(gateway.port, request_timeout_s=0.3, probe_timeout_s=0.3)
         assert len(history.fetch(SERIES, REQUEST)) == 1
         # asked on the old connection, on two new ones that hang as well, and on the one that works
-        assert (gateway.connections, history.retries) == (4, 1)
+        assert (gateway.connections, history.costs.retries) == (4, 1)
         assert bench.time.long_sleeps == [15.0] * 3
         history.close()
 
@@ -387,7 +388,7 @@ def test_after_a_time_out_a_dead_connection_is_found_out_before_the_retry(bench:
     with ScriptedGateway({HISTORY: on_history, TIME: on_time}) as gateway:
         history = bench.connect_to(gateway.port, request_timeout_s=0.3, probe_timeout_s=0.3)
         assert len(history.fetch(SERIES, REQUEST)) == 1
-        assert (gateway.connections, len(gateway.received_of(HISTORY)), history.retries) == (2, 2, 1)
+        assert (gateway.connections, len(gateway.received_of(HISTORY)), history.costs.retries) == (2, 2, 1)
         history.close()
 
 
@@ -455,7 +456,7 @@ def test_without_patience_a_broken_link_is_reported_at_once(bench: Bench) -> Non
         for ask in (lambda: history.fetch(SERIES, REQUEST), lambda: history.pin(SERIES.instrument)):
             with pytest.raises(TransientError, match="reports an outage: link between the gateway and IB"):
                 ask()
-        assert (bench.time.wall_s, history.requests_made) == (begun_s, 0)
+        assert (bench.time.wall_s, history.costs.requests) == (begun_s, 0)
         history.close()
 
 
@@ -470,7 +471,7 @@ def test_an_idle_connection_is_asked_before_it_is_trusted(bench: Bench, start_ga
     while first.is_connected:
         assert time.monotonic() < deadline
     assert len(history.fetch(SERIES, REQUEST)) == 7
-    assert history.retries == 0
+    assert history.costs.retries == 0
 
 
 # -- client ids -----------------------------------------------------------------------------------------------------------
@@ -605,7 +606,7 @@ def test_the_start_of_history_is_asked_once(bench: Bench, start_gateway: Any) ->
     head = history.find_head(stock("AAPL"))
     assert head is not None
     assert history.find_head(stock("AAPL")) == head
-    assert history.requests_made == 1
+    assert history.costs.requests == 1
     assert [record.kind for record in gateway.requests] == ["head"]
 
 
@@ -624,7 +625,7 @@ def test_contract_look_ups_are_kept_and_not_counted(bench: Bench, start_gateway:
     history = bench.connect_to(gateway.port)
     pinned = history.pin(stock("AAPL"))
     assert history.pin(stock("AAPL")) is pinned
-    assert (history.requests_made, pinned.time_zone) == (0, "America/New_York")
+    assert (history.costs.requests, pinned.time_zone) == (0, "America/New_York")
     other = Instrument("AAPL", "STK", "SMART", "USD", con_id=pinned.con_id + 987654)
     with pytest.raises(PermanentError, match="looking up AAPL"):
         history.pin(other)
@@ -636,8 +637,8 @@ def test_no_request_goes_out_unpaced(bench: Bench, start_gateway: Any) -> None:
     history = bench.connect_to(gateway.port)
     for days in range(1, 10):
         history.fetch(SERIES, Request(REQUEST.window, END, Duration(days, "D")))
-    assert history.requests_made == len(gateway.requests) == 9
-    assert history.pacing_wait_s == pytest.approx(2.5, abs=0.6)
+    assert history.costs.requests == len(gateway.requests) == 9
+    assert history.costs.pacing_wait_s == pytest.approx(2.5, abs=0.6)
     assert [wait.reason for wait in bench.waits] == [
         "pacing: fewer than six requests for one contract within 2 seconds"
     ]

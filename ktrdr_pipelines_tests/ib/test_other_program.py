@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, Duration
 from ktrdr_pipelines.errors import PacingError
 from ktrdr_pipelines.ib.client import GatewayClient
-from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
+from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.simulator.judge import PacingJudge
 from ktrdr_pipelines.simulator.server import GatewayThread

@@ -15,16 +15,17 @@ import pytest
 from ktrdr_pipelines.bars.restatement import ScaleChanged
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.domain.calls import Call
 from ktrdr_pipelines.domain.instruments import Instrument, Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, RequestTimeout, StoreError, TransientError
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.store.atomic import Disk
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.fakes import FakeHistory, pick, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, pick, run_load, utc, window
 
 AAPL = Series(stock("AAPL"), TIMEFRAMES["1h"])
 NOW = utc("2024-06-15")
@@ -36,7 +37,7 @@ def load(
     store: Store, history: FakeHistory, span: Window = WHOLE, series: Series = AAPL, now: datetime = NOW
 ) -> LoadReport:
     it = Load(series, span, store=store, history=lambda: history, limits=HistoryLimits.CLASSIC, now=lambda: now)
-    list(it.run())
+    list(run_load(it))
     return it.report
 
 
@@ -134,7 +135,7 @@ def test_a_head_timestamp_that_failed_is_not_asked_for_again(tmp_path: Path) -> 
     """The window that asked for it fails, the others are settled by probes."""
 
     class Headless(FakeHistory):
-        def find_head(self, instrument: Instrument) -> datetime | None:
+        def find_head(self, instrument: Instrument, call: Call | None = None) -> datetime | None:
             super().find_head(instrument)
             raise TransientError("no answer")
 
@@ -180,7 +181,7 @@ def test_bars_that_are_taken_away_while_the_load_connects_are_missed(tmp_path: P
     taken = np.asarray(held(store)[3:6])
 
     class Slow(FakeHistory):
-        def pin(self, instrument: Instrument) -> Instrument:
+        def pin(self, instrument: Instrument, call: Call | None = None) -> Instrument:
             lines = store.csv_path(AAPL).read_bytes().splitlines(keepends=True)
             store.csv_path(AAPL).write_bytes(b"".join(lines[:4] + lines[7:]))
             return super().pin(instrument)

@@ -14,6 +14,7 @@ import pytest
 
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.domain.calls import Call
 from ktrdr_pipelines.domain.instruments import Instrument, Series, forex, stock
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window
@@ -28,13 +29,13 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, Planned
 from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.results import Written
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, pick, raw_bars, run_load, utc, window
 
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
 AAPL_1D = Series(stock("AAPL"), TIMEFRAMES["1d"])
@@ -55,7 +56,7 @@ def load(
     job = Load(
         series, span, store=store, history=lambda: history, limits=limits, now=lambda: now, recheck_last=recheck_last
     )
-    return job, list(job.run())
+    return job, list(run_load(job))
 
 
 def held(store: Store, series: Series) -> list[int]:
@@ -564,7 +565,7 @@ def test_labels_that_fit_two_weeks_or_months_are_refused(store: Store, name: str
         # What the request asked for ends with the week or month of its last bar, which this label closes.
         reach_s = {"1w": 7, "1mo": 31}[name] * 86400
 
-        def fetch(series: Series, request: Request) -> RawBars:
+        def fetch(series: Series, request: Request, _call: Call | None = None) -> RawBars:
             history.requests.append(request)
             end_s = int(request.end.timestamp())
             return raw_bars(labels[(labels < end_s + reach_s) & (labels > end_s - 366 * 86400)])
@@ -644,9 +645,9 @@ def test_a_folder_that_refuses_is_found_out_before_ib_is_asked(tmp_path: Path) -
         load(store, history, AAPL_1H, span)
     assert history.requests == []
     readable = Store(Path("/proc"))
-    job, _ = load(readable, history, AAPL_1H, span)
-    assert job.report.failures[0].error.family == "store"
-    assert "another process" not in str(job.report.failures[0].error)
+    with pytest.raises(StoreError) as refused:
+        load(readable, history, AAPL_1H, span)
+    assert "another process" not in str(refused.value)
     assert history.requests == []
 
 
@@ -848,7 +849,7 @@ def test_another_contract_under_the_name_is_refused_before_a_bar_is_asked_for(tm
     before = store.csv_path(AAPL_1H).read_bytes()
     history = FakeHistory.of(AAPL_1H, window("2024-03-01", "2024-06-01"))
     pin = history.pin
-    history.pin = lambda instrument: replace(pin(instrument), con_id=99)  # type: ignore[method-assign]
+    history.pin = lambda instrument, call: replace(pin(instrument, call), con_id=99)  # type: ignore[method-assign]
     job, _ = load(store, history, AAPL_1H, window("2024-03-01", "2024-06-01"))
     (failure,) = job.report.failures
     assert isinstance(failure.error, StoreError)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ import dagster as dg
 import pytest
 
 from ktrdr_pipelines.definitions import build_defs
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import partition_at, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.ib.history import IBHistory, Waiting
+from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource
@@ -34,7 +34,7 @@ from ktrdr_pipelines.orchestration.runs.tags import RANGE_END_TAG, RANGE_START_T
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.simulator.server import GatewayThread
-from ktrdr_pipelines.store.locks import series_lock
+from ktrdr_pipelines.store.locks import SeriesLock
 from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines.universe.file import DEFAULT_UNIVERSE
@@ -106,7 +106,7 @@ def test_a_range_is_one_run_whose_failed_partitions_show_as_failed(
         FaultRule(kind="error", code=162, text="Historical Market Data Service error message:Kaputt", nth=(3, 4, 5, 6))
     ]
     gateway = start_gateway(faults)
-    settings = make_settings(gateway.port)
+    settings = make_settings(gateway.port, open_requests=1)  # faults go by the number of a request
     clock = MovingClock()  # retries repeat the request, which pacing allows every 15 seconds only
     history = IBHistory(GatewayResource.of(settings).address(), clock=clock, sleep=clock.sleep)
     with history, lend(EntryPoint(history=history)):
@@ -348,15 +348,15 @@ def test_a_run_waits_for_another_load_of_its_series_and_reports_it(
 ) -> None:
     settings = make_settings(start_gateway().port)
     waits: list[Waiting] = []
-    with ExitStack() as another_load:
-        another_load.enter_context(series_lock(settings.data_dir, AAPL_1H))
+    another_load = SeriesLock(settings.data_dir, AAPL_1H)
+    assert another_load.try_acquire() == ""
 
-        def end_the_other(waiting: Waiting) -> None:
-            waits.append(waiting)
-            another_load.close()
+    def end_the_other(waiting: Waiting) -> None:
+        waits.append(waiting)
+        another_load.release()
 
-        with lend(EntryPoint(on_wait=end_the_other)):
-            result = materialize(settings, instance, "2024-03-01")
+    with lend(EntryPoint(on_wait=end_the_other)):
+        result = materialize(settings, instance, "2024-03-01")
     assert result.success
     (waiting,) = waits
     assert waiting.until is None

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory, Waiting
+from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.pacing.clock import Reading
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.simulator.faults import Asked, FaultRule
@@ -35,7 +36,7 @@ from ktrdr_pipelines.simulator.request_reach import DurationRule
 from ktrdr_pipelines.simulator.server import GatewayThread, run_in_thread
 from ktrdr_pipelines.simulator.synthetic import SyntheticMarket
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.fakes import TIMEOUTS
+from ktrdr_pipelines_tests.fakes import TIMEOUTS, run_load
 
 MARKET = SyntheticMarket()
 
@@ -368,7 +369,7 @@ class Bench:
                 now=lambda: now,
                 recheck_last=recheck_last,
             )
-            list(job.run())
+            list(run_load(job))
         return job.report, waits
 
     def run(self, place: Place, mode: Mode, fault: Fault, *, now: datetime, tempo: float, spoilt: bool) -> Run:

@@ -21,15 +21,16 @@ from hypothesis import strategies as st
 
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.domain.calls import Call
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.planning.durations import is_allowed, reach_back
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.fakes import FakeHistory, IntArray, pick, raw_bars, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, IntArray, pick, raw_bars, run_load, utc, window
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 """An example is a whole load: making a failing one smaller takes minutes."""
@@ -69,7 +70,7 @@ class CuttingHistory(FakeHistory):
     cut: Cut | None = None
     counts_sessions: bool = False
 
-    def fetch(self, series: Series, request: Request) -> RawBars:
+    def fetch(self, series: Series, request: Request, call: Call | None = None) -> RawBars:
         self.requests.append(request)
         assert is_allowed(series.timeframe, request.duration, HistoryLimits.CLASSIC)
         end_s = int(request.end.timestamp())
@@ -118,7 +119,7 @@ def run(history: FakeHistory, name: str, span: Window, folder: Path) -> tuple[Lo
         limits=HistoryLimits.CLASSIC,
         now=lambda: utc("2024-06-15"),
     )
-    list(job.run())
+    list(run_load(job))
     return job, store
 
 
@@ -195,7 +196,7 @@ def test_a_halt_across_requests_is_settled_by_one_load(tmp_path: Path, weeks: in
     asked = len(history.requests)
     again = Load(SERIES["1h"], span, store=store, history=lambda: history, limits=HistoryLimits.CLASSIC,
                  now=lambda: utc("2024-06-16"))  # fmt: skip
-    list(again.run())
+    list(run_load(again))
     assert len(history.requests) == asked
 
 

@@ -31,7 +31,7 @@ def history_until_expiry(series: Series, since: str, expires: str = "20241220") 
     )  # the month is labelled with its last day
     history = FakeHistory.of(series, window(since, until))
     pin = history.pin
-    history.pin = lambda instrument: replace(pin(instrument), last_trade_date=expires)  # type: ignore[method-assign]
+    history.pin = lambda instrument, call=None: replace(pin(instrument, call), last_trade_date=expires)  # type: ignore[method-assign]
     return history
 
 

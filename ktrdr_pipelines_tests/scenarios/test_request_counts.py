@@ -16,11 +16,11 @@ from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway
-from ktrdr_pipelines_tests.fakes import TIMEOUTS, MovingClock, utc, window
+from ktrdr_pipelines_tests.fakes import TIMEOUTS, MovingClock, run_load, utc, window
 
 AAPL = stock("AAPL")
 
@@ -47,7 +47,7 @@ def run(tmp_path: Path, start_gateway: StartGateway) -> Callable[..., int]:
                 now=lambda: utc("2026-06-15"),
                 recheck_last=recheck_last,
             )
-            list(job.run())
+            list(run_load(job))
         assert (job.report.status, job.report.missing_bars) == ("success", 0)
         assert gateway.violations == []
         wanted = expected_bars(series, span).opens

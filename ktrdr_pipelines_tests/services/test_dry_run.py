@@ -11,12 +11,12 @@ import pytest
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.services.dry_run import plan_series
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
 from ktrdr_pipelines_tests.conftest import StartGateway
-from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
 
 AAPL = Series(stock("AAPL"), TIMEFRAMES["1h"])
 SPAN = window("2024-01-01", "2024-03-01")
@@ -30,7 +30,7 @@ def loaded(make_settings: Callable[..., Settings], unused_port: int) -> Settings
     load = Load(
         AAPL, SPAN, store=store, history=lambda: history, limits=HistoryLimits.CLASSIC, now=lambda: utc("2024-06-15")
     )
-    list(load.run())
+    list(run_load(load))
     assert load.report.status == "success"
     store.note_unfinished(AAPL, utc("2024-02-01"), None, now=datetime.now(UTC))
     return settings

@@ -17,11 +17,11 @@ from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, StoreError
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.services.gaps import Forming, Holding, Why, find_forming, inspect_series
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
 
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
 NOW = utc("2024-06-15")
@@ -40,7 +40,7 @@ def fill(store: Store, history: FakeHistory, span: Window) -> None:
     load = Load(
         AAPL_1H, span, store=store, history=lambda: history, limits=HistoryLimits.CLASSIC, now=lambda: NOW
     )  # fmt: skip
-    for _ in load.run():
+    for _ in run_load(load):
         pass
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ktrdr_pipelines.ib.history import Waiting
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.services.progress import Progress
 
 UNTIL = datetime(2024, 3, 5, 17, 30, 5, tzinfo=UTC)

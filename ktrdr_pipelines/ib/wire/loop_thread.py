@@ -11,6 +11,7 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -64,6 +65,16 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def cancel_all(self) -> None:
+        """Cancel everything that `call` runs at the moment; each caller gets a ConnectionError."""
+
+        async def cancel() -> None:
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+
+        with suppress(OSError, RuntimeError):
+            self.call(cancel(), 1.0)
 
     def stop(self, farewell: Callable[[], Coroutine[Any, Any, None]], timeout_s: float = 5.0) -> None:
         """Run ``farewell``, cancel what is left, end the thread. Raises nothing: failures are logged."""

@@ -141,6 +141,13 @@ class GatewaySession:
         if thread is not None:
             thread.stop(self._hang_up)
 
+    def cancel_requests(self) -> None:
+        """Cancel all open requests, on the wire too, and an attempt to connect; their callers get a ConnectionError or what it
+        means to them. The connection stays. For another thread than theirs."""
+        thread = self._thread
+        if thread is not None:
+            thread.cancel_all()
+
     def probe(self) -> datetime:
         """Ask the gateway for its time: a connection may look alive and be dead (laptop sleep, silent hang).
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.ib.history import IBHistory, Waiting
+from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.loading.report import Event, LoadReport
 
 

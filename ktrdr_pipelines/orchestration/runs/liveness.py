@@ -3,11 +3,11 @@
 One mechanism for every run, from any entry point. The kernel releases the lock when the process ends, however it ends, and
 shows that to all processes and containers of the machine that has the folder; a run of another machine has no file here and is
 left alone. Dagster's run monitoring cannot replace this: it needs a running daemon, and it asks the run launcher, which knows
-only the workers of its own code server. A killed `ktrdr ib-load` or `dagster asset materialize` stays STARTED and keeps its
-pool slot (docs/dagster_facts.md, 5).
+only the workers of its own code server. A killed `ktrdr ib-load` or `dagster asset materialize` stays STARTED
+(docs/dagster_facts.md, 5).
 
-Runs of dead processes are ended by every process that executes a run, at its start and while it runs (it may be waiting for
-the slot of a dead run), by the sensors, `ktrdr ui`, `ktrdr ib cleanup`, and by queries about a run.
+Runs of dead processes are ended by every process that executes a run, at its start and end, by the sensors, `ktrdr ui`,
+`ktrdr ib cleanup`, and by queries about a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import dagster as dg
 from filelock import FileLock, Timeout
-from sqlalchemy.exc import SQLAlchemyError
 
 from ktrdr_pipelines.domain.instruments import ASSET_ROOT
 
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 QUIET_S = 600.0
 """A run that no process began to execute, and of which nothing was recorded for so long, lost its process at its launch."""
 
-_REAP_EVERY_S = 5.0
 _LOCK_TIMEOUT_S = 5.0
 _CREATED_WITHIN_S = 3600.0
 
@@ -55,35 +53,18 @@ def executing(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
             _release(run_id)
 
 
-@contextmanager
-def reaping(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
-    """For a run's resources: this process executes the run, and reaps dead runs at once and every few seconds in the block.
+def executing_here(instance: dg.DagsterInstance, run_id: str) -> None:
+    """For a run's resources: this process executes the run; runs of dead processes are ended.
 
-    Resources are closed before Dagster records the end of the run, so the lock outlives the block: until the process ends, or
-    begins its next run.
+    Resources are closed before Dagster records the end of the run, so the lock outlives them: until the process ends, or begins
+    its next run.
     """
     _lock(instance, run_id)
     reap_dead_runs(instance)
-    is_over = threading.Event()
-
-    def reap() -> None:
-        while not is_over.wait(_REAP_EVERY_S):
-            try:
-                reap_dead_runs(instance)
-            except (dg.DagsterError, SQLAlchemyError) as failure:  # a busy database: the next time is soon
-                logger.debug("looking for runs of dead processes: %s", failure)
-
-    thread = threading.Thread(target=reap, name="ktrdr-reaping", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """End the runs whose process is dead and free the pool slots of all runs that have ended. Returns the ids of the former."""
+    """End the runs whose process is dead. Returns their ids."""
     reaped = []
     for record in instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED)):
         reason = _why_dead(instance, record)
@@ -96,7 +77,6 @@ def reap_dead_runs(instance: dg.DagsterInstance) -> list[str]:
         else:
             instance.report_run_failed(run, reason)
         reaped.append(run.run_id)
-    _free_slots_of_ended_runs(instance)
     _remove_files_of_ended_runs(instance)
     return reaped
 
@@ -129,17 +109,6 @@ def _never_began(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
             return False
     newest = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
     return not newest or now - newest[0].event_log_entry.timestamp > QUIET_S
-
-
-def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
-    """Free slots that a process did not give back: it was killed, or died right after the end of its run."""
-    storage = instance.event_log_storage
-    holders = set(storage.get_concurrency_run_ids()) if storage.supports_global_concurrency_limits else set()
-    if not holders:
-        return
-    unfinished = {run.run_id for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders))) if not run.is_finished}
-    for run_id in holders - unfinished:
-        storage.free_concurrency_slots_for_run(run_id)
 
 
 def _remove_files_of_ended_runs(instance: dg.DagsterInstance) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import dagster as dg
 from sqlalchemy.exc import SQLAlchemyError
 
+from ktrdr_pipelines.domain.calls import Waiting
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import format_instant
-from ktrdr_pipelines.ib.history import Waiting
 from ktrdr_pipelines.loading.report import Event, Failure, Fetched, Planned
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 

@@ -12,7 +12,6 @@ from ktrdr_pipelines.domain.instruments import Instrument, Series, file_symbol
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe, parse_timeframe
 from ktrdr_pipelines.errors import GatewayUnreachable, InputError, KtrdrError, PacingError
-from ktrdr_pipelines.ib.codes import Outage
 from ktrdr_pipelines.ib.discovery import discover, known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_head
 from ktrdr_pipelines.ib.pacing import rules as pacing
@@ -127,7 +126,7 @@ def data_ranges(
                         why,
                     )
                 )
-        return DataRanges(now, tuple(found), history.requests_made)
+        return DataRanges(now, tuple(found), history.costs.requests)
 
 
 def _choose_series(
@@ -167,7 +166,7 @@ def _find_head(
         if (before := known.find_head(pinned)) is not None:
             return pinned, before.head, None
         client = history.connect()
-        history.wait_for_outages(client, frozenset((Outage.LINK, Outage.HISTORY)))
+        history.wait_for_history(client)
         with _acquire_grant(
             history, describe_head(pinned), min(deadline, time.monotonic() + PACING_PATIENCE_S)
         ) as grant:
@@ -178,7 +177,7 @@ def _find_head(
                     history.ledger.penalise(error.observed)
                 raise
             finally:
-                history.requests_made += grant.sent_at_s is not None
+                history.costs.requests += grant.sent_at_s is not None
     except KtrdrError as error:
         return pinned, None, Problem.of(error)
     if head is not None and head <= history.now():  # one in the future is not remembered

@@ -22,7 +22,7 @@ from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.loading.driver import Load
+from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler, ReconcileTick, compare
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
@@ -32,7 +32,7 @@ from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway
-from ktrdr_pipelines_tests.fakes import FakeHistory, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
 from ktrdr_pipelines_tests.holding import execute, hold, partition_range, partition_statuses
 
 MakeSettings = Callable[..., Settings]
@@ -120,7 +120,7 @@ def test_completeness_is_judged_as_the_load_judges_it(tmp_path: Path, cut: list[
         limits=HistoryLimits.CLASSIC,
         now=lambda: NOW,
     )
-    events = load.run()
+    events = run_load(load)
     next(events)
     partitions = list(partitions_in(AAPL_1H.timeframe, span))
     states = judge_partitions(

@@ -1,0 +1,62 @@
+"""One call to the gateway as its caller sees it: for which work, what it costs, what it waits for. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from ktrdr_pipelines.domain.work_class import WorkClass
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A wait, as reported to whoever follows a load: why, how many seconds at most, and until when."""
+
+    reason: str
+    seconds: float
+    until: datetime | None
+    """At the latest; None: unknown."""
+
+
+@dataclass
+class Costs:
+    """What calls have cost so far. ``requests``: history requests sent, retries, probes and head timestamps included."""
+
+    requests: int = 0
+    retries: int = 0
+    pacing_wait_s: float = 0.0
+    retry_wait_s: float = 0.0
+    """Seconds waited before retries, and for the gateway, its link or a farm to come back."""
+
+    def add(self, other: Costs) -> None:
+        """Count what ``other`` counted too."""
+        self.requests += other.requests
+        self.retries += other.retries
+        self.pacing_wait_s += other.pacing_wait_s
+        self.retry_wait_s += other.retry_wait_s
+
+    def minus(self, other: Costs) -> Costs:
+        """What was counted since ``other``."""
+        return Costs(
+            self.requests - other.requests,
+            self.retries - other.retries,
+            self.pacing_wait_s - other.pacing_wait_s,
+            self.retry_wait_s - other.retry_wait_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a caller passes with a question to IB. ``on_wait`` is called in the thread that waits. ``costs`` are added to as they
+    arise, and are final when the call returns."""
+
+    work: WorkClass = WorkClass.INTERACTIVE
+    on_wait: Callable[[Waiting], None] = lambda _: None
+    costs: Costs = field(default_factory=Costs)
+    raises_time_out: bool = False
+    """A request without an answer in time fails at once, for a caller that asks for less next time; otherwise it is retried."""
+
+
+class Interrupted(Exception):
+    """A call was ended by its own program: `interrupt` of the history. No error of IB's, and no answer."""
