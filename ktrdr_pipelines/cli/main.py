@@ -6,6 +6,7 @@ A known failure is one line on stderr and an exit code (`errors.py`, README); a 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -297,6 +298,7 @@ _add_commands()
 
 def main() -> NoReturn:
     """Entry point: known failures become one line and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as with Ctrl-C: open requests are cancelled
     try:
         code = cli.main(prog_name="ktrdr", standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -48,11 +48,13 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a caller passes with a question to IB. ``on_wait`` is called in the thread that waits. ``costs`` are added to as they
-    arise, and are final when the call returns."""
+    """What a caller passes with a question to IB. ``on_wait`` is called in the thread that waits, ``on_sent`` when a request
+    was sent, with the seconds within which it has to be answered. ``costs`` are added to as they arise, and are final when the
+    call returns."""
 
     work: WorkClass = WorkClass.INTERACTIVE
     on_wait: Callable[[Waiting], None] = lambda _: None
+    on_sent: Callable[[float], None] = lambda _: None
     costs: Costs = field(default_factory=Costs)
     raises_time_out: bool = False
     """A request without an answer in time fails at once, for a caller that asks for less next time; otherwise it is retried."""

@@ -70,6 +70,7 @@ class Asking:
                 with grant.sending():
                     costs.requests += 1
                     yield
+                self._call.on_sent(client.request_timeout_s)
 
             return send(client, sending)
 

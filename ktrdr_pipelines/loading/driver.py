@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from math import inf
 
 from ktrdr_pipelines.domain.calls import Waiting
@@ -16,11 +17,14 @@ from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.actions import Action
 from ktrdr_pipelines.loading.history_source import History
-from ktrdr_pipelines.loading.in_flight import InFlight, Question, Settled, Waits, make_in_flight
+from ktrdr_pipelines.loading.in_flight import InFlight, InThreads, OneByOne, Question, Sent, Settled, Waits
 from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.load_plan import FEW_REQUESTS
 from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Ended, Event
+
+QUIET_S = 1.9
+"""Waits up to this long are part of the work; longer ones are shown."""
 
 LOCK_POLL_S = 0.2
 """How often a load looks whether another load of its series is over."""
@@ -34,31 +38,31 @@ OnWait = Callable[[Load, Waiting], None]
 def drive(
     loads: Sequence[Load],
     *,
-    open_requests: int = 1,
+    open_requests: int | None = None,
     on_wait: OnWait = lambda _load, _waiting: None,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[tuple[Load, Event]]:
     """Run ``loads`` with ``open_requests`` questions out at most; each event with its load, `Ended` as the last one of each.
 
-    With one open request no thread is used. Loads that are broken off (the caller stops iterating, or is interrupted) end their
-    open requests, keep what is in the files and remember what is unfinished. ``on_wait`` is called when a load waits, for
-    another load of its series too; ``sleep`` is for that.
+    None: one question at a time, in this thread. Loads that are broken off (the caller stops iterating, or is interrupted) end
+    their open requests, keep what is in the files and remember what is unfinished. ``on_wait`` is called when a load waits for
+    longer than a moment, for another load of its series too: within two seconds.
     """
-    yield from _Drive(loads, open_requests, on_wait, sleep).run()
+    yield from _Drive(loads, open_requests, on_wait).run()
 
 
 class _Drive:
-    def __init__(
-        self, loads: Sequence[Load], open_requests: int, on_wait: OnWait, sleep: Callable[[float], None]
-    ) -> None:
+    def __init__(self, loads: Sequence[Load], open_requests: int | None, on_wait: OnWait) -> None:
         self._waiting = deque(loads)
         self._active: deque[tuple[Load, LoadMachine]] = deque()
-        self._on_wait, self._sleep = on_wait, sleep
+        self._on_wait = on_wait
         self._reported: set[Load] = set()
         self._few_left = FEW_REQUESTS
         self._histories: dict[int, History] = {}
         """Those that were asked something."""
-        self._in_flight: InFlight = make_in_flight(open_requests, self._show_wait)
+        self._sent: dict[Question, tuple[float, float]] = {}
+        """When an unanswered request was sent, by the monotonic clock, and within how many seconds it has to be answered."""
+        self._quiet_since_s = time.monotonic()
+        self._in_flight: InFlight = OneByOne(self._show_wait) if open_requests is None else InThreads(open_requests)
 
     def run(self) -> Iterator[tuple[Load, Event]]:
         try:
@@ -151,18 +155,38 @@ class _Drive:
         is_blocked = bool(self._waiting) and self._has_room
         if not len(self._in_flight):
             if is_blocked and not self._active:
-                self._sleep(LOCK_POLL_S)
+                time.sleep(LOCK_POLL_S)
             return
-        found = self._in_flight.take(LOCK_POLL_S if is_blocked else None)
+        found = self._in_flight.take(LOCK_POLL_S if is_blocked else QUIET_S)
         if isinstance(found, Waits):
             self._show_wait(found.question, found.waiting)
+        elif isinstance(found, Sent):
+            self._sent[found.question] = (time.monotonic(), found.seconds)
         elif isinstance(found, Settled):
+            self._quiet_since_s = time.monotonic()
+            self._sent.pop(found.question, None)
             load: Load = found.question.asker
             if any(load is active for active, _ in self._active):
                 yield from self._step(load, load.answered(found.question, found.result))
+        else:
+            self._show_unanswered()
 
     def _show_wait(self, question: Question, waiting: Waiting) -> None:
-        self._on_wait(question.asker, waiting)
+        self._sent.pop(question, None)  # it is asked again, if at all
+        if waiting.seconds > QUIET_S:
+            self._quiet_since_s = inf if waiting.seconds == inf else time.monotonic() + waiting.seconds
+            self._on_wait(question.asker, waiting)
+
+    def _show_unanswered(self) -> None:
+        """Nothing has come for a while: name the oldest request that is out. Once, until something comes."""
+        now_s = time.monotonic()
+        if not self._sent or now_s - self._quiet_since_s < QUIET_S:
+            return
+        question, (since_s, seconds) = next(iter(self._sent.items()))
+        self._quiet_since_s = since_s + seconds
+        left_s = max(0.0, since_s + seconds - now_s)
+        reason = f"IB's answer; {len(self._sent)} request{'s' * (len(self._sent) != 1)} open"
+        self._on_wait(question.asker, Waiting(reason, left_s, datetime.now(UTC) + timedelta(seconds=left_s)))
 
     def _break_off(self) -> None:
         """End what is still out, and remember what the loads owe. After a regular end nothing is left to do."""

@@ -2,21 +2,26 @@
 
 `InThreads` keeps several open at once. `OneByOne` asks in the calling thread, one at a time: no thread, no order but the given
 one. Threads and not coroutines, because a question waits in more than one way (the wire, the ledger's file lock or database, a
-retry), and all of them are blocking calls of libraries.
+retry), and all of them are blocking calls of libraries. `concurrent.futures` was tried for them: a pool cannot be left while one
+of its threads hangs in a database, and Ctrl-C would wait for it.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ktrdr_pipelines.domain.calls import Call, Waiting
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.actions import Refused
+
+ENDS_WITHIN_S = 1.5
+"""How long an interrupted program waits for its questions: they cancel their requests on the wire meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,17 @@ class Waits:
     waiting: Waiting
 
 
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """A request of the question was sent and has to be answered within ``seconds``."""
+
+    question: Question
+    seconds: float
+
+
+Found = Settled | Waits | Sent
+
+
 class InFlight(Protocol):
     """Questions that are out, ``limit`` of them at most."""
 
@@ -56,8 +72,8 @@ class InFlight(Protocol):
     def submit(self, question: Question) -> None:
         """Ask. There must be fewer than ``limit`` out."""
 
-    def take(self, timeout_s: float | None = None) -> Settled | Waits | None:
-        """The next result or wait; None when there is none within ``timeout_s``. With nothing out this would wait for ever.
+    def take(self, timeout_s: float | None = None) -> Found | None:
+        """The next result or what is known of a question; None when there is none within ``timeout_s``. Something must be out.
 
         Raises:
             Exception: whatever ``ask`` raised that is no KtrdrError: a bug.
@@ -83,7 +99,7 @@ class OneByOne:
     def submit(self, question: Question) -> None:
         self._queue.append(question)
 
-    def take(self, timeout_s: float | None = None) -> Settled | Waits | None:  # noqa: ARG002 - there is nothing to wait for
+    def take(self, timeout_s: float | None = None) -> Found | None:  # noqa: ARG002 - there is nothing to wait for
         question = self._queue[0]
         call = replace(question.call, on_wait=lambda waiting: self._on_wait(question, waiting))
         try:
@@ -104,29 +120,41 @@ class InThreads:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="ktrdr-request")
-        self._inbox: queue.SimpleQueue[Settled | Waits] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Found] = queue.SimpleQueue()
         self._open: dict[Question, None] = {}
+        self._threads: list[threading.Thread] = []
 
     def __len__(self) -> int:
         return len(self._open)
 
     def submit(self, question: Question) -> None:
+        if len(self._threads) < min(self.limit, len(self._open) + 1):
+            # Daemons: one that hangs in a database does not keep the program from ending.
+            thread = threading.Thread(target=self._work, name=f"ktrdr-request-{len(self._threads) + 1}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         self._open[question] = None
-        self._threads.submit(self._run, question)
+        self._outbox.put(question)
 
-    def _run(self, question: Question) -> None:
-        call = replace(question.call, on_wait=lambda waiting: self._inbox.put(Waits(question, waiting)))
-        result: Any
+    def _work(self) -> None:
+        while (question := self._outbox.get()) is not None:
+            self._inbox.put(Settled(question, self._result_of(question)))
+
+    def _result_of(self, question: Question) -> Any:
+        call = replace(
+            question.call,
+            on_wait=lambda waiting: self._inbox.put(Waits(question, waiting)),
+            on_sent=lambda seconds: self._inbox.put(Sent(question, seconds)),
+        )
         try:
-            result = question.ask(call)
+            return question.ask(call)
         except KtrdrError as error:
-            result = Refused(error)
+            return Refused(error)
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that takes it
-            result = error
-        self._inbox.put(Settled(question, result))
+            return error
 
-    def take(self, timeout_s: float | None = None) -> Settled | Waits | None:
+    def take(self, timeout_s: float | None = None) -> Found | None:
         try:
             found = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
@@ -141,11 +169,10 @@ class InThreads:
         open_ones = list(self._open)
         if open_ones:
             interrupt()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        until = time.monotonic() + ENDS_WITHIN_S
+        for _ in self._threads:
+            self._outbox.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
         self._open.clear()
         return open_ones
-
-
-def make_in_flight(limit: int, on_wait: Callable[[Question, Waiting], None]) -> InFlight:
-    """Room for ``limit`` questions. ``on_wait`` is for waits while the calling thread itself is busy asking."""
-    return InThreads(limit) if limit > 1 else OneByOne(on_wait)

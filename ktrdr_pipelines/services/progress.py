@@ -69,7 +69,7 @@ class Progress:
             self._bar.update(self._task, note=text)
         elif waiting.seconds >= LONG_WAIT_S:
             show_notice(text)  # even when quiet: minutes of silence look like a hang
-        elif waiting.seconds >= 5:
+        else:
             self._print(text)
 
     def _print(self, text: str) -> None:
