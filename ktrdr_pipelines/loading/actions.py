@@ -35,10 +35,12 @@ class Begin:
 
 @dataclass(frozen=True)
 class Ask:
-    """Fetch ``request``. Answered with `Answered` or `Refused`."""
+    """Fetch ``request``. Answered with `Answered` or `Refused`. ``may_shrink``: after a time-out less is asked for instead of the
+    same again."""
 
     episode: int
     request: Request
+    may_shrink: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,12 @@ class Begun:
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """IB's ``answer``, received ``at``."""
+    """IB's ``answer``, received ``at``, ``seconds`` after its request was sent (None: unknown)."""
 
     answer: Answer
     at: datetime
     clock_lag_s: float = 0.0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ class Episode(ABC):
         self.state = State.PLANNED
         self.error: KtrdrError | None = None
         """Why the episode failed."""
+        self.answer_times: tuple[int, float | None] = (0, None)
+        """Bars of the answer to the planned request, and the seconds it took."""
         self.rows = 0
         """New rows in the file."""
         self.wanted = bars_inside(load.expected, request.window)

@@ -6,6 +6,7 @@ questions are out at once, is the driver's.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -213,8 +214,16 @@ class Load:
 
     def _fetch(self, action: Ask, call: Call) -> Answered:
         history = self._connected
-        answer = history.fetch(self._pinned, action.request, call)
-        return Answered(answer, self._now(), history.clock_lag_s)
+        sent_at_s: list[float] = []
+
+        def on_sent(seconds: float) -> None:
+            sent_at_s.append(time.monotonic())
+            call.on_sent(seconds)
+
+        call_it = replace(call, on_sent=on_sent, raises_time_out=action.may_shrink)
+        answer = history.fetch(self._pinned, action.request, call_it)
+        seconds = time.monotonic() - sent_at_s[-1] if sent_at_s else None
+        return Answered(answer, self._now(), history.clock_lag_s, seconds)
 
     def _find_head(self, call: Call) -> HeadFound:
         return HeadFound(self._connected.find_head(self._pinned.instrument, call), self._now())

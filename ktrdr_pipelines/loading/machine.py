@@ -28,7 +28,15 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
-from ktrdr_pipelines.errors import BugError, DataError, GatewayUnreachable, KtrdrError, StoreError, TransientError
+from ktrdr_pipelines.errors import (
+    BugError,
+    DataError,
+    GatewayUnreachable,
+    KtrdrError,
+    RequestTimeout,
+    StoreError,
+    TransientError,
+)
 from ktrdr_pipelines.loading.actions import (
     Action,
     Answered,
@@ -47,6 +55,7 @@ from ktrdr_pipelines.loading.gateway_clock import GatewayClock
 from ktrdr_pipelines.loading.knowledge import Knowledge
 from ktrdr_pipelines.loading.load_plan import plan_load
 from ktrdr_pipelines.loading.report import Completed, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.loading.sizes import RequestSizes
 from ktrdr_pipelines.loading.whole_episode import WholeEpisode
 from ktrdr_pipelines.loading.window_episode import WindowEpisode
 from ktrdr_pipelines.planning.coverage import bars_inside, unfinished_from, unfinished_until
@@ -89,10 +98,12 @@ class LoadMachine:
         self._open: dict[int, Episode] = {}  # in the order of their opening
         self._results: dict[int, Input] = {}
         """Results for open episodes before which others have to be settled."""
+        self._sizes = RequestSizes(series.timeframe, limits)
         self._is_beginning = False
         self.is_over = False
         """Nothing is open, and nothing more can be opened: `finish` is next."""
         self._opened = self._done = 0
+        self._planned = len(plan.requests)
         self._is_second_look = False
         self._is_stopped = False
         anchors = (plan.anchor_s, known.held.last_s if recheck_last else None)
@@ -144,7 +155,7 @@ class LoadMachine:
                 break
             if not self._is_second_look and not self._is_needed(request):
                 self._done += 1
-                actions.append(Report(Fetched(request, 0, self._done, len(self.plan.requests))))
+                actions.append(Report(Fetched(request, 0, self._done, self._planned)))
                 actions += self._report_touched(request, 0)
                 continue
             episode = self._make_episode(request)
@@ -246,7 +257,23 @@ class LoadMachine:
         self._opened += 1
         if self._load.series.instrument.refreshes_whole:
             return WholeEpisode(self._opened, request, self._load)
-        return WindowEpisode(self._opened, request, self._load, may_put_off=bool(self._waiting))
+        return WindowEpisode(
+            self._opened,
+            request,
+            self._load,
+            may_put_off=bool(self._waiting),
+            may_shrink=not self._is_second_look and self._sizes.may_shrink(self._missing_of(request)),
+        )
+
+    def _missing_of(self, request: Request) -> ExpectedBars:
+        """The missing bars in the window of ``request``."""
+        mine = self._indexes(request.window)
+        return self._load.expected.take(mine.start + np.flatnonzero(self._is_missing[mine]))
+
+    def _divide(self, request: Request) -> list[Request]:
+        parts = self._sizes.divide(request, self._missing_of(request), self._load.expected)
+        self._planned += len(parts) - 1
+        return parts
 
     def _is_needed(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
@@ -261,7 +288,11 @@ class LoadMachine:
     def _close(self, episode: Episode) -> list[Action]:
         request = episode.request
         if episode.state is State.FAILED:
+            if isinstance(episode.error, RequestTimeout) and self._shrink_after_time_out(episode):
+                return []
             return self._close_failed(episode)
+        if self._sizes.note_answer(*episode.answer_times):
+            self._waiting = deque(part for each in self._waiting for part in self._divide(each))
         if episode.state is State.PUT_OFF:
             self._skipped.append(request)
         else:
@@ -272,13 +303,22 @@ class LoadMachine:
                 self._done += 1
                 self.report.segments_fetched += 1
                 self._pending += [episode.pending] if len(episode.pending) else []
-                actions.append(Report(Fetched(request, episode.rows, self._done, len(self.plan.requests))))
+                actions.append(Report(Fetched(request, episode.rows, self._done, self._planned)))
             actions += self._report_touched(request, episode.rows)
         if self._load.head is not None and self._load.known.held.is_empty:
             head = self._load.head
             self._skipped += [r for r in self._waiting if r.window.end <= head]
             self._waiting = deque(r for r in self._waiting if r.window.end > head)
         return actions
+
+    def _shrink_after_time_out(self, episode: Episode) -> bool:
+        """Ask for the parts of a request that was too long to be answered in time; False when it cannot be smaller."""
+        bars = self._missing_of(episode.request)
+        if self._is_second_look or len(episode.asked) > 1 or not self._sizes.may_shrink(bars):
+            return False
+        self._sizes.note_time_out(len(bars))
+        self._waiting.extendleft(reversed(self._divide(episode.request)))
+        return True
 
     def _close_failed(self, episode: Episode) -> list[Action]:
         request, error = episode.request, episode.error
@@ -306,10 +346,11 @@ class LoadMachine:
 
     def _mark_known(self, episode: Episode) -> None:
         """Everything of a settled request is held or confirmed as absent now, but for bars that may only be late."""
+        opens = self._load.expected.opens
         self._is_missing[self._indexes(episode.request.window)] = False
-        self._is_missing |= np.isin(self._load.expected.opens, episode.pending.opens)
+        self._is_missing[np.searchsorted(opens, episode.pending.opens)] = True
         if episode.history_start_s is not None:
-            self._is_missing &= self._load.expected.opens >= episode.history_start_s
+            self._is_missing[: np.searchsorted(opens, episode.history_start_s)] = False
             self._history_start_is_new = True
         self.report.proven_empty += len(episode.absent)
         first_s = self._load.known.held.first_s

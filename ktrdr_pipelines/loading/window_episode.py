@@ -43,10 +43,19 @@ class HeadVerdict(Enum):
 class WindowEpisode(Episode):
     """Settles the window of one planned request."""
 
-    def __init__(self, number: int, request: Request, load: LoadContext, *, may_put_off: bool = False) -> None:
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        load: LoadContext,
+        *,
+        may_put_off: bool = False,
+        may_shrink: bool = False,
+    ) -> None:
         """``may_put_off``: an empty window that only IB's head timestamp speaks for may be left for later, when bars are
-        held that could disprove the head timestamp."""
+        held that could disprove the head timestamp. ``may_shrink``: as in `actions.Ask`."""
         super().__init__(number, request, load)
+        self.may_shrink = may_shrink
         self._may_put_off = may_put_off
         self._expected = self._missing = self._doubtful = self._unproven = self.wanted.take(slice(0, 0))
         self._doubted: NormalisedAnswer | None = None
@@ -60,10 +69,11 @@ class WindowEpisode(Episode):
     def start(self, _: Start) -> list[Action]:
         self.asked.append(self.request)
         self.state = State.ASKED
-        return [Ask(self.number, self.request)]
+        return [Ask(self.number, self.request, may_shrink=self.may_shrink)]
 
     def take_first(self, event: Answered) -> list[Action]:
         """The answer to the planned request."""
+        self.answer_times = (len(event.answer.opens_s), event.seconds)
         answer = self.take(event, self.request, self.request)
         if self._contradicts_calendar(answer):
             self._doubted = answer

@@ -65,6 +65,7 @@ def plan_requests(
     *,
     expected: ExpectedBars | None = None,
     within: Window | None = None,
+    most_bars: int | None = None,
 ) -> list[Request]:
     """The fewest requests that cover every bar of ``missing``, none longer than ``limits`` allow, none for closed time only.
 
@@ -78,9 +79,11 @@ def plan_requests(
     Requests are divided between sessions, and a month is counted as 22 sessions, where that costs no further request
     (`durations.READINGS`). Where a month of the calendar with 23 sessions saves one, it is requested: a gateway that counts
     sessions then leaves out the oldest, whose bars stay missing and are requested again.
+
+    ``most_bars``: so many bars of ``missing`` at most in one request, for a gateway whose long answers are slow.
     """
-    fewest = len(_split(timeframe, missing, limits, LOOSEST))
-    runs = next(r for reading in READINGS if len(r := _split(timeframe, missing, limits, reading)) == fewest)
+    fewest = len(_split(timeframe, missing, limits, LOOSEST, most_bars))
+    runs = next(r for reading in READINGS if len(r := _split(timeframe, missing, limits, reading, most_bars)) == fewest)
     requests: list[Request] = []
     floor_s = within.start_s if within else 0
     for i, j in runs:
@@ -100,12 +103,15 @@ def _span_of(bars: ExpectedBars, i: int, j: int) -> Span:
     return Span(bars.earliest_at(i), int(bars.closes[j]), sessions, bars.sessions_per_week)
 
 
-def _split(timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits, reading: Reading) -> list[tuple[int, int]]:
+def _split(
+    timeframe: Timeframe, bars: ExpectedBars, limits: HistoryLimits, reading: Reading, most_bars: int | None = None
+) -> list[tuple[int, int]]:
     """First and last index of each run of bars that one request covers; every run as long as it can be."""
     runs = []
     i, last = 0, len(bars) - 1
     while i <= last:
-        j = i + _count_most(partial(_fits_from, timeframe, bars, limits, reading, i), last - i)
+        most = last - i if most_bars is None else min(last - i, most_bars - 1)
+        j = i + _count_most(partial(_fits_from, timeframe, bars, limits, reading, i), most)
         if reading.whole_sessions and j < last and bars.sessions[j] == bars.sessions[j + 1]:
             first_of_session = int(np.searchsorted(bars.sessions, bars.sessions[j]))
             j = first_of_session - 1 if first_of_session > i else j
