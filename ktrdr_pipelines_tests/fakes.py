@@ -18,8 +18,8 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.ib.pacing.clock import Reading
 from ktrdr_pipelines.loading.driver import drive
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import Ended, Event, Failure
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.durations import reach_back
 from ktrdr_pipelines.planning.requests import Request
 

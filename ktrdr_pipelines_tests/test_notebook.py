@@ -22,7 +22,7 @@ from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, GatewayUnreachable, InputError, TransientError
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.store.store import Store

@@ -1,6 +1,6 @@
 """Drive several loads at once: which one asks next, how many questions are out, and an end in good order.
 
-The loads (`load.py`) carry out what their machines want; results come back to this one thread, so that a load's files are written
+The loads (`series_load.py`) carry out what their machines want; results come back to this one thread, so that a load's files are written
 by one thread. Loads take turns, so that the rule for one contract does not hold up a run of several (docs/ib_facts.md, 6).
 """
 
@@ -18,10 +18,10 @@ from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.actions import Action
 from ktrdr_pipelines.loading.history_source import History
 from ktrdr_pipelines.loading.in_flight import InFlight, InThreads, OneByOne, Question, Sent, Settled, Waits
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.load_plan import FEW_REQUESTS
 from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Ended, Event
+from ktrdr_pipelines.loading.series_load import Load
 
 QUIET_S = 1.9
 """Waits up to this long are part of the work; longer ones are shown."""

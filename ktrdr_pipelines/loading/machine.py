@@ -15,7 +15,6 @@ settled is an episode (`window_episode.py`, `whole_episode.py`); here is what li
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,9 +22,8 @@ from datetime import UTC, datetime
 import numpy as np
 
 from ktrdr_pipelines.bars.restatement import ScaleChanged
-from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
+from ktrdr_pipelines.calendars import ExpectedBars
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.errors import (
@@ -54,11 +52,12 @@ from ktrdr_pipelines.loading.episode import Episode, State
 from ktrdr_pipelines.loading.gateway_clock import GatewayClock
 from ktrdr_pipelines.loading.knowledge import Knowledge
 from ktrdr_pipelines.loading.load_plan import plan_load
-from ktrdr_pipelines.loading.report import Completed, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.loading.missing import MissingBars
+from ktrdr_pipelines.loading.report import Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.loading.sizes import RequestSizes
 from ktrdr_pipelines.loading.whole_episode import WholeEpisode
 from ktrdr_pipelines.loading.window_episode import WindowEpisode
-from ktrdr_pipelines.planning.coverage import bars_inside, unfinished_from, unfinished_until
+from ktrdr_pipelines.planning.coverage import unfinished_from, unfinished_until
 from ktrdr_pipelines.planning.requests import Request, plan_requests
 
 
@@ -87,9 +86,8 @@ class LoadMachine:
         now_s = int(now.timestamp())
         clock = GatewayClock(series.timeframe, now_s, report)
         self._load = LoadContext(series, limits, now_s, plan.expected, plan.all_expected, known, clock, report)
-        self._window, self._is_missing = window, plan.missing.copy()
-        self._reported: set[str] = set()
-        self._history_start_is_new = False
+        self._window = window
+        self._missing = MissingBars(self._load, plan)
         self._waiting: deque[Request] = deque()
         self._skipped: deque[Request] = deque()  # wholly before IB's head timestamp, oldest first
         self._pending: list[ExpectedBars] = []
@@ -118,7 +116,7 @@ class LoadMachine:
         """The plan, the partitions that are complete already, and `Begin` when something has to be asked."""
         actions: list[Action] = [Report(Planned(self.plan.gaps, self.plan.requests))]
         for partition in self.plan.partitions:
-            actions += self._report_if_complete(partition)
+            actions += self._missing.report_if_complete(partition)
         if self.plan.unreachable is not None:
             actions.append(self._fail(*self.plan.unreachable))
         if self.plan.requests:
@@ -156,7 +154,7 @@ class LoadMachine:
             if not self._is_second_look and not self._is_needed(request):
                 self._done += 1
                 actions.append(Report(Fetched(request, 0, self._done, self._planned)))
-                actions += self._report_touched(request, 0)
+                actions += self._missing.report_touched(request, 0)
                 continue
             episode = self._make_episode(request)
             self._open[episode.number] = episode
@@ -248,8 +246,8 @@ class LoadMachine:
 
     def _end_second_look(self) -> None:
         if self._looking_at is not None:
-            missing = self._load.expected.opens[self._is_missing]
-            still = self._looking_at.take(np.flatnonzero(np.isin(self._looking_at.opens, missing)))
+            missing = self._missing.all()
+            still = self._looking_at.take(np.flatnonzero(np.isin(self._looking_at.opens, missing.opens)))
             self.report.notices += [describe_pending(self._load, still)] if len(still) else []
             self._looking_at = None
 
@@ -262,16 +260,11 @@ class LoadMachine:
             request,
             self._load,
             may_put_off=bool(self._waiting),
-            may_shrink=not self._is_second_look and self._sizes.may_shrink(self._missing_of(request)),
+            may_shrink=not self._is_second_look and self._sizes.may_shrink(self._missing.inside(request.window)),
         )
 
-    def _missing_of(self, request: Request) -> ExpectedBars:
-        """The missing bars in the window of ``request``."""
-        mine = self._indexes(request.window)
-        return self._load.expected.take(mine.start + np.flatnonzero(self._is_missing[mine]))
-
     def _divide(self, request: Request) -> list[Request]:
-        parts = self._sizes.divide(request, self._missing_of(request), self._load.expected)
+        parts = self._sizes.divide(request, self._missing.inside(request.window), self._load.expected)
         self._planned += len(parts) - 1
         return parts
 
@@ -281,7 +274,7 @@ class LoadMachine:
         is_recheck = last_s is not None and request.window.start_s <= last_s < request.window.end_s
         if self.plan.anchor_s is not None:
             is_recheck |= request.window.contains(datetime.fromtimestamp(self.plan.anchor_s, UTC))
-        return is_recheck or bool(self._is_missing[self._indexes(request.window)].any())
+        return is_recheck or self._missing.count(request.window) > 0
 
     # -- what became of a request -------------------------------------------------------------------------------------
 
@@ -296,7 +289,7 @@ class LoadMachine:
         if episode.state is State.PUT_OFF:
             self._skipped.append(request)
         else:
-            self._mark_known(episode)
+            self._missing.settle(episode)
         actions: list[Action] = []
         if episode.state is State.COMPLETE:
             if not self._is_second_look:
@@ -304,7 +297,7 @@ class LoadMachine:
                 self.report.segments_fetched += 1
                 self._pending += [episode.pending] if len(episode.pending) else []
                 actions.append(Report(Fetched(request, episode.rows, self._done, self._planned)))
-            actions += self._report_touched(request, episode.rows)
+            actions += self._missing.report_touched(request, episode.rows)
         if self._load.head is not None and self._load.known.held.is_empty:
             head = self._load.head
             self._skipped += [r for r in self._waiting if r.window.end <= head]
@@ -313,7 +306,7 @@ class LoadMachine:
 
     def _shrink_after_time_out(self, episode: Episode) -> bool:
         """Ask for the parts of a request that was too long to be answered in time; False when it cannot be smaller."""
-        bars = self._missing_of(episode.request)
+        bars = self._missing.inside(episode.request.window)
         if self._is_second_look or len(episode.asked) > 1 or not self._sizes.may_shrink(bars):
             return False
         self._sizes.note_time_out(len(bars))
@@ -323,14 +316,14 @@ class LoadMachine:
     def _close_failed(self, episode: Episode) -> list[Action]:
         request, error = episode.request, episode.error
         assert error is not None
-        self._count_what_arrived(request.window)
+        self._missing.look_again(request.window)
         if self._is_second_look:
             return [self._fail(request.window, error)]
         if _concerns_all(error):
             self._is_stopped = True
             given_up = self._give_up_open(error)
             return [self._fail(_enclose([request, *given_up, *self._waiting, *self._skipped]), error)]
-        return [self._fail(request.window, error), *self._report_touched(request, 0)]
+        return [self._fail(request.window, error), *self._missing.report_touched(request, 0)]
 
     def _give_up_open(self, error: KtrdrError) -> list[Request]:
         """The open requests that fail with ``error``; those that are answered go on, unless their bars could not be written."""
@@ -344,28 +337,6 @@ class LoadMachine:
                 self._results.pop(number, None)
         return given_up
 
-    def _mark_known(self, episode: Episode) -> None:
-        """Everything of a settled request is held or confirmed as absent now, but for bars that may only be late."""
-        opens = self._load.expected.opens
-        self._is_missing[self._indexes(episode.request.window)] = False
-        self._is_missing[np.searchsorted(opens, episode.pending.opens)] = True
-        if episode.history_start_s is not None:
-            self._is_missing[: np.searchsorted(opens, episode.history_start_s)] = False
-            self._history_start_is_new = True
-        self.report.proven_empty += len(episode.absent)
-        first_s = self._load.known.held.first_s
-        if first_s is not None:
-            absent = episode.absent
-            wanted = episode.wanted.take(np.flatnonzero(episode.wanted.closes <= self._load.clock.now_s))
-            traded = wanted.sessions[~np.isin(wanted.opens, absent.opens)]
-            self.report.empty_sessions += len(np.setdiff1d(absent.sessions[absent.opens > first_s], traded))
-
-    def _count_what_arrived(self, window: Window) -> None:
-        """After a failure in the middle of a window: what is in the file is not missing any more."""
-        mine = self._indexes(window)
-        still = self._load.known.find_missing(self._load.expected.take(mine))
-        self._is_missing[mine] &= np.isin(self._load.expected.opens[mine], still.opens)
-
     def _fail(self, window: Window, error: KtrdrError) -> Report:
         doing = f"loading {self._load.series} {window}"
         if str(self._load.series) not in error.doing:
@@ -373,54 +344,6 @@ class LoadMachine:
         failure = Failure(window, error)
         self.report.failures.append(failure)
         return Report(failure)
-
-    # -- partitions ---------------------------------------------------------------------------------------------------
-
-    def _indexes(self, window: Window) -> slice:
-        """Where the expected bars that open in ``window`` stand."""
-        lo, hi = np.searchsorted(self._load.expected.opens, [window.start_s, window.end_s])
-        return slice(int(lo), int(hi))
-
-    def _report_touched(self, request: Request, rows: int) -> list[Action]:
-        """Report the partitions that ``request`` completed, and those complete before whose bars it changed; all that are
-        still open when it showed where history starts."""
-        partitions: Sequence[Partition] = self.plan.partitions
-        first = bisect_right(partitions, request.window.start, key=lambda p: p.window.end)
-        last = bisect_left(partitions, request.window.end, key=lambda p: p.window.start)
-        if self._history_start_is_new:
-            self._history_start_is_new, first = False, 0
-        actions: list[Action] = []
-        for partition in partitions[first:last]:
-            common = partition.window.intersect(request.window)
-            if rows and common is not None and len(bars_inside(self._load.expected, common)):
-                self._reported.discard(partition.key)
-            if partition.key not in self._reported:
-                actions += self._report_if_complete(partition)
-        return actions
-
-    def _report_if_complete(self, partition: Partition) -> list[Action]:
-        mine = self._indexes(partition.window)
-        if self._is_missing[mine].any():
-            return []
-        completed = self._describe(partition, self._load.expected.take(mine))
-        self._reported.add(partition.key)
-        self.report.completed[partition.key] = completed
-        return [Report(completed)]
-
-    def _describe(self, partition: Partition, expected: ExpectedBars) -> Completed:
-        load, timeframe = self._load, self._load.series.timeframe
-        around = load.known.held.opens
-        lo, hi = np.searchsorted(around, [partition.window.start_s, partition.window.end_s])
-        held = around[lo:hi]
-        return Completed(
-            partition=partition,
-            rows=len(held),
-            first_open=datetime.fromtimestamp(int(held[0]), UTC) if len(held) else None,
-            last_open=datetime.fromtimestamp(int(held[-1]), UTC) if len(held) else None,
-            is_unfinished=partition.window.end_s > load.own_now_s,
-            proven_empty=int((~match_held(expected, around, timeframe)).sum()),
-            unexpected=int(find_unexpected(expected, held, timeframe).sum()),
-        )
 
     # -- what is left for the next load -------------------------------------------------------------------------------
 
@@ -442,7 +365,7 @@ class LoadMachine:
         noted = (sidecar.unfinished_from, sidecar.unfinished_until)
         if noted == (None, None):
             return []
-        missing = self._load.expected.take(np.flatnonzero(self._is_missing))
+        missing = self._missing.all()
         ends = (held.first_s, held.last_s) if held.first_s is not None and held.last_s is not None else None
         since = unfinished_from(noted[0], self.plan.span, missing, ends)
         until = unfinished_until(noted[1], self.plan.span, missing, ends)
@@ -456,7 +379,7 @@ class LoadMachine:
                 f"{report.empty_sessions} of its sessions without a bar); IB's bars are what is kept. "
                 f"`ktrdr calendar {self._load.series.instrument.symbol}` compares the calendar with IB's schedule"
             )
-        report.missing_bars = int(self._is_missing[self._indexes(self._window)].sum())
+        report.missing_bars = self._missing.count(self._window)
         if report.failures:
             report.status = "partial" if report.segments_fetched or report.fetched_bars else "failed"
 

@@ -14,8 +14,8 @@ from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.driver import drive
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import Completed, Ended, Event, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.checks import evaluate_checks
 from ktrdr_pipelines.orchestration.load_config import LoadConfig, resolve
 from ktrdr_pipelines.orchestration.metadata import REPORT, describe_partition, observe_load

@@ -21,7 +21,7 @@ from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.requests import Request

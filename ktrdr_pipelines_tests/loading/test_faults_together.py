@@ -21,8 +21,8 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, RequestTimeout, StoreError, TransientError
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import LoadReport
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.store.atomic import Disk
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, pick, run_load, utc, window

@@ -29,8 +29,8 @@ from ktrdr_pipelines.errors import (
     TransientError,
 )
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import Completed, Event, Failure, Fetched, Planned
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.results import Written

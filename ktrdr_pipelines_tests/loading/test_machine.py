@@ -31,9 +31,9 @@ from ktrdr_pipelines.loading.actions import (
 )
 from ktrdr_pipelines.loading.driver import drive
 from ktrdr_pipelines.loading.knowledge import NOTHING_HELD, Knowledge
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Completed, Failure, Fetched, LoadReport, Planned
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.store.sidecar import Sidecar
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, raw_bars, run_load, utc, window

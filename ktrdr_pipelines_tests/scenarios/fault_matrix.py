@@ -26,8 +26,8 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
 from ktrdr_pipelines.ib.pacing.clock import Reading
-from ktrdr_pipelines.loading.load import Load
 from ktrdr_pipelines.loading.report import LoadReport
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.modes import Held, resolve_window
 from ktrdr_pipelines.simulator.faults import Asked, FaultRule
 from ktrdr_pipelines.simulator.habits import USUAL, Habits

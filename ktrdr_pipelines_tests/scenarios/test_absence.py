@@ -26,7 +26,7 @@ from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.client import RawBars
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.durations import is_allowed, reach_back
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.store import Store

@@ -16,7 +16,7 @@ from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.ib.history import GatewayAddress, IBHistory
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.simulator.server import GatewayThread
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway

@@ -11,7 +11,7 @@ import pytest
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.services.dry_run import plan_series
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import open_store

@@ -17,7 +17,7 @@ from ktrdr_pipelines.domain.partitions import Recorded
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, StoreError
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.services.gaps import Forming, Holding, Why, find_forming, inspect_series
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store

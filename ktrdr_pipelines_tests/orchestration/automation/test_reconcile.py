@@ -22,7 +22,7 @@ from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.loading.load import Load
+from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
 from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler, ReconcileTick, compare
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
