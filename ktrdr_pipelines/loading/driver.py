@@ -1,7 +1,8 @@
 """Drive several loads at once: which one asks next, how many questions are out, and an end in good order.
 
-The loads (`series_load.py`) carry out what their machines want; results come back to this one thread, so that a load's files are written
-by one thread. Loads take turns, so that the rule for one contract does not hold up a run of several (docs/ib_facts.md, 6).
+The loads (`series_load.py`) carry out what their machines want; results come back to this one thread, so that the files of a
+load are written by one thread. Loads take turns, so that the rule for one contract does not hold up a run of several
+(docs/ib_facts.md, 6).
 """
 
 from __future__ import annotations
