@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.ledger import Grant, open_ledger
 from ktrdr_pipelines.ib.pacing.rules import Ask
 
@@ -37,7 +38,7 @@ def run_cycles(directory: Path, number: int, barrier: Barrier, results: Results)
     start = time.monotonic()
     for cycle in range(CYCLES):
         began = time.perf_counter()
-        grant = ledger.try_acquire(Ask(f"{number} {cycle}", f"{number}"))
+        grant = ledger.try_acquire(Ask(f"{number} {cycle}", f"{number}"), work=WorkClass.TAIL)
         took_s.append(time.perf_counter() - began)
         if not isinstance(grant, Grant):
             raise SystemExit(f"the budget ran out, which it must not: {grant}")
@@ -52,7 +53,7 @@ def measure(processes: int) -> tuple[float, float, float]:
         directory = Path(folder)
         ledger = open_ledger(directory, LOGIN)
         for number in range(40):
-            with ledger.acquire(Ask(f"past {number}", f"past {number}")) as grant:
+            with ledger.acquire(Ask(f"past {number}", f"past {number}"), work=WorkClass.TAIL) as grant:
                 grant.sent()
         results: Results = context.SimpleQueue()  # type: ignore[type-arg]
         barrier = context.Barrier(processes)

@@ -16,8 +16,8 @@ from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.ib.discovery import known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
+from ktrdr_pipelines.ib.pacing.budget import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
-from ktrdr_pipelines.ib.pacing.ledger import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT

@@ -4,8 +4,9 @@
 them. A request is granted, written to the socket, stamped, and finished when answered; from the grant to the stamp it counts as
 sent at this very moment, so that no delay of its process in between breaks a rule.
 
-Waiters are served first come, first served. One may overtake only while those before it wait for rules that do not concern
-it, and then leaves them their room in the budget: without this, the process that asks most often gets nearly everything.
+Waiters are served by class of work, and first come, first served within a class. One may overtake only while those before it
+wait for rules that do not concern it, and then leaves them their room in the budget: without this, the process that asks
+most often gets nearly everything. What a class leaves to higher ones is in `shares.py`; `budget.py` shows the state.
 """
 
 from __future__ import annotations
@@ -15,29 +16,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import StoreError, TransientError
 from ktrdr_pipelines.ib.pacing.backends import LedgerStore, Transaction
+from ktrdr_pipelines.ib.pacing.budget import Budget, measure, order_of_service
 from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
-from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, LedgerRows
+from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, LOOK_S, LedgerRows, Waiter
 from ktrdr_pipelines.ib.pacing.postgres_backend import PostgresStore
-from ktrdr_pipelines.ib.pacing.rules import (
-    MARGIN_S,
-    PENALTY_MEMORY_S,
-    WINDOW_UNITS,
-    Ask,
-    Entry,
-    Go,
-    Rule,
-    Wait,
-    decide,
-    penalty_s,
-    used_units,
-)
+from ktrdr_pipelines.ib.pacing.rules import PENALTY_MEMORY_S, Ask, Entry, Go, Rule, Wait, penalty_s
+from ktrdr_pipelines.ib.pacing.shares import decide_share, is_starved
 from ktrdr_pipelines.ib.pacing.sqlite_backend import SqliteStore, ledger_path
 
 log = logging.getLogger(__name__)
@@ -45,7 +36,9 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 """Longest sleep of a waiter: what it waits for may change, and it may be cancelled."""
 QUEUE_POLL_S = 0.2
-"""When an earlier waiter may go first, look again after this long: it is waking up just now."""
+"""When an earlier waiter may go first, look again after this long at the latest: it is waking up just now."""
+QUEUE_FIRST_POLL_S = 0.01
+"""The first such look; each further one in a row comes after twice as long."""
 
 
 class GrantExpired(TransientError):
@@ -54,35 +47,6 @@ class GrantExpired(TransientError):
 
 class WaitCancelled(TransientError):
     """The caller cancelled the wait for a grant. Nothing was sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class PauseOfAll:
-    """A pause of all processes: until when (wall clock, seconds since 1970) and why."""
-
-    until_s: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A snapshot of the ledger. ``used`` of ``limit`` units are taken; ``next_free_at_s`` (seconds since 1970) is when the next
-    plain request could go, not counting the ``waiting`` ones; ``open`` requests are unanswered; ``past`` and ``pause_until_s``
-    are arguments of `rules.decide`."""
-
-    now_s: float
-    used: int
-    limit: int
-    next_free_at_s: float
-    waiting: int
-    open: int
-    pauses: tuple[PauseOfAll, ...]
-    past: tuple[Entry, ...]
-
-    @property
-    def pause_until_s(self) -> float | None:
-        """When the last pause ends; None without one."""
-        return max((pause.until_s for pause in self.pauses), default=None)
 
 
 OnWait = Callable[[float, Rule, float], None]
@@ -95,8 +59,9 @@ class Grant:
     As a context manager it is finished at the end of the block, or given back if nothing was sent.
     """
 
-    def __init__(self, ledger: Ledger, ask: Ask, token: str, granted_at_s: float) -> None:
+    def __init__(self, ledger: Ledger, ask: Ask, work: WorkClass, token: str, granted_at_s: float) -> None:
         self.ask = ask
+        self.work = work
         self.token = token
         self.granted_at_s = granted_at_s
         self.sent_at_s: float | None = None
@@ -125,7 +90,7 @@ class Grant:
             yield
         finally:  # a write that failed may have reached the gateway
             try:
-                self.sent_at_s = self._ledger.mark_sent(self.token, self.ask)
+                self.sent_at_s = self._ledger.mark_sent(self.token, self.ask, self.work)
             except StoreError as failure:
                 # Unstamped, it counts as sent as late as the grant was valid: the cautious side.
                 log.warning("the pacing ledger could not record that a request was sent: %s", failure.message)
@@ -163,6 +128,43 @@ class Grant:
             log.warning("the pacing ledger could not record that a request ended: %s", failure.message)
 
 
+class Place:
+    """A place in the queue of waiters, taken at the first `look` that is not a grant, kept by looking every few seconds, and left
+    at the end of the block."""
+
+    def __init__(self, ledger: Ledger, ask: Ask, work: WorkClass) -> None:
+        self.ask = ask
+        self.work = work
+        self.looked_at_s = 0.0
+        """The time of the last decision, seconds since 1970."""
+        self._ledger = ledger
+        self._ticket = uuid.uuid4().hex
+        self._is_granted = False
+        self._queue_poll_s = QUEUE_FIRST_POLL_S
+
+    def look(self) -> Grant | Wait:
+        """The grant, if it may be sent now, else how long to wait (`Wait.look_again_s`) and why."""
+        answer, self.looked_at_s = self._ledger.look(self.ask, self.work, self._ticket)
+        if isinstance(answer, Grant):
+            self._is_granted = True
+        elif answer.rule is Rule.QUEUE:
+            answer = replace(answer, again_s=self._queue_poll_s)
+            self._queue_poll_s = min(2 * self._queue_poll_s, QUEUE_POLL_S)
+        else:
+            self._queue_poll_s = QUEUE_FIRST_POLL_S
+        return answer
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_granted:
+            with suppress(
+                StoreError
+            ):  # a ticket left behind ends with its process; the first error is the one to raise
+                self._ledger.leave(self._ticket)
+
+
 class Ledger:
     """The budget of one gateway login. Open it with `open_ledger`, as a context manager or with `close` on every path. Safe for
     threads and after a fork.
@@ -182,41 +184,39 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def try_acquire(self, ask: Ask, *, work: WorkClass = WorkClass.INTERACTIVE) -> Grant | Wait:  # noqa: ARG002
+    def try_acquire(self, ask: Ask, *, work: WorkClass = WorkClass.INTERACTIVE) -> Grant | Wait:
         """A grant if ``ask`` may be sent now, else how long to wait and why. Takes no place in the queue."""
-        return self._store.run(lambda tx: self._decide(tx, ask, ticket=None))
+        return self.look(ask, work)[0]
 
     def acquire(
         self,
         ask: Ask,
         *,
-        work: WorkClass = WorkClass.INTERACTIVE,  # noqa: ARG002
+        work: WorkClass = WorkClass.INTERACTIVE,
         sleep: Callable[[float], object] = time.sleep,
         on_wait: OnWait | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> Grant:
-        """Wait until ``ask`` may be sent and return its grant. Blocks the thread.
+        """Wait until ``ask`` may be sent and return its grant. Blocks the thread; several threads may wait at once.
 
-        ``sleep`` gets at most `POLL_S` at a time; ``cancel`` is asked before each.
+        ``work`` decides which waiters go first and how much room is left to others. ``sleep`` gets at most `POLL_S` at a time;
+        ``cancel`` is asked before the first and after each.
 
         Raises:
             WaitCancelled: ``cancel`` returned True.
         """
-        ticket = uuid.uuid4().hex
         waited_s = 0.0
         reported: Wait | None = None
         reported_until_s = 0.0
-        is_granted = False
-        try:
+        with self.line_up(ask, work=work) as place:
             while True:
                 if cancel is not None and cancel():
                     raise WaitCancelled("the wait for a grant was cancelled", advice="Nothing was sent.")
-                answer, now_s = self._store.run(lambda tx: (self._decide(tx, ask, ticket), tx.read_clock().wall_s))
+                answer = place.look()
                 if isinstance(answer, Grant):
-                    is_granted = True
                     answer.waited_s = waited_s
                     return answer
-                until_s = now_s + answer.seconds
+                until_s = place.looked_at_s + answer.seconds
                 is_news = reported is None or (
                     answer.rule is not Rule.QUEUE
                     and (reported.rule is not answer.rule or abs(until_s - reported_until_s) > 1.0)
@@ -224,15 +224,13 @@ class Ledger:
                 if on_wait and is_news:
                     reported, reported_until_s = answer, until_s
                     on_wait(answer.seconds, answer.rule, until_s)
-                pause_s = min(answer.seconds, POLL_S)
+                pause_s = min(answer.look_again_s, POLL_S)
                 sleep(pause_s)
                 waited_s += pause_s
-        finally:
-            if not is_granted:
-                with suppress(
-                    StoreError
-                ):  # a ticket left behind ends with its process; the first error is the one to raise
-                    self._store.run(lambda tx: LedgerRows(tx, self._login).remove_ticket(ticket))
+
+    def line_up(self, ask: Ask, *, work: WorkClass = WorkClass.INTERACTIVE) -> Place:
+        """A place in the queue, for callers that wait in their own way. Use it as a context manager."""
+        return Place(self, ask, work)
 
     def penalise(self, reason: str, seconds: float | None = None) -> float:
         """Pause all processes for ``seconds``, because IB reported a pacing violation or the like; returns how long.
@@ -258,24 +256,7 @@ class Ledger:
     def snapshot(self) -> Budget:
         """The state of the budget now, for display and for forecasts."""
 
-        def body(tx: Transaction) -> Budget:
-            rows = LedgerRows(tx, self._login)
-            past, now_s = rows.past(), rows.now.wall_s
-            active = sorted((pause.left_s, pause.reason) for pause in rows.pauses() if pause.left_s > 0)
-            pauses = tuple(PauseOfAll(now_s + left_s, why) for left_s, why in active)
-            answer = decide(past, Ask("", ""), now_s, pauses[-1].until_s if pauses else None)
-            return Budget(
-                now_s=now_s,
-                used=used_units(past, now_s),
-                limit=WINDOW_UNITS,
-                next_free_at_s=now_s + (answer.seconds if isinstance(answer, Wait) else 0.0),
-                waiting=len(rows.waiting(None)),
-                open=sum(entry.is_open for entry in past),
-                pauses=pauses,
-                past=tuple(past),
-            )
-
-        return self._store.run(body)
+        return self._store.run(lambda tx: measure(LedgerRows(tx, self._login)))
 
     def close(self) -> None:
         """Close the file or the database connections. The ledger may be used again afterwards."""
@@ -283,48 +264,62 @@ class Ledger:
 
     # -- the one transaction that decides
 
-    def _decide(self, tx: Transaction, ask: Ask, ticket: str | None) -> Grant | Wait:
+    def look(self, ask: Ask, work: WorkClass, ticket: str | None = None) -> tuple[Grant | Wait, float]:
+        """A grant, or how long to wait, and the time of the decision (seconds since 1970)."""
+
+        def body(tx: Transaction) -> tuple[Grant | Wait, float]:
+            answer = self._decide(tx, ask, work, ticket)
+            return answer, tx.read_clock().wall_s
+
+        return self._store.run(body)
+
+    def leave(self, ticket: str) -> None:
+        """Give up the place in the queue that ``ticket`` has."""
+        self._store.run(lambda tx: LedgerRows(tx, self._login).remove_ticket(ticket))
+
+    def _decide(self, tx: Transaction, ask: Ask, work: WorkClass, ticket: str | None) -> Grant | Wait:
         rows = LedgerRows(tx, self._login)
-        past, ahead, now_s = rows.past(), rows.waiting(ticket), rows.now.wall_s
-        left_s, why = max(((pause.left_s, pause.reason) for pause in rows.pauses()), default=(0.0, ""))
-        pause_until_s = now_s + left_s if left_s > 0 else None
+        past, now_s = rows.past(), rows.now.wall_s
+        own, ahead = _line_up(rows.waiters(ticket), past, work, ticket, now_s)
+        waited_s = own.waited_s if own else 0.0
+        pauses = [pause for pause in rows.pauses() if pause.left_s > 0]
+        longest = max(pauses, key=lambda pause: pause.left_s, default=None)
+        pause_until_s = now_s + longest.left_s if longest else None
         # As if all earlier waiters were sent first: a later one must not take the room that they will need.
-        promised = [Entry(now_s, other, is_open=True) for other in ahead]
-        answer = decide(past + promised, ask, now_s, pause_until_s)
-        if isinstance(answer, Go):
-            for place, other in enumerate(ahead):
-                if isinstance(decide(past + promised[:place], other, now_s, pause_until_s), Go):
-                    answer = Wait(QUEUE_POLL_S, Rule.QUEUE)
-                    break
+        promised = [Entry(now_s, other.ask, True, other.work, other.waited_s) for other in ahead]
+        answer = decide_share([*past, *promised], ask, now_s, pause_until_s, work=work, waited_s=waited_s)
+        if isinstance(answer, Go) and _may_one_go(ahead, past, promised, now_s, pause_until_s):
+            answer = Wait(QUEUE_POLL_S, Rule.QUEUE)
         if isinstance(answer, Go):
             token = uuid.uuid4().hex
-            rows.add_request(token, ask)
+            rows.add_request(token, ask, work, waited_s=waited_s)
             if ticket is not None:
                 rows.remove_ticket(ticket)
-            return Grant(self, ask, token, now_s)
+            return Grant(self, ask, work, token, now_s)
         if ticket is not None:
-            rows.show(ask, ticket)
-        reason = why if answer.rule is Rule.PAUSE else f"{len(ahead)} waiting before this one" if ahead else ""
-        return replace(answer, reason=reason)
+            rows.show(ask, work, ticket)
+        if longest and answer.rule is Rule.PAUSE:
+            return replace(answer, reason=longest.reason)
+        return replace(answer, reason=f"{len(ahead)} waiting before this one") if ahead else answer
 
     # -- a grant after it was given: called by `Grant`
 
     def may_send(self, token: str) -> bool:
-        """Whether a grant is still valid, as of no more than `MARGIN_S` ago."""
+        """Whether a grant is still valid, as of no more than `LOOK_S` ago."""
         while True:
             began = self._clock.read()
             if not self._store.run(lambda tx: LedgerRows(tx, self._login).may_send(token)):
                 return False
             # A look that took long (a stopped process, a slow disk) is too old to decide by.
-            if self._clock.read().age_of(began) <= MARGIN_S:
+            if self._clock.read().age_of(began) <= LOOK_S:
                 return True
 
-    def mark_sent(self, token: str, ask: Ask) -> float:
+    def mark_sent(self, token: str, ask: Ask, work: WorkClass) -> float:
         """Stamp a request as sent now; returns that time (seconds since 1970)."""
 
         def body(tx: Transaction) -> float:
             rows = LedgerRows(tx, self._login)
-            rows.mark_sent(token, ask)
+            rows.mark_sent(token, ask, work)
             return rows.now.wall_s
 
         return self._store.run(body)
@@ -336,6 +331,41 @@ class Ledger:
     def delete_unsent(self, token: str) -> None:
         """Delete a grant, unless its request was sent."""
         self._store.run(lambda tx: LedgerRows(tx, self._login).delete_unsent(token))
+
+
+def _line_up(
+    waiters: list[Waiter], past: list[Entry], work: WorkClass, ticket: str | None, now_s: float
+) -> tuple[Waiter | None, list[Waiter]]:
+    """The waiter of ``ticket``, and those that go before it (or before a newcomer of class ``work``), in order of service."""
+    own = next((waiter for waiter in waiters if waiter.token == ticket), None)
+    line = order_of_service([waiter for waiter in waiters if waiter.is_fresh or waiter is own], past, now_s)
+    if own:
+        return own, line[: line.index(own)]
+    return None, [
+        waiter
+        for waiter in line
+        if not work.is_above(waiter.work) or is_starved(past, waiter.work, now_s, waiter.waited_s)
+    ]
+
+
+def _may_one_go(
+    ahead: list[Waiter], past: list[Entry], promised: list[Entry], now_s: float, pause_until_s: float | None
+) -> bool:
+    """Whether one of those ``ahead`` may go now, if all before it went: then it has to go first."""
+    blocked: set[object] = set()
+    for place, other in enumerate(ahead):
+        # What stops one stops the next of its kind too; only a twin may still wait for its own twin.
+        kind = (other.ask.contract, other.ask.weight, other.work)
+        if kind in blocked:
+            continue
+        answer = decide_share(
+            [*past, *promised[:place]], other.ask, now_s, pause_until_s, work=other.work, waited_s=other.waited_s
+        )
+        if isinstance(answer, Go):
+            return True
+        if answer.rule is not Rule.IDENTICAL:
+            blocked.add(kind)
+    return False
 
 
 def open_ledger(where: Path | str, login: str, clock: Clock | None = None) -> Ledger:

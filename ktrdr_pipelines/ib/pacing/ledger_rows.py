@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.backends import INSERT_PAUSE, Transaction, pause_parameters
 from ktrdr_pipelines.ib.pacing.clock import Reading, Stamp
-from ktrdr_pipelines.ib.pacing.rules import MARGIN_S, PENALTY_MEMORY_S, WINDOW_S, Ask, Entry
+from ktrdr_pipelines.ib.pacing.rules import PENALTY_MEMORY_S, WINDOW_S, Ask, Entry
+from ktrdr_pipelines.ib.pacing.shares import MEMORY_S
 from ktrdr_pipelines.ib.processes import Owner, current_owner
 
 GRANT_VALID_S = 10.0
 """A grant that is not used by then is void. Until it is stamped it counts as sent at this very moment, but no later than
 that: nothing is sent afterwards, and a caller that was killed or forgot must not break the limit."""
+LOOK_S = 0.5
+"""A last look at the ledger before a write may be this old: so much later than `GRANT_VALID_S` a grant may still be sent."""
 OPEN_MAX_S = WINDOW_S
 """An unanswered request stops counting as open after this long, if it was not marked as finished. Requests are given up after
 120 s; those of a process that has died end with its socket, at once."""
@@ -26,6 +30,8 @@ HEARTBEAT_S = 5.0
 
 _STAMP = "wall_s = :wall_s, boot_s = :boot_s, boot_id = :boot_id"
 _OWNED = "token, login, wall_s, boot_s, boot_id, host, pid, started"
+_ASKED = "identity, contract, weight, work, waited_s"
+_ASKED_VALUES = ":identity, :contract, :weight, :work, :waited_s"
 _OWNED_VALUES = ":token, :login, :wall_s, :boot_s, :boot_id, :host, :pid, :started"
 
 
@@ -42,6 +48,25 @@ class Pause(NamedTuple):
         return self.length_s - self.age_s
 
 
+class Waiter(NamedTuple):
+    """A request that waits for its grant, for ``waited_s`` so far. ``is_fresh``: its process has shown itself lately."""
+
+    token: str
+    ask: Ask
+    work: WorkClass
+    waited_s: float
+    owner: Owner
+    is_fresh: bool
+
+
+def _read_class(text: str) -> WorkClass:
+    """The class of a row. One that a later version knows and this one does not goes with questions."""
+    try:
+        return WorkClass(text)
+    except ValueError:
+        return WorkClass.INTERACTIVE
+
+
 class LedgerRows:
     """The rows of one login, at the time of the transaction."""
 
@@ -49,13 +74,13 @@ class LedgerRows:
         self._tx = tx
         self._login = login
         self.now: Reading = tx.read_clock()
+        self._alive: dict[Owner, bool] = {}
 
     # -- requests
 
     def past(self) -> list[Entry]:
         """Every request that still matters, at its time on the wall clock of `now`."""
         entries: list[Entry] = []
-        alive: dict[Owner, bool | None] = {}
         for (
             token,
             wall_s,
@@ -64,13 +89,13 @@ class LedgerRows:
             host,
             pid,
             started,
-            identity,
-            contract,
-            weight,
+            *asked,
+            work,
+            waited_s,
             is_sent,
             is_over,
         ) in self._tx.rows(
-            "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight, is_sent, is_finished"
+            f"SELECT token, wall_s, boot_s, boot_id, host, pid, started, {_ASKED}, is_sent, is_finished"
             " FROM ib_pacing_requests WHERE login = :login",
             login=self._login,
         ):
@@ -81,25 +106,22 @@ class LedgerRows:
                 self._restamp("requests", token)
                 age_s = 0.0
             if not is_sent:
-                age_s = 0.0 if age_s <= GRANT_VALID_S + MARGIN_S else age_s - GRANT_VALID_S
-            if age_s > WINDOW_S + 2 * MARGIN_S:
+                age_s = max(age_s - GRANT_VALID_S - LOOK_S, 0.0)
+            if age_s > MEMORY_S:
                 self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=token)
                 continue
-            is_open = not is_over and age_s <= OPEN_MAX_S
-            if is_open:
-                owner = Owner(host, pid, started)
-                if owner not in alive:
-                    alive[owner] = owner.is_alive()
-                is_open = alive[owner] is not False
-            entries.append(Entry(self.now.wall_s - age_s, Ask(identity, contract, weight), is_open))
+            is_open = not is_over and age_s <= OPEN_MAX_S and self._may_live(Owner(host, pid, started))
+            entries.append(Entry(self.now.wall_s - age_s, Ask(*asked), is_open, _read_class(work), waited_s))
         return entries
 
-    def add_request(self, token: str, ask: Ask, *, is_sent: bool = False) -> None:
+    def add_request(
+        self, token: str, ask: Ask, work: WorkClass, *, waited_s: float = 0.0, is_sent: bool = False
+    ) -> None:
         """Add a grant, not used yet unless ``is_sent``."""
         self._tx.run(
-            f"INSERT INTO ib_pacing_requests ({_OWNED}, identity, contract, weight, is_sent, is_finished)"
-            f" VALUES ({_OWNED_VALUES}, :identity, :contract, :weight, :is_sent, 0)",
-            **self._row(token, ask), is_sent=int(is_sent),
+            f"INSERT INTO ib_pacing_requests ({_OWNED}, {_ASKED}, is_sent, is_finished)"
+            f" VALUES ({_OWNED_VALUES}, {_ASKED_VALUES}, :is_sent, 0)",
+            **self._row(token, ask, work, waited_s), is_sent=int(is_sent),
         )  # fmt: skip
 
     def may_send(self, token: str) -> bool:
@@ -115,14 +137,14 @@ class LedgerRows:
         self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=token)
         return False
 
-    def mark_sent(self, token: str, ask: Ask) -> None:
+    def mark_sent(self, token: str, ask: Ask, work: WorkClass) -> None:
         """Stamp the request as sent just now; added if the ledger has no row of it any more."""
         self._restamp("requests", token)
         found = self._tx.rows("SELECT 1 FROM ib_pacing_requests WHERE token = :token", token=token)
         if found:
             self._tx.run("UPDATE ib_pacing_requests SET is_sent = 1 WHERE token = :token", token=token)
         else:  # the ledger was replaced, or the process stopped for very long, in the middle of the write
-            self.add_request(token, ask, is_sent=True)
+            self.add_request(token, ask, work, is_sent=True)
 
     def mark_finished(self, token: str) -> None:
         self._tx.run("UPDATE ib_pacing_requests SET is_finished = 1 WHERE token = :token", token=token)
@@ -132,35 +154,42 @@ class LedgerRows:
 
     # -- waiters
 
-    def waiting(self, ticket: str | None) -> list[Ask]:
-        """The waiters before ``ticket`` (None: all), in order. Tickets of dead processes are deleted."""
-        ahead: list[Ask] = []
-        for token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight in self._tx.rows(
-            "SELECT token, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight"
+    def waiters(self, own: str | None = None) -> list[Waiter]:
+        """All waiters in the order of their arrival. Tickets of dead processes are deleted, but never ``own``, the caller's."""
+        found: list[Waiter] = []
+        for token, wall_s, boot_s, boot_id, host, pid, started, *asked, work, waited_s in self._tx.rows(
+            f"SELECT token, wall_s, boot_s, boot_id, host, pid, started, {_ASKED}"
             " FROM ib_pacing_tickets WHERE login = :login ORDER BY seq",
             login=self._login,
         ):
-            if token == ticket:
-                break
             age_s = self.now.age_of(Stamp(wall_s, boot_s, boot_id))
-            if Owner(host, pid, started).is_alive() is False or age_s > WINDOW_S:
+            owner = Owner(host, pid, started)
+            if token != own and (age_s > WINDOW_S or not self._may_live(owner)):
                 self.remove_ticket(token)
-            elif age_s <= TICKET_FRESH_S:
-                ahead.append(Ask(identity, contract, weight))
-        return ahead
+            else:
+                is_fresh = age_s <= TICKET_FRESH_S
+                found.append(Waiter(token, Ask(*asked), _read_class(work), waited_s + max(age_s, 0.0), owner, is_fresh))
+        return found
 
-    def show(self, ask: Ask, ticket: str) -> None:
+    def show(self, ask: Ask, work: WorkClass, ticket: str) -> None:
         """Take a place at the end of the queue, or write the heartbeat of the one taken."""
         found = self._tx.rows(
             "SELECT wall_s, boot_s, boot_id FROM ib_pacing_tickets WHERE token = :token", token=ticket
         )
         if not found:
             self._tx.run(
-                f"INSERT INTO ib_pacing_tickets ({_OWNED}, identity, contract, weight, seq)"
-                f" SELECT {_OWNED_VALUES}, :identity, :contract, :weight, COALESCE(MAX(seq), 0) + 1 FROM ib_pacing_tickets",
-                **self._row(ticket, ask),
+                f"INSERT INTO ib_pacing_tickets ({_OWNED}, {_ASKED}, seq)"
+                f" SELECT {_OWNED_VALUES}, {_ASKED_VALUES}, COALESCE(MAX(seq), 0) + 1 FROM ib_pacing_tickets",
+                **self._row(ticket, ask, work, 0.0),
             )
-        elif not 0 <= self.now.age_of(Stamp(*found[0])) < HEARTBEAT_S:
+            return
+        age_s = self.now.age_of(Stamp(*found[0]))
+        if not 0 <= age_s < HEARTBEAT_S:
+            # The stamp is that of the heartbeat: what was waited before it is kept beside it.
+            self._tx.run(
+                "UPDATE ib_pacing_tickets SET waited_s = waited_s + :age_s WHERE token = :token",
+                token=ticket, age_s=max(age_s, 0.0),
+            )  # fmt: skip
             self._restamp("tickets", ticket)
 
     def remove_ticket(self, ticket: str) -> None:
@@ -190,13 +219,20 @@ class LedgerRows:
 
     # -- columns
 
-    def _row(self, token: str, ask: Ask) -> dict[str, object]:
+    def _may_live(self, owner: Owner) -> bool:
+        """Whether the process runs, or may run on another machine. Looked up once in a transaction."""
+        if owner not in self._alive:
+            self._alive[owner] = owner.is_alive() is not False
+        return self._alive[owner]
+
+    def _row(self, token: str, ask: Ask, work: WorkClass, waited_s: float) -> dict[str, object]:
         owner = current_owner()
         return {
             "token": token, "login": self._login,
             "wall_s": self.now.wall_s, "boot_s": self.now.boot_s, "boot_id": self.now.boot_id,
             "host": owner.host, "pid": owner.pid, "started": owner.started,
             "identity": ask.identity, "contract": ask.contract, "weight": ask.weight,
+            "work": work.value, "waited_s": waited_s,
         }  # fmt: skip
 
     def _restamp(self, table: str, token: str) -> None:

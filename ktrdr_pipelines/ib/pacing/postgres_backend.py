@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ktrdr_pipelines.errors import InputError, StoreError
-from ktrdr_pipelines.ib.pacing.backends import LOCK_TIMEOUT_S, TABLES, Row, T, Transaction
+from ktrdr_pipelines.ib.pacing.backends import LOCK_TIMEOUT_S, READ_VERSION, Row, T, Transaction, upgrade
 from ktrdr_pipelines.ib.pacing.clock import Clock, Reading
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ class _PostgresTransaction:
         if self._clock is not None:
             return self._clock.read()
         return Reading(float(self.rows("SELECT extract(epoch FROM clock_timestamp())")[0][0]), 0.0, "")
+
+
+def _read_version(connection: Connection) -> int:
+    """Version of the tables: 0 without tables, 1 where none is recorded."""
+    from sqlalchemy import text
+
+    find = text("SELECT to_regclass('ib_pacing_requests') IS NOT NULL, to_regclass('ib_pacing_schema') IS NOT NULL")
+    has_tables, has_version = connection.execute(find).one()
+    return int(connection.execute(text(READ_VERSION)).scalar_one()) if has_version else int(has_tables)
 
 
 class PostgresStore:
@@ -79,8 +88,7 @@ class PostgresStore:
                 if not self._has_tables:
                     # Two processes that create a table at once would fail: one key for all logins.
                     connection.execute(text("SELECT pg_advisory_xact_lock(7245180)"))
-                    for table in TABLES:
-                        connection.execute(text(table))
+                    upgrade(lambda statement: connection.execute(text(statement)), _read_version(connection))
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": self._key})
                 result = body(_PostgresTransaction(connection, self._clock))
         except SQLAlchemyError as error:

@@ -1,8 +1,8 @@
 """The pacing rules: when the next history request may go, a pure decision from past requests and now.
 
 The rules are the specification's "Pacing Limits (Per IB)" and IBKR's "Historical Data Limitations" page (docs/ib_facts.md, 6).
-They apply per login, to every bar size, and are not settings. No clock, storage or sleeping here: `ledger.py` remembers, across
-processes.
+They apply per login, to every bar size, and are not settings. Which of several waiting requests may use the room that the rules
+leave is decided in `shares.py`. No clock, storage or sleeping here: `ledger.py` remembers, across processes.
 
 Libraries tried (pyrate-limiter, limits, throttled, aiolimiter) broke the limit with several processes: none decides weights and
 several rules in one step (docs/dependencies.md, pacing).
@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
+
+from ktrdr_pipelines.domain.work_class import WorkClass
 
 WINDOW_S = 600.0
 WINDOW_UNITS = 60
@@ -26,10 +29,15 @@ the specification has it for requests, not for one rule."""
 OPEN_REQUESTS = 50
 """At most 50 history requests may be unanswered at a time."""
 
-MARGIN_S = 0.5
-"""Every window is this much longer than the rule says. We stamp when we write to the socket, IB counts when it reads: of two
-requests the first may travel slower than the second, which brings them closer together at IB's end. Half a second is far
-more than that differs on a working link, and costs a tenth of a percent of the budget."""
+WINDOW_MARGIN_S = 0.5
+IDENTICAL_MARGIN_S = 0.1
+BURST_MARGIN_S = 0.05
+"""Every rule's time is this much longer than IB's. We stamp when we write to the socket, IB counts when it reads: of two requests
+the first may travel slower than the second, which brings them closer together at IB's end. On one connection they stay in
+order and differ by milliseconds; several processes have several connections, which a busy gateway may serve in turn. The
+margin follows the rule: half a second of ten minutes costs a tenth of a percent of the budget, of two seconds it would be a
+quarter. The short rules are broken by a delay of one message alone, and the answer to it is a pause of 15 s; a wrong
+ten minutes could cost the login."""
 
 OPEN_POLL_S = 1.0
 """The end of an open request cannot be computed; look again after this long."""
@@ -48,7 +56,9 @@ class Rule(StrEnum):
     BURST = "fewer than six requests for one contract within 2 seconds"
     OPEN = "at most 50 open requests"
     PAUSE = "pause of all processes"
-    QUEUE = "another request has waited longer"
+    QUEUE = "another request goes first"
+    RESERVE = "room is kept for tails and questions"
+    SPREAD = "a long backfill spreads its requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,13 @@ class Ask:
     identity: str
     contract: str
     weight: int = 1
+
+    @property
+    def symbol(self) -> str:
+        """The contract's symbol at IB, for display; the whole text where it is not from `contract_text`."""
+        text = self.contract.partition("\x1f")[0]
+        parts = text.split(":")
+        return parts[1] if len(parts) == 4 else text
 
     def __post_init__(self) -> None:
         if not 1 <= self.weight < BURST_UNITS:
@@ -105,11 +122,19 @@ def contract_text(*, sec_type: str, ib_symbol: str, currency: str, expiry: str =
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A past request: when it went out (same clock as ``now_s``), what it was, and whether it is unanswered."""
+    """A past request: when it went out (same clock as ``now_s``), what it was, whether it is unanswered, its class, and how long
+    it had waited when it went out."""
 
     at_s: float
     ask: Ask
     is_open: bool = False
+    work: WorkClass = WorkClass.INTERACTIVE
+    waited_s: float = 0.0
+
+    @property
+    def wanted_at_s(self) -> float:
+        """When it was first asked for."""
+        return self.at_s - self.waited_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,57 +144,85 @@ class Go:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not yet: ask again in ``seconds`` (more than 0), because of ``rule``. ``reason`` explains it to the user."""
+    """Not yet: ask again in ``seconds`` (more than 0), because of ``rule``. ``reason`` explains it to the user.
+
+    ``again_s``: when ``seconds`` is only an estimate, how soon the decision may change; None: not before ``seconds``.
+    """
 
     seconds: float
     rule: Rule
     reason: str = ""
+    again_s: float | None = None
+
+    @property
+    def look_again_s(self) -> float:
+        """Seconds until it is worth deciding again."""
+        return self.seconds if self.again_s is None else self.again_s
+
+
+TICK_S = 1e-3
+"""Added to every wait: windows are closed, so the instant at which an entry is exactly as old as the window is too early."""
+
+
+@dataclass(slots=True)
+class _Window:
+    """One rule while the past is read from its newest entry back: a closed window of ``span_s`` with at most ``room`` units."""
+
+    rule: Rule
+    span_s: float
+    room: int
+    units: int = 0
+    free_at_s: float | None = None
+    """The last instant whose window has too many units; None: none has."""
+
+    def count(self, at_s: float, units: int) -> None:
+        self.units += units
+        if self.free_at_s is None and self.units > self.room:
+            self.free_at_s = at_s + self.span_s
 
 
 def decide(past: Sequence[Entry], wanted: Ask, now_s: float, pause_until_s: float | None = None) -> Go | Wait:
-    """May ``wanted`` be sent at ``now_s``?
+    """May ``wanted`` be sent at ``now_s``, by the rules alone?
 
     ``past`` in any order; entries after ``now_s`` (a clock was set back) count as sent now. Windows are closed, and longer by
-    `MARGIN_S`: an entry exactly 600 s old still counts. ``Wait.seconds`` leads to the earliest time at which all rules agree
+    their margin: an entry exactly 600 s old still counts. ``Wait.seconds`` leads to the earliest time at which all rules agree
     if nothing else is sent; ``rule`` is the one that takes longest. ``pause_until_s``: end of a pause of all processes.
     """
+    windows, open_requests = _read_windows(past, wanted, now_s)
     waits: list[Wait] = []
     if pause_until_s is not None and pause_until_s > now_s:
         waits.append(Wait(pause_until_s - now_s, Rule.PAUSE))
-    everything = [(min(e.at_s, now_s), e.ask.weight) for e in past]
-    same_contract = [(min(e.at_s, now_s), e.ask.weight) for e in past if e.ask.contract == wanted.contract]
-    identical = [(min(e.at_s, now_s), 1) for e in past if e.ask.identity == wanted.identity]
-    for rule, entries, span_s, room in (
-        (Rule.WINDOW, everything, WINDOW_S, WINDOW_UNITS - wanted.weight),
-        (Rule.BURST, same_contract, BURST_S, BURST_UNITS - 1 - wanted.weight),
-        (Rule.IDENTICAL, identical, IDENTICAL_S, 0),
-    ):
-        free_at = _room_at(entries, span_s + MARGIN_S, room)
+    for each in windows:
         # Not the difference: a rounded-down difference would make the caller come back too early, again and again.
-        if free_at is not None and free_at >= now_s:
-            waits.append(Wait(max(free_at - now_s, 0.0) + _TICK_S, rule))
-    if sum(e.is_open for e in past) >= OPEN_REQUESTS:
+        if each.free_at_s is not None and each.free_at_s >= now_s:
+            waits.append(Wait(max(each.free_at_s - now_s, 0.0) + TICK_S, each.rule))
+    if open_requests >= OPEN_REQUESTS:
         waits.append(Wait(OPEN_POLL_S, Rule.OPEN))
     return max(waits, key=lambda wait: wait.seconds) if waits else Go()
 
 
-_TICK_S = 1e-3
-"""Added to every wait: windows are closed, so the instant at which an entry is exactly as old as the window is too early."""
-
-
-def _room_at(entries: list[tuple[float, int]], span_s: float, room: int) -> float | None:
-    """The last instant whose closed window of ``span_s`` before it has more than ``room`` units; None if there is none."""
-    units = 0
-    for at_s, weight in sorted(entries, reverse=True):
-        units += weight
-        if units > room:
-            return at_s + span_s
-    return None
+def _read_windows(past: Sequence[Entry], wanted: Ask, now_s: float) -> tuple[tuple[_Window, ...], int]:
+    """The windows of the three rules, and how many requests are unanswered."""
+    window = _Window(Rule.WINDOW, WINDOW_S + WINDOW_MARGIN_S, WINDOW_UNITS - wanted.weight)
+    burst = _Window(Rule.BURST, BURST_S + BURST_MARGIN_S, BURST_UNITS - 1 - wanted.weight)
+    identical = _Window(Rule.IDENTICAL, IDENTICAL_S + IDENTICAL_MARGIN_S, 0)
+    open_requests = 0
+    for entry in sorted(past, key=attrgetter("at_s"), reverse=True):
+        at_s = min(entry.at_s, now_s)
+        if at_s + window.span_s < now_s:
+            break  # this one and all before it are older than the longest rule
+        window.count(at_s, entry.ask.weight)
+        open_requests += entry.is_open
+        if entry.ask.contract == wanted.contract:
+            burst.count(at_s, entry.ask.weight)
+        if entry.ask.identity == wanted.identity:
+            identical.count(at_s, 1)
+    return (window, burst, identical), open_requests
 
 
 def used_units(past: Sequence[Entry], now_s: float) -> int:
     """How many of the `WINDOW_UNITS` are taken at ``now_s``."""
-    return sum(e.ask.weight for e in past if min(e.at_s, now_s) + WINDOW_S + MARGIN_S >= now_s)
+    return sum(e.ask.weight for e in past if min(e.at_s, now_s) + WINDOW_S + WINDOW_MARGIN_S >= now_s)
 
 
 def penalty_s(recent: int) -> float:

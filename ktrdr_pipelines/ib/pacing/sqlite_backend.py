@@ -25,16 +25,18 @@ from ktrdr_pipelines.errors import KtrdrError, StoreError
 from ktrdr_pipelines.ib.pacing.backends import (
     INSERT_PAUSE,
     LOCK_TIMEOUT_S,
-    TABLES,
+    READ_VERSION,
+    SCHEMA_VERSION,
     Row,
     T,
     Transaction,
     pause_parameters,
+    upgrade,
 )
 from ktrdr_pipelines.ib.pacing.clock import Clock, Reading
-from ktrdr_pipelines.ib.pacing.rules import MARGIN_S, WINDOW_S
+from ktrdr_pipelines.ib.pacing.rules import WINDOW_MARGIN_S, WINDOW_S
 
-CAUTIOUS_PAUSE_S = WINDOW_S + MARGIN_S
+CAUTIOUS_PAUSE_S = WINDOW_S + WINDOW_MARGIN_S
 """Pause after a lost ledger: by then none of its requests counts any more."""
 
 
@@ -62,6 +64,17 @@ def _raise_if_damaged(error: BaseException) -> None:
     )
     if is_damage or (isinstance(error, sqlite3.OperationalError) and "no such table" in str(error)):
         raise _Damaged(str(error)) from error
+
+
+def _read_version(connection: sqlite3.Connection) -> int:
+    """Version of the tables; 1 where none is recorded."""
+    find = "SELECT 1 FROM sqlite_master WHERE name = 'ib_pacing_schema'"
+    if connection.execute(find).fetchone() is None:
+        return 1
+    (version,) = connection.execute(READ_VERSION).fetchone()
+    if version is None:
+        raise _Damaged("it has no version")
+    return int(version)
 
 
 _WHAT = {
@@ -231,13 +244,25 @@ class SqliteStore:
                 connection.execute(f"SELECT 1 FROM ib_pacing_{table} LIMIT 1")
             if verdict != "ok":
                 raise _Damaged(verdict)
-        except (sqlite3.Error, _Damaged) as error:
+            if _read_version(connection) != SCHEMA_VERSION:
+                self._upgrade(connection)
+        except (sqlite3.Error, _Damaged, StoreError) as error:
             connection.close()
             _raise_if_damaged(error)
             raise
         connection.execute("PRAGMA busy_timeout = 0")  # from here on `_begin` waits
         self._connection, self._inode = connection, self._identify()
         return connection
+
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        """Bring an older file up to date, in one transaction, while other processes may be using it."""
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            upgrade(connection.execute, _read_version(connection))
+            connection.execute("COMMIT")
+        except BaseException:
+            self._roll_back(connection)
+            raise
 
     def _open_file(self) -> sqlite3.Connection:
         # Transactions are begun and ended by explicit statements; the mutex keeps threads apart.
@@ -249,8 +274,7 @@ class SqliteStore:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
-            for table in TABLES:
-                connection.execute(table)
+            upgrade(connection.execute, 0)
             if pause_reason is not None:
                 pause = pause_parameters(self._login, self._clock.read(), CAUTIOUS_PAUSE_S, pause_reason)
                 connection.execute(INSERT_PAUSE, pause)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.clock import Reading
 from ktrdr_pipelines.ib.pacing.ledger import (
     Grant,
@@ -23,6 +24,8 @@ OpenHere = Callable[..., Ledger]
 """The fixture that opens ledgers and closes them with the test."""
 ROOT = Path(__file__).parents[3]
 FULL_S = 600.5
+RULES_ONLY = WorkClass.TAIL
+"""The class that leaves nothing to others: for tests of the rules alone."""
 
 
 class HandClock:
@@ -68,7 +71,7 @@ def wish(contract: str = "", end: str = "", *, show: str = "TRADES") -> Ask:
 
 def send(ledger: Ledger, ask: Ask | None = None) -> None:
     """Send one request that has to be allowed now."""
-    answer = ledger.try_acquire(ask or wish())
+    answer = ledger.try_acquire(ask or wish(), work=RULES_ONLY)
     assert isinstance(answer, Grant), answer
     with answer:
         answer.sent()
@@ -80,7 +83,7 @@ def fill(ledger: Ledger, count: int = 60) -> None:
 
 
 def wait_of(ledger: Ledger, ask: Ask | None = None) -> Wait:
-    answer = ledger.try_acquire(ask or wish())
+    answer = ledger.try_acquire(ask or wish(), work=RULES_ONLY)
     assert isinstance(answer, Wait), "granted too early"
     return answer
 

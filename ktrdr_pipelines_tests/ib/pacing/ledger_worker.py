@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.clock import Reading
 from ktrdr_pipelines.ib.pacing.ledger import GrantExpired, Ledger, open_ledger
 from ktrdr_pipelines.ib.pacing.rules import Ask, Rule, bars_ask
@@ -88,7 +89,7 @@ class Sender:
         self.rules.clear()
         self.send_line("wants", self.clock.now_s())
         try:
-            with self.ledger.acquire(ask, sleep=self.sleep, on_wait=self.note) as grant:
+            with self.ledger.acquire(ask, sleep=self.sleep, on_wait=self.note, work=WorkClass.TAIL) as grant:
                 rules = sorted(rule.name for rule in self.rules)
                 with grant.sending():
                     self.send_line("sends", self.clock.now_s(), ask.contract, ask.identity, ask.weight, rules)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
-from ktrdr_pipelines.ib.pacing.rules import MARGIN_S, WINDOW_S, Ask, Entry, Go, Rule, decide
+from ktrdr_pipelines.domain.work_class import WorkClass
+from ktrdr_pipelines.ib.pacing.forecast import Sending
+from ktrdr_pipelines.ib.pacing.forecast import forecast as forecast_class
+from ktrdr_pipelines.ib.pacing.rules import WINDOW_MARGIN_S, WINDOW_S, Ask, Entry, Go, Rule, decide
 
 NOW_S = 1_700_000_000.0
+forecast = partial(forecast_class, work=WorkClass.TAIL)
+"""Of the class that only the rules bind. What the others leave: `ib/pacing/test_shares.py`."""
 
 
 def asks(n: int, contract: str = "AAPL", weight: int = 1) -> list[Ask]:
@@ -28,14 +34,14 @@ def test_nothing_to_ask_needs_no_time() -> None:
 def test_five_requests_of_one_contract_go_at_once_and_the_sixth_waits_two_seconds() -> None:
     """The burst rule applies, and is named at the request that waits for it."""
     sendings = forecast(asks(6), [], NOW_S)
-    assert after(sendings) == [0, 0, 0, 0, 0, 2.5]
+    assert after(sendings) == [0, 0, 0, 0, 0, 2.1]
     assert [s.waited_for for s in sendings] == [None] * 5 + [Rule.BURST]
 
 
 def test_bid_ask_counts_twice() -> None:
     """Weight 2: two go at once, the third waits; sixty units are thirty of them."""
     sendings = forecast(asks(31, weight=2), [], NOW_S)
-    assert after(sendings)[:3] == [0, 0, 2.5]
+    assert after(sendings)[:3] == [0, 0, 2.1]
     assert sendings[30].at_s - NOW_S >= WINDOW_S
     assert sendings[29].at_s - NOW_S < WINDOW_S
 
@@ -44,7 +50,7 @@ def test_sixty_in_ten_minutes_then_the_next_sixty() -> None:
     """Of 61 requests the last waits until the first is ten minutes old."""
     sendings = forecast(asks(61), [], NOW_S)
     assert sendings[59].at_s - NOW_S < 60
-    assert sendings[60].at_s - NOW_S == pytest.approx(WINDOW_S + MARGIN_S, abs=0.1)
+    assert sendings[60].at_s - NOW_S == pytest.approx(WINDOW_S + WINDOW_MARGIN_S, abs=0.1)
     assert sendings[60].waited_for is Rule.WINDOW
 
 
@@ -57,7 +63,7 @@ def test_what_others_have_used_of_the_budget_counts() -> None:
 def test_the_same_request_again_waits_fifteen_seconds() -> None:
     """The first waits for an identical request sent five seconds ago."""
     (again,) = asks(1)
-    assert after(forecast([again], [Entry(NOW_S - 5, again)], NOW_S)) == [10.5]
+    assert after(forecast([again], [Entry(NOW_S - 5, again)], NOW_S)) == [10.1]
 
 
 def test_a_pause_of_all_processes_comes_first() -> None:

@@ -21,6 +21,7 @@ from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, TICKET_FRESH_S
 from ktrdr_pipelines.ib.pacing.rules import PENALTIES_S, Ask, Rule
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     FULL_S,
+    RULES_ONLY,
     HandClock,
     OpenHere,
     fill,
@@ -59,7 +60,7 @@ def test_the_budget_survives_restarts(open_here: OpenHere, tmp_path: Path, clock
 
 def test_the_time_of_sending_counts_not_that_of_the_grant(ledger: Ledger, clock: HandClock) -> None:
     """A request written nine seconds after its grant fills the budget from then on."""
-    grant = ledger.try_acquire(wish())
+    grant = ledger.try_acquire(wish(), work=RULES_ONLY)
     assert isinstance(grant, Grant)
     clock.sleep(9)
     assert grant.sent() == clock.now_s()
@@ -73,19 +74,21 @@ def test_the_time_of_sending_counts_not_that_of_the_grant(ledger: Ledger, clock:
 
 def test_a_write_that_took_long_counts_from_its_end(ledger: Ledger, clock: HandClock) -> None:
     """A process stopped in the middle of the write may have sent at any moment of it: the last one counts, expired or not."""
-    grant = ledger.acquire(wish("A", "x"))
+    grant = ledger.acquire(wish("A", "x"), work=RULES_ONLY)
     with grant.sending():
         clock.sleep(8)
-        assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.5, abs=0.01)
+        assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.1, abs=0.01)
         clock.sleep(FULL_S)
-        assert isinstance(ledger.try_acquire(wish("A", "other")), Grant), "a stopped process blocks no other for long"
+        assert isinstance(ledger.try_acquire(wish("A", "other"), work=RULES_ONLY), Grant), (
+            "a stopped process blocks no other for long"
+        )
     clock.sleep(1)
-    assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.5, abs=0.01)
+    assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.1, abs=0.01)
 
 
 def test_a_write_that_failed_may_have_arrived(ledger: Ledger) -> None:
     """An error of the socket does not show what the gateway has read: the request counts."""
-    with pytest.raises(ConnectionError), ledger.acquire(wish()) as grant, grant.sending():
+    with pytest.raises(ConnectionError), ledger.acquire(wish(), work=RULES_ONLY) as grant, grant.sending():
         raise ConnectionError
     assert (ledger.snapshot().used, ledger.snapshot().open) == (1, 0)
 
@@ -106,7 +109,7 @@ def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(
 
     clock = StoppingClock()
     ledger = open_here(tmp_path, LOGIN, clock)
-    grant = ledger.acquire(wish())
+    grant = ledger.acquire(wish(), work=RULES_ONLY)
     clock.reads = 0
     with pytest.raises(GrantExpired), grant.sending():
         pytest.fail("sent")
@@ -115,7 +118,7 @@ def test_a_process_stopped_between_its_last_look_and_the_write_does_not_send(
 
 def test_a_grant_not_used_in_time_is_void_and_costs_nothing(ledger: Ledger, clock: HandClock) -> None:
     """A process that slept between grant and write must not send, and its unit is free again."""
-    grant = ledger.try_acquire(wish())
+    grant = ledger.try_acquire(wish(), work=RULES_ONLY)
     assert isinstance(grant, Grant)
     clock.sleep(GRANT_VALID_S + 0.1)
     with pytest.raises(GrantExpired, match="not used within"), grant:
@@ -125,19 +128,19 @@ def test_a_grant_not_used_in_time_is_void_and_costs_nothing(ledger: Ledger, cloc
 
 def test_an_unused_grant_may_still_be_sent_at_any_moment(ledger: Ledger, clock: HandClock) -> None:
     """Until it is void, a grant counts as sent just now; afterwards, should its owner be gone, as sent at the last moment."""
-    ledger.try_acquire(wish("A", "x"))
+    ledger.try_acquire(wish("A", "x"), work=RULES_ONLY)
     clock.sleep(8)
-    assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.5, abs=0.01)
+    assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(15.1, abs=0.01)
     clock.sleep(3)
-    assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.5, abs=0.01)
+    assert wait_of(ledger, wish("A", "x")).seconds == pytest.approx(14.6, abs=0.01)
 
 
 def test_a_grant_given_back_costs_nothing(ledger: Ledger) -> None:
     """Leaving the block without having sent returns the unit; having sent keeps it and closes the request."""
-    with ledger.try_acquire(wish()):  # type: ignore[union-attr]
+    with ledger.try_acquire(wish(), work=RULES_ONLY):  # type: ignore[union-attr]
         assert ledger.snapshot().used == 1
     assert ledger.snapshot().used == 0
-    with pytest.raises(ZeroDivisionError), ledger.acquire(wish()) as grant:
+    with pytest.raises(ZeroDivisionError), ledger.acquire(wish(), work=RULES_ONLY) as grant:
         grant.sent()
         assert ledger.snapshot().open == 1
         raise ZeroDivisionError
@@ -147,13 +150,13 @@ def test_a_grant_given_back_costs_nothing(ledger: Ledger) -> None:
 
 def test_at_most_fifty_are_open(ledger: Ledger, clock: HandClock) -> None:
     """Fifty unanswered requests keep the next one waiting until one of them is finished, or ten minutes have passed."""
-    grants = [ledger.acquire(wish()) for _ in range(50)]
+    grants = [ledger.acquire(wish(), work=RULES_ONLY) for _ in range(50)]
     for grant in grants:
         grant.sent()
     assert wait_of(ledger).rule is Rule.OPEN
     grants[3].finished()
     send(ledger)
-    ledger.acquire(wish()).sent()
+    ledger.acquire(wish(), work=RULES_ONLY).sent()
     clock.sleep(599)
     assert wait_of(ledger).rule is Rule.OPEN
     clock.sleep(2)
@@ -165,9 +168,9 @@ def test_open_requests_of_a_killed_process_are_closed(open_here: OpenHere, tmp_p
     """IB drops what a dead process had asked: fifty open requests of one do not block the living."""
     code = (
         "import sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
-        "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import wish, LOGIN;"
+        "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import wish, LOGIN, RULES_ONLY;"
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN);"
-        "[ledger.acquire(wish()).sent() for _ in range(50)]; print('open', flush=True); sys.stdin.read()"
+        "[ledger.acquire(wish(), work=RULES_ONLY).sent() for _ in range(50)]; print('open', flush=True); sys.stdin.read()"
     )
     ledger = open_here(tmp_path, LOGIN)
     with start_python("-c", code, tmp_path) as child:
@@ -187,7 +190,7 @@ def test_waiting_sleeps_exactly_as_long_as_needed(ledger: Ledger, clock: HandClo
     fill(ledger)
     began = clock.now_s()
     reported: list[tuple[float, Rule, float]] = []
-    grant = ledger.acquire(wish(), sleep=clock.sleep, on_wait=lambda *wait: reported.append(wait))
+    grant = ledger.acquire(wish(), sleep=clock.sleep, on_wait=lambda *wait: reported.append(wait), work=RULES_ONLY)
     assert clock.now_s() - began == pytest.approx(FULL_S, abs=0.05)
     assert grant.waited_s == pytest.approx(FULL_S, abs=0.05)
     assert [rule for _, rule, _ in reported] == [Rule.WINDOW]
@@ -199,14 +202,14 @@ def test_waiting_can_be_cancelled_and_leaves_no_place_behind(ledger: Ledger, clo
     fill(ledger)
     calls = itertools.count()
     with pytest.raises(WaitCancelled):
-        ledger.acquire(wish(), sleep=clock.sleep, cancel=lambda: next(calls) > 3)
+        ledger.acquire(wish(), sleep=clock.sleep, cancel=lambda: next(calls) > 3, work=RULES_ONLY)
 
     def interrupt(_: float) -> None:
         assert ledger.snapshot().waiting == 1
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ledger.acquire(wish(), sleep=interrupt)
+        ledger.acquire(wish(), sleep=interrupt, work=RULES_ONLY)
     assert ledger.snapshot().waiting == 0
 
 
@@ -217,7 +220,7 @@ def while_waiting(ledger: Ledger, clock: HandClock, ask: Ask, visit: Callable[[]
         clock.sleep(seconds)
         visit()
 
-    return ledger.acquire(ask, sleep=sleep)
+    return ledger.acquire(ask, sleep=sleep, work=RULES_ONLY)
 
 
 @pytest.mark.slow
@@ -259,7 +262,7 @@ def test_a_request_may_overtake_if_it_delays_no_other(
     granted: list[float] = []
 
     def visit() -> None:
-        answer = newcomer.try_acquire(wish())
+        answer = newcomer.try_acquire(wish(), work=RULES_ONLY)
         if isinstance(answer, Grant):
             answer.sent()
             answer.finished()
@@ -267,7 +270,7 @@ def test_a_request_may_overtake_if_it_delays_no_other(
 
     began = clock.now_s()
     grant = while_waiting(ledger, clock, wish("A", "x"), visit)
-    assert clock.now_s() - began == pytest.approx(15.5, abs=0.05)
+    assert clock.now_s() - began == pytest.approx(15.1, abs=0.05)
     assert len(granted) == 3, "60 - 56 sent - 1 reserved"
     grant.sent()
     assert ledger.snapshot().used == 60
@@ -291,7 +294,7 @@ def test_a_stopped_waiter_is_passed_over_but_keeps_its_place(
             clock.sleep(seconds)
 
     assert TICKET_FRESH_S < FULL_S - 1
-    ledger.acquire(wish(), sleep=sleep)
+    ledger.acquire(wish(), sleep=sleep, work=RULES_ONLY)
 
 
 def test_waiters_are_served_in_the_order_of_their_arrival(
@@ -308,7 +311,7 @@ def test_waiters_are_served_in_the_order_of_their_arrival(
 
     def wait_for_turn(name: str) -> None:
         own = open_here(tmp_path, LOGIN, clock)
-        with own.acquire(wish(), sleep=lambda _: over.wait(0.002)) as grant:
+        with own.acquire(wish(), sleep=lambda _: over.wait(0.002), work=RULES_ONLY) as grant:
             grant.sent()
             order.append(name)
         own.close()

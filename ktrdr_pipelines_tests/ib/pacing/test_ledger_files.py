@@ -19,6 +19,7 @@ from ktrdr_pipelines.ib.pacing.ledger import (
 )
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
+    RULES_ONLY,
     HandClock,
     OpenHere,
     fill,
@@ -31,12 +32,13 @@ from ktrdr_pipelines_tests.ib.pacing.ledger_worker import LOGIN
 
 WITH_A_LEDGER = (
     "import resource, sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
-    "from ktrdr_pipelines.errors import StoreError; from ktrdr_pipelines_tests.ib.pacing.ledger_tools import wish, fill, LOGIN\n"
+    "from ktrdr_pipelines.errors import StoreError\n"
+    "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import wish, fill, LOGIN, RULES_ONLY\n"
     "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN)\n"
 )
 ASK_THRICE = (
     "for _ in range(3):\n"
-    "    try: print('granted', ledger.acquire(wish()))\n"
+    "    try: print('granted', ledger.acquire(wish(), work=RULES_ONLY))\n"
     "    except StoreError as error: print('refused:', error)\n"
 )
 
@@ -67,11 +69,11 @@ def test_an_unusable_directory_is_one_clear_error(open_here: OpenHere, tmp_path:
     """Where no file can be made, nothing is granted, and the error names the place and what to do."""
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"pacing ledger .*no request was sent") as caught:
-        open_here(tmp_path / "file" / "deeper", LOGIN, clock).try_acquire(wish())
+        open_here(tmp_path / "file" / "deeper", LOGIN, clock).try_acquire(wish(), work=RULES_ONLY)
     assert caught.value.advice
     ledger_path(tmp_path, LOGIN).mkdir()
     with pytest.raises(StoreError, match="pacing ledger"):
-        open_here(tmp_path, LOGIN, clock).try_acquire(wish())
+        open_here(tmp_path, LOGIN, clock).try_acquire(wish(), work=RULES_ONLY)
 
 
 @pytest.mark.slow
@@ -104,10 +106,10 @@ def test_a_process_killed_inside_a_transaction_frees_it_at_once(open_here: OpenH
     """After kill -9 in the middle of a decision the next one is made within a second, and the half one is undone."""
     code = (
         "import sys, pathlib; from ktrdr_pipelines.ib.pacing.ledger import open_ledger;"
-        "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import wish, LOGIN\n"
+        "from ktrdr_pipelines_tests.ib.pacing.ledger_tools import wish, LOGIN, RULES_ONLY\n"
         "ledger = open_ledger(pathlib.Path(sys.argv[1]), LOGIN)\n"
         "def body(tx):\n"
-        "    ledger._decide(tx, wish(), None); print('inside', flush=True); sys.stdin.read()\n"
+        "    ledger._decide(tx, wish(), RULES_ONLY, None); print('inside', flush=True); sys.stdin.read()\n"
         "ledger._store.run(body)\n"
     )
     ledger = open_here(tmp_path, LOGIN)
@@ -147,7 +149,7 @@ def test_threads_share_one_ledger(ledger: Ledger) -> None:
 
     def work() -> None:
         for _ in range(10):
-            answer = ledger.try_acquire(wish())
+            answer = ledger.try_acquire(wish(), work=RULES_ONLY)
             if isinstance(answer, Grant):
                 answer.sent()
                 answer.finished()
@@ -165,7 +167,7 @@ def test_old_rows_do_not_pile_up(open_here: OpenHere, tmp_path: Path, clock: Han
     """A ledger in use for months stays as small as ten minutes of it."""
     ledger = open_here(tmp_path, LOGIN, clock)
     for _ in range(150):
-        ledger.acquire(wish(), sleep=clock.sleep).sent()
+        ledger.acquire(wish(), sleep=clock.sleep, work=RULES_ONLY).sent()
         ledger.penalise("a competing session", 5)
         clock.sleep(40)
     ledger.close()

@@ -20,7 +20,7 @@ from ktrdr_pipelines.ib.pacing.ledger import Grant, Ledger, open_ledger
 from ktrdr_pipelines.ib.pacing.rules import Ask, Rule
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.simulator.judge import PacingJudge
-from ktrdr_pipelines_tests.ib.pacing.ledger_tools import FULL_S, HandClock, OpenHere, wish
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import FULL_S, RULES_ONLY, HandClock, OpenHere, wish
 from ktrdr_pipelines_tests.ib.pacing.ledger_worker import LOGIN
 
 DAMAGE = {
@@ -67,7 +67,7 @@ class HastySender:
         while True:
             ask, ledger = self.next_ask(), self.ledgers[len(self.sent) % 2]
             self._until_s = 0.0
-            with ledger.acquire(ask, sleep=self.sleep, on_wait=self.note) as grant:
+            with ledger.acquire(ask, sleep=self.sleep, on_wait=self.note, work=RULES_ONLY) as grant:
                 if self.clock.true_s >= true_s:
                     return  # handed back
                 with grant.sending():
@@ -124,7 +124,7 @@ def fill_disk(sender: HastySender) -> None:
             for _ in range(3):
                 with (
                     pytest.raises(StoreError),
-                    ledger.acquire(wish(), sleep=sender.sleep, on_wait=sender.note) as grant,
+                    ledger.acquire(wish(), sleep=sender.sleep, on_wait=sender.note, work=RULES_ONLY) as grant,
                 ):
                     with grant.sending():
                         sender.write(grant.ask)
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write_counts_the_request(
     """The request is on its way and its answer awaited; the grant counts it, and the log has a warning."""
     clock = HandClock()
     ledger: Ledger = open_here(tmp_path, LOGIN, clock)
-    grant = ledger.try_acquire(wish("A", "x"))
+    grant = ledger.try_acquire(wish("A", "x"), work=RULES_ONLY)
     assert isinstance(grant, Grant)
     with grant:
         with grant.sending():
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_write_counts_the_request(
         disk.__exit__(None, None, None)
     assert "could not record that a request was sent" in caplog.text
     clock.sleep(10)
-    assert not isinstance(ledger.try_acquire(wish("A", "x")), Grant)
+    assert not isinstance(ledger.try_acquire(wish("A", "x"), work=RULES_ONLY), Grant)
     assert ledger.snapshot().used == 1
 
 
@@ -210,7 +210,7 @@ def test_a_ledger_replaced_in_the_middle_of_a_write_counts_the_request(open_here
     """The new file, which pauses all processes for ten minutes, has the one request that went out after it was made."""
     clock = HandClock()
     ledger, other = (open_here(tmp_path, LOGIN, clock) for _ in range(2))
-    with ledger.acquire(wish()) as grant, grant.sending():
+    with ledger.acquire(wish(), work=RULES_ONLY) as grant, grant.sending():
         DAMAGE["deleted"](ledger_path(tmp_path, LOGIN))
         assert other.snapshot().used == 0
         clock.sleep(9)

@@ -13,6 +13,7 @@ from ktrdr_pipelines.errors import InputError, StoreError
 from ktrdr_pipelines.ib.pacing.rules import Rule
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     FULL_S,
+    RULES_ONLY,
     HandClock,
     OpenHere,
     fill,
@@ -73,7 +74,7 @@ def test_postgresql_waits_and_clocks_are_those_of_the_file(
     fill(ledger)
     clock.wall_s -= 3600
     began = clock.boot_s
-    with ledger.acquire(wish(show="BID_ASK"), sleep=clock.sleep) as grant:
+    with ledger.acquire(wish(show="BID_ASK"), sleep=clock.sleep, work=RULES_ONLY) as grant:
         assert clock.boot_s - began == pytest.approx(FULL_S, abs=0.05)
         assert grant.waited_s == pytest.approx(FULL_S, abs=0.05)
     assert ledger.snapshot().used == 0
@@ -85,7 +86,7 @@ def test_a_database_that_is_gone_grants_nothing(open_here: OpenHere, postgres_ur
     """No server: a clear StoreError, and no grant."""
     ledger = open_here(postgres_url.replace("host=", "host=/nowhere"), LOGIN)
     with pytest.raises(StoreError, match="pacing ledger in PostgreSQL"):
-        ledger.try_acquire(wish())
+        ledger.try_acquire(wish(), work=RULES_ONLY)
 
 
 @pytest.mark.parametrize("url", ["mysql://x@y/z", "postgresql+nodriver://x@y/z", "sqlite:///x.db", "nonsense://"])

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktrdr_pipelines.ib.pacing.rules import (
+    BURST_MARGIN_S,
+    IDENTICAL_MARGIN_S,
     IDENTICAL_S,
-    MARGIN_S,
     OPEN_REQUESTS,
     PENALTIES_S,
+    WINDOW_MARGIN_S,
     Ask,
     Entry,
     Go,
@@ -98,7 +100,7 @@ def test_the_budget_is_used_to_the_full(seed: int) -> None:
     assert find_violation(sent) == ""
     units = sum(ask.weight for ask in wishes)
     # One window of 60 units (59 where a heavy request did not fit) each 600.5 s, and some seconds for bursts.
-    assert now - T0 <= (units - 1) // 59 * (600 + MARGIN_S + 0.1) + 60
+    assert now - T0 <= (units - 1) // 59 * (600 + WINDOW_MARGIN_S + 0.1) + 60
 
 
 @settings(max_examples=150, deadline=None)
@@ -155,7 +157,7 @@ def test_fewer_than_six_of_one_contract_within_two_seconds() -> None:
     five = [Entry(T0, bars(f"e{i}")) for i in range(5)]
     assert decide(five[:4], bars("e9"), T0) == Go()
     assert decide(five, bars("e9"), T0 + 2.0).rule is Rule.BURST
-    assert decide(five, bars("e9"), T0 + 2.0 + MARGIN_S + 0.01) == Go()
+    assert decide(five, bars("e9"), T0 + 2.0 + BURST_MARGIN_S + 0.01) == Go()
     for other in (bars("e9", contract="MSFT"), bars("e9", show="MIDPOINT"), bars("e9", exchange="ISLAND")):
         assert decide(five, other, T0) == Go()
 
@@ -167,7 +169,7 @@ def test_identity_is_the_whole_request() -> None:
     answer = decide(past, bars(), T0 + IDENTICAL_S)
     assert isinstance(answer, Wait)
     assert answer.rule is Rule.IDENTICAL
-    assert decide(past, bars(), T0 + IDENTICAL_S + MARGIN_S + 0.01) == Go()
+    assert decide(past, bars(), T0 + IDENTICAL_S + IDENTICAL_MARGIN_S + 0.01) == Go()
     others = [
         bars("20240306-21:00:00"), bars(contract="MSFT"), bars(show="MIDPOINT"), bars(exchange="ISLAND"),
         bars(bar_size="1 min"), bars(duration="1 D"), bars(use_rth=False),
@@ -212,7 +214,7 @@ def test_entries_from_the_future_count_as_now() -> None:
     ahead = filled(60, T0 + 3600)
     answer = decide(ahead, bars(), T0)
     assert isinstance(answer, Wait)
-    assert answer.seconds == pytest.approx(600 + MARGIN_S, abs=0.01)
+    assert answer.seconds == pytest.approx(600 + WINDOW_MARGIN_S, abs=0.01)
 
 
 def test_a_pause_of_all_goes_before_everything() -> None:
