@@ -50,11 +50,10 @@ def inspect(
     *,
     since: str = "2023-12-01",
     now: datetime = NOW,
-    brief: bool = False,
 ) -> Holding:
     return inspect_series(
-        AAPL_1H, store, file=store.csv_path(AAPL_1H), earliest=utc(since), now=now, recorded=recorded, brief=brief
-    )
+        AAPL_1H, store, file=store.csv_path(AAPL_1H), earliest=utc(since), now=now, recorded=recorded
+    )  # fmt: skip
 
 
 def delete_lines(store: Store, first: int, last: int) -> None:
@@ -136,15 +135,10 @@ def test_absent_bars_are_shown_with_its_evidence_newest_first(tmp_path: Path) ->
     assert any("… 20 more" in line for line in describe_holding(many))
 
 
-def test_a_short_look_counts_the_same_from_the_first_held_bar_on(store: Store) -> None:
-    """The list of many series leaves out what is older, and says whether that is known."""
-    delete_lines(store, 50, 89)
-    with peek(store, AAPL_1H, now=NOW) as (view, _):
-        whole, brief = inspect(view, {}), inspect(view, {}, brief=True)
-    assert list(brief.missing) == [m for m in whole.missing if m.where != "before the first held bar"]
-    assert brief.is_older_known is whole.is_older_known is False
-    with peek(store, AAPL_1H, now=NOW) as (view, _):
-        assert inspect(view, {}, since="2024-01-01", brief=True).is_older_known
+def test_bars_before_the_first_held_one_are_known_when_partitions_begin_there(store: Store) -> None:
+    """`is_older_known` is about the time that partitions cover, not about all of history."""
+    assert not inspect(store, {}).is_older_known
+    assert inspect(store, {}, since="2024-01-01").is_older_known
 
 
 @pytest.mark.parametrize(
