@@ -1,4 +1,5 @@
-"""The expected bars of a series, and when its market is open. Pure, given the installed calendar data.
+"""The expected bars of a series, and when its market is open. Pure, given the installed calendar data, but for the tables that
+`table_cache.py` keeps in the user's cache folder.
 
 `exchanges.py`: the calendar of an instrument. `session_tables.py`: the sessions of a calendar. `ib_schedule.py`: corrections of
 them by IB's own schedule. `sessions.py`: both, cached, and questions about open hours. `bar_grid.py`: the bars of the sessions.
