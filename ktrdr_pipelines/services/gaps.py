@@ -86,6 +86,10 @@ class Holding:
             found[str(item.why)] = found.get(str(item.why), 0) + item.bars
         return found
 
+    def count_older(self) -> int:
+        """Missing bars before the first held one."""
+        return sum(item.bars for item in self.missing if item.where == "before the first held bar")
+
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; times in ISO 8601 UTC, windows half-open."""
         return {
