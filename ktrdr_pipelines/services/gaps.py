@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import numpy as np
 from ktrdr_pipelines.calendars import BarGrid, count_expected, forming_bars
 from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.partitions import Recorded, partitions_in
+from ktrdr_pipelines.domain.partitions import Recorded, partition_from_key
 from ktrdr_pipelines.domain.time import Window, format_instant
+from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.planning.coverage import GapReason, count_in_runs, find_missing_runs, widen
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
@@ -239,11 +241,15 @@ def _find_changes(
 ) -> tuple[IntArray, list[Why], list[GapReason]]:
     """Instants, epoch seconds, from which on missing bars of ``span`` have another reason or place, and both from each of them
     on. The first is not after the start of ``span``."""
-    starts, codes = [span.start_s], [Why.NEVER_ASKED]
-    if recorded:
-        partitions = list(partitions_in(series.timeframe, span))
-        starts = [p.window.start_s for p in partitions]
-        codes = [_WHY_OF[recorded[p.key]] if p.key in recorded else Why.NEVER_ASKED for p in partitions]
+    found = {_bounds_of(series.timeframe, key): _WHY_OF[status] for key, status in recorded.items()}
+    found = {bounds: why for bounds, why in found.items() if bounds[1] > span.start_s}
+    whys = {start_s: why for (start_s, _), why in found.items()}
+    for _, end_s in found:
+        whys.setdefault(end_s, Why.NEVER_ASKED)
+    if min(whys, default=span.end_s) > span.start_s:
+        whys[span.start_s] = Why.NEVER_ASKED
+    starts = sorted(whys)
+    codes = [whys[start_s] for start_s in starts]
     first_s, last_s = (int(held[0]), int(held[-1])) if len(held) else (None, None)
     marks = [at for at in (first_s, last_s + 1 if last_s is not None else None) if at is not None and starts[0] < at]
     changes: list[int] = []
@@ -259,6 +265,13 @@ def _find_changes(
             reasons.append(why)
             sides.append(where)
     return np.array(changes, dtype=np.int64), reasons, sides
+
+
+@lru_cache(maxsize=50_000)
+def _bounds_of(timeframe: Timeframe, key: str) -> tuple[int, int]:
+    """Start and end of a partition, epoch seconds. Kept, since many series share the grid."""
+    window = partition_from_key(timeframe, key).window
+    return window.start_s, window.end_s
 
 
 def place(open_s: int, first_s: int | None, last_s: int | None) -> GapReason:
