@@ -26,9 +26,9 @@ START_S = 1_704_205_800
 def best(call: Callable[[], object]) -> float:
     found = []
     for _ in range(9):
-        began = time.perf_counter()
+        began = time.process_time()
         call()
-        found.append(time.perf_counter() - began)
+        found.append(time.process_time() - began)
     return min(found)
 
 
