@@ -1,7 +1,7 @@
 """The sessions of an instrument, cached per calendar and hours, and questions about open hours.
 
-The calendar of an instrument is in `exchanges.py`; tables are built in `session_tables.py` and corrected by IB's schedule in
-`ib_schedule.py`; the bars of a session are in `expected.py`.
+The calendar of an instrument is in `exchanges.py`; tables are built in `session_tables.py`, kept on disk by
+`table_cache.py`, and corrected by IB's schedule in `ib_schedule.py`; the bars of a session are in `expected.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 from ktrdr_pipelines.calendars.exchanges import calendar_of
 from ktrdr_pipelines.calendars.ib_schedule import Session, correct
-from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR, SessionTable, build_table
+from ktrdr_pipelines.calendars.session_tables import FIRST_YEAR, LAST_YEAR, SessionTable
+from ktrdr_pipelines.calendars.table_cache import find_table
 from ktrdr_pipelines.domain.instruments import Hours, Instrument
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import InputError
@@ -77,7 +78,7 @@ def table_of(instrument: Instrument) -> SessionTable:
 def _find_installed(key: CalendarKey) -> SessionTable:
     # One builder at a time: it changes the process's warning filters.
     if key not in _installed:
-        _installed[key] = build_table(key.name, extended=key.hours is Hours.EXTENDED)
+        _installed[key] = find_table(key.name, extended=key.hours is Hours.EXTENDED)
     return _installed[key]
 
 

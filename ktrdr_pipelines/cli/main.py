@@ -145,11 +145,14 @@ def gaps(symbol: str | None, timeframe: str | None, as_json: bool) -> None:
 
     Without SYMBOL and TIMEFRAME: one line for each series of the universe. Sends no request and changes nothing.
 
+    Missing, in both views, is every complete bar since the first partition (KTRDR_PARTITION_STARTS) that is neither held nor
+    absent at IB. Older ones are before the first held bar; `ktrdr ib-load --mode backfill` requests them.
+
     \b
     $ ktrdr gaps AAPL 1h
     AAPL 1h: 287 bars
       held     2024-01-02T14:30:00Z to 2024-02-29T20:00:00Z, data/AAPL_1h.csv
-      missing  36,035 bars
+      missing  36,035 bars, 35,236 of them older
         from                  to                    bars    where                      why
         2004-01-02T14:30:00Z  2023-12-29T21:00:00Z  35,236  before the first held bar  never asked
         ...

@@ -95,7 +95,8 @@ def describe_holding(held: Holding) -> list[str]:
         lines.append(f"  history  starts {_time(held.history_start.open)} ({held.history_start.known_by})")
     lines += [f"  forming  {_time(bar.opens_at)}, complete {_time(bar.complete_at)}" for bar in held.forming]
     total = sum(item.bars for item in held.missing)
-    lines.append(f"  missing  {count(total, 'bar')}")
+    older = f", {held.count_older():,} of them older" if held.count_older() else ""
+    lines.append(f"  missing  {count(total, 'bar')}{older}")
     if held.missing:
         rows = [(_time(m.window.start), _time(m.window.end), f"{m.bars:,}", m.where, m.why) for m in held.missing]
         table = lay_out([("from", "to", "bars", "where", "why"), *rows])
@@ -117,20 +118,18 @@ def describe_holding(held: Holding) -> list[str]:
 
 
 def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
-    """One line for each series."""
-    rows = [("series", "bars", "first", "last", "missing", "why", "older", "absent")]
+    """One line for each series: its missing bars, and those of them that are older than the first held one."""
+    rows = [("series", "bars", "first", "last", "missing", "of them older", "why", "absent")]
     for item in found:
         name = str(item.series)
         if isinstance(item, Unreadable):
-            rows.append((name, "-", "-", "-", "-", "cannot be read", "-", "-"))
+            rows.append((name, "-", "-", "-", "-", "-", "cannot be read", "-"))
             continue
         missing = item.count_missing()
-        older = "known" if item.is_older_known else "not requested"
         total, why = f"{sum(missing.values()):,}", "never loaded" if item.never_loaded else ", ".join(missing)
-        if not item.rows:
-            older = "-"
+        older = f"{item.count_older():,}" if item.rows else "-"
         ends = (_time(item.first), _time(item.last))
-        rows.append((name, f"{item.rows:,}", *ends, total, why, older, f"{item.proven_bars:,}"))
+        rows.append((name, f"{item.rows:,}", *ends, total, older, why, f"{item.proven_bars:,}"))
     return lay_out(rows, indent=0)
 
 

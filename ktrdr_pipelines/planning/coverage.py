@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from ktrdr_pipelines.calendars import ExpectedBars, expected_bars, match_held
+from ktrdr_pipelines.calendars import BarGrid, ExpectedBars, ExpectedRange, count_expected, match_held
 from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import Partition
@@ -145,6 +145,43 @@ def known_span(held_opens: IntArray, sidecar: Sidecar, grid_start: datetime) -> 
     return Window.from_epoch(min(first_s), max(last_s))
 
 
+def find_missing_runs(
+    expected: ExpectedRange, held_opens: IntArray, sidecar: Sidecar, first_held_s: int | None
+) -> IntArray:
+    """The bars of ``expected`` that are neither held nor absent, as maximal runs of consecutive numbers: an array of rows
+    (first, end), ``end`` excluded, oldest first.
+
+    The same bars as `mark_missing`, without a list of those expected: the cost grows with the bars held, the absent ranges and
+    the runs.
+    """
+    grid, first, end = expected.grid, expected.first, expected.end
+    start_s = valid_history_start_s(sidecar, first_held_s)
+    if start_s is not None:
+        first = max(first, _count_before(grid, start_s))
+    present = grid.find(held_opens)
+    present = present[present >= 0]
+    absent = np.array([(w.start_s, w.end_s) for w in sidecar.empty_windows], dtype=np.int64).reshape(-1, 2)
+    starts = np.concatenate([present, grid.count_before(absent[:, 0])])
+    ends = np.concatenate([present + 1, grid.count_before(absent[:, 1])])
+    if len(absent):
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    # A run is missing between the end of everything before it and the next start.
+    firsts = np.clip(np.concatenate([[first], ends]), first, None)
+    stops = np.clip(np.concatenate([starts, [end]]), None, end)
+    is_run = firsts < stops
+    return np.column_stack([firsts[is_run], stops[is_run]])
+
+
+def _count_before(grid: BarGrid, instant_s: int) -> int:
+    return int(grid.count_before(np.array([instant_s], dtype=np.int64))[0])
+
+
+def count_in_runs(runs: IntArray) -> int:
+    """The number of bars in the runs of `find_missing_runs`."""
+    return int((runs[:, 1] - runs[:, 0]).sum())
+
+
 def judge_partitions(
     series: Series,
     partitions: Sequence[Partition],
@@ -162,16 +199,18 @@ def judge_partitions(
     if not partitions:
         return []
     span = Window(partitions[0].window.start, partitions[-1].window.end)
-    expected = expected_bars(series, span, complete_at_s=int(now.timestamp()))
+    expected = count_expected(series, span, complete_at_s=int(now.timestamp()))
     first_held_s = int(held_opens[0]) if len(held_opens) else None
-    last_held_s = int(held_opens[-1]) if len(held_opens) else None
-    missing = mark_missing(expected, held_opens, sidecar, first_held_s, series.timeframe)
-    inside = missing if last_held_s is None else missing & (expected.opens < last_held_s)
+    runs = find_missing_runs(expected, held_opens, sidecar, first_held_s)
     known = known_span(held_opens, sidecar, grid_start)
     edges = np.array([p.window.start_s for p in partitions] + [span.end_s], dtype=np.int64)
-    of_expected = np.searchsorted(expected.opens, edges)
     of_held = np.searchsorted(held_opens, edges)
-    counts, counts_inside = (_count_between(mask, of_expected) for mask in (missing, inside))
+    of_expected = expected.grid.count_before(edges)
+    counts = np.diff(_count_missing_before(runs, of_expected))
+    counts_inside = counts
+    if len(held_opens):
+        last_held = _count_before(expected.grid, int(held_opens[-1]))
+        counts_inside = np.diff(_count_missing_before(runs, np.minimum(of_expected, last_held)))
     return [
         PartitionState(
             partition,
@@ -186,10 +225,14 @@ def judge_partitions(
     ]
 
 
-def _count_between(mask: BoolArray, bounds: IntArray) -> IntArray:
-    """The number of true values between each bound and the next."""
-    sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-    return np.diff(sums[bounds])
+def _count_missing_before(runs: IntArray, numbers: IntArray) -> IntArray:
+    """How many bars of ``runs`` have a number below each of ``numbers``."""
+    firsts, ends = runs[:, 0], runs[:, 1]
+    sums = np.concatenate([[0], np.cumsum(ends - firsts)])
+    at = np.searchsorted(firsts, numbers, side="left")
+    # Runs that begin before the number count whole, except for what the last of them has beyond it.
+    beyond = np.concatenate([[0], ends])[at] - numbers
+    return sums[at] - np.maximum(0, beyond)
 
 
 def _at(opens: IntArray, i: int) -> datetime:

@@ -6,20 +6,23 @@ for a load; the caller passes the status of partitions (`orchestration/runs/quer
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from ktrdr_pipelines.calendars import ExpectedBars, expected_bars
-from ktrdr_pipelines.domain.arrays import BoolArray, IntArray
+from ktrdr_pipelines.calendars import BarGrid, count_expected, forming_bars
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.partitions import Recorded, partitions_in
+from ktrdr_pipelines.domain.partitions import Recorded, partition_from_key
 from ktrdr_pipelines.domain.time import Window, format_instant
-from ktrdr_pipelines.planning.coverage import STAMP_SLACK_S, GapReason, mark_missing, widen
+from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.planning.coverage import GapReason, count_in_runs, find_missing_runs, widen
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
 
@@ -85,6 +88,10 @@ class Holding:
             found[str(item.why)] = found.get(str(item.why), 0) + item.bars
         return found
 
+    def count_older(self) -> int:
+        """Missing bars before the first held one."""
+        return sum(item.bars for item in self.missing if item.where == "before the first held bar")
+
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON; times in ISO 8601 UTC, windows half-open."""
         return {
@@ -129,13 +136,11 @@ def inspect_series(
     recorded: Mapping[str, Recorded],
     notices: Sequence[str] = (),
     damage: Sequence[str] = (),
-    brief: bool = False,
 ) -> Holding:
     """What is held and missing in ``store`` (settled for ``series``, see `store.snapshot.peek`) from ``earliest`` to ``now``.
 
     ``file`` is the CSV to name. ``earliest``: where partitions begin, nothing older can be requested. ``recorded``: status by
-    partition key. ``brief``: omit missing bars before the first held one, which take minutes for a list of many series;
-    ``is_older_known`` is set anyway.
+    partition key. The cost grows with the bars held, not with those expected.
 
     Raises:
         InputError: no calendar for the instrument. DataError, StoreError: the files cannot be read.
@@ -143,15 +148,10 @@ def inspect_series(
     held = store.held_opens(series)
     sidecar = store.read_sidecar(series)
     first_s = int(held[0]) if len(held) else None
-    start = min(earliest, now)
-    if brief and first_s is not None:
-        start = min(max(start, datetime.fromtimestamp(first_s, UTC) - timedelta(seconds=STAMP_SLACK_S)), now)
-    expected = expected_bars(series, Window(start, now), complete_at_s=int(now.timestamp()))
-    missing = mark_missing(expected, held, sidecar, first_s, series.timeframe)
-    before = expected.opens < (expected.opens[-1] + 1 if first_s is None and len(expected) else first_s or 0)
-    is_older_known = not missing[before].any()
-    if brief and first_s is not None:
-        missing = missing & ~before
+    expected = count_expected(series, Window(min(earliest, now), now), complete_at_s=int(now.timestamp()))
+    runs = find_missing_runs(expected, held, sidecar, first_s)
+    missing = explain_missing(series, expected.grid, runs, held, recorded)
+    older: tuple[GapReason, GapReason] = ("nothing held", "before the first held bar")
     return Holding(
         series=series,
         file=str(file),
@@ -159,12 +159,12 @@ def inspect_series(
         first=datetime.fromtimestamp(int(held[0]), UTC) if len(held) else None,
         last=datetime.fromtimestamp(int(held[-1]), UTC) if len(held) else None,
         history_start=sidecar.history_start,
-        missing=explain_missing(series, expected, missing, held, recorded),
+        missing=missing,
         forming=find_forming(series, now),
         proven_ranges=len(sidecar.proven_empty),
         proven_bars=sum(item.opens for item in sidecar.proven_empty),
         newest_proven=sorted(sidecar.proven_empty, key=_asked_last, reverse=True)[:NEWEST_SHOWN],
-        is_older_known=is_older_known,
+        is_older_known=not any(item.where in older for item in missing),
         notices=tuple(notices),
         damage=tuple(damage),
         never_loaded=not len(held) and not sidecar.answered and not recorded,
@@ -174,7 +174,7 @@ def inspect_series(
 def count_missing(series: Series, store: Store, window: Window, now: datetime) -> int:
     """The number of missing bars of ``window`` in ``store`` (settled): expected, complete at ``now``, not held, not absent at IB.
 
-    The cost grows with the window.
+    The cost grows with the bars held in the window.
 
     Raises:
         InputError: no calendar for the instrument, or the window begins before calendars do. DataError, StoreError: the
@@ -183,10 +183,10 @@ def count_missing(series: Series, store: Store, window: Window, now: datetime) -
     window = Window(window.start, max(window.start, min(window.end, now)))
     if window.is_empty:
         return 0
-    expected = expected_bars(series, window, complete_at_s=int(now.timestamp()))
+    expected = count_expected(series, window, complete_at_s=int(now.timestamp()))
     held, extent = store.held_opens(series, widen(window)), store.extent(series)
     first_s = extent.first_open_s if extent else None
-    return int(mark_missing(expected, held, store.read_sidecar(series), first_s, series.timeframe).sum())
+    return count_in_runs(find_missing_runs(expected, held, store.read_sidecar(series), first_s))
 
 
 def describe_missing(series: Series, window: Window, missing: int) -> str:
@@ -199,58 +199,79 @@ def _asked_last(item: ProvenEmpty) -> tuple[datetime, datetime]:
 
 
 def explain_missing(
-    series: Series,
-    expected: ExpectedBars,
-    missing: BoolArray,
-    held: IntArray,
-    recorded: Mapping[str, Recorded],
+    series: Series, grid: BarGrid, runs: IntArray, held: IntArray, recorded: Mapping[str, Recorded]
 ) -> list[Missing]:
-    """Gaps: runs of consecutive bars of ``expected`` that are ``missing`` for one reason, oldest first.
+    """Gaps: runs of consecutive bars of ``grid`` that are missing for one reason, oldest first.
 
-    ``held``: the opens of the whole file, epoch seconds, sorted. Closed time does not split a gap, a partition boundary only
-    if the reason changes.
+    ``runs`` are those of `find_missing_runs`, ``held`` the opens of the whole file, epoch seconds, sorted. Closed time does not
+    split a gap, a partition boundary only if the reason changes, and a held bar always.
     """
-    at = np.flatnonzero(missing)
-    if not len(at):
+    if not len(runs):
         return []
-    opens = expected.opens[at]
-    reasons = _reasons_by_partition(series, opens, recorded)
-    if len(held):
-        # The partition was complete when it was recorded; bars have become due since and were not requested yet.
-        reasons[(reasons == _CODES[Why.GONE]) & (opens > held[-1])] = _CODES[Why.NEVER_ASKED]
-    breaks = np.flatnonzero((np.diff(at) > 1) | (np.diff(reasons) != 0)) + 1
-    if len(held):  # a held bar splits a run that reaches from before it to after it
-        side = np.searchsorted(held[[0, -1]], opens)
-        breaks = np.union1d(breaks, np.flatnonzero(np.diff(side)) + 1)
-    found = []
-    for low, high in zip([0, *breaks.tolist()], [*breaks.tolist(), len(at)], strict=True):
-        start_s, end_s = int(opens[low]), int(expected.closes[at[high - 1]])
-        found.append(
-            Missing(
-                Window.from_epoch(start_s, max(start_s, end_s)),
-                high - low,
-                place(int(opens[low]), int(held[0]) if len(held) else None, int(held[-1]) if len(held) else None),
-                _WHYS[int(reasons[low])],
-            )
+    span = grid.pick(np.array([runs[0, 0], runs[-1, 1] - 1]))
+    changes, reasons, sides = _find_changes(
+        series, Window.from_epoch(int(span.opens[0]), int(span.opens[-1]) + 1), held, recorded
+    )
+    cuts = grid.count_before(changes)
+    bounds = np.unique(np.concatenate([runs[:, 0], cuts]))
+    of_run = np.searchsorted(runs[:, 0], bounds, side="right") - 1
+    starts = bounds[(of_run >= 0) & (bounds < runs[of_run, 1])]  # not the cuts between runs
+    ends = np.minimum(
+        np.append(starts[1:], runs[-1, 1]), runs[np.searchsorted(runs[:, 0], starts, side="right") - 1, 1]
+    )
+    firsts, lasts = grid.pick(starts), grid.pick(ends - 1)
+    kinds = np.searchsorted(changes, firsts.opens, side="right") - 1
+    return [
+        Missing(Window.from_epoch(open_s, close_s), bars, sides[kind], reasons[kind])
+        for open_s, close_s, bars, kind in zip(
+            firsts.opens.tolist(),
+            np.maximum(lasts.closes, firsts.opens).tolist(),
+            (ends - starts).tolist(),
+            kinds.tolist(),
+            strict=True,
         )
-    return found
+    ]
 
 
-_WHYS = tuple(Why)
-_CODES = {why: code for code, why in enumerate(_WHYS)}
 _WHY_OF = {Recorded.COMPLETE: Why.GONE, Recorded.FAILED: Why.FAILED, Recorded.UNDER_WAY: Why.UNDER_WAY}
 
 
-def _reasons_by_partition(series: Series, opens: IntArray, recorded: Mapping[str, Recorded]) -> IntArray:
-    """The code of `Why` for each of ``opens``, by the record of its partition."""
-    if not recorded:
-        return np.zeros(len(opens), np.int64)
-    partitions = list(partitions_in(series.timeframe, Window.from_epoch(int(opens[0]), int(opens[-1]) + 1)))
-    codes = np.array(
-        [_CODES[_WHY_OF[recorded[p.key]] if p.key in recorded else Why.NEVER_ASKED] for p in partitions], np.int64
-    )
-    starts = np.array([p.window.start_s for p in partitions], np.int64)
-    return codes[np.searchsorted(starts, opens, side="right") - 1]
+def _find_changes(
+    series: Series, span: Window, held: IntArray, recorded: Mapping[str, Recorded]
+) -> tuple[IntArray, list[Why], list[GapReason]]:
+    """Instants, epoch seconds, from which on missing bars of ``span`` have another reason or place, and both from each of them
+    on. The first is not after the start of ``span``."""
+    found = {_bounds_of(series.timeframe, key): _WHY_OF[status] for key, status in recorded.items()}
+    found = {bounds: why for bounds, why in found.items() if bounds[1] > span.start_s}
+    whys = {start_s: why for (start_s, _), why in found.items()}
+    for _, end_s in found:
+        whys.setdefault(end_s, Why.NEVER_ASKED)
+    if min(whys, default=span.end_s) > span.start_s:
+        whys[span.start_s] = Why.NEVER_ASKED
+    starts = sorted(whys)
+    codes = [whys[start_s] for start_s in starts]
+    first_s, last_s = (int(held[0]), int(held[-1])) if len(held) else (None, None)
+    marks = [at for at in (first_s, last_s + 1 if last_s is not None else None) if at is not None and starts[0] < at]
+    changes: list[int] = []
+    reasons: list[Why] = []
+    sides: list[GapReason] = []
+    for at in sorted({*starts, *marks}):
+        why, where = codes[bisect_right(starts, at) - 1], place(at, first_s, last_s)
+        if last_s is not None and at > last_s and why is Why.GONE:
+            # The partition was complete when it was recorded; bars have become due since and were not requested yet.
+            why = Why.NEVER_ASKED
+        if not changes or (why, where) != (reasons[-1], sides[-1]):
+            changes.append(at)
+            reasons.append(why)
+            sides.append(where)
+    return np.array(changes, dtype=np.int64), reasons, sides
+
+
+@lru_cache(maxsize=50_000)
+def _bounds_of(timeframe: Timeframe, key: str) -> tuple[int, int]:
+    """Start and end of a partition, epoch seconds. Kept, since many series share the grid."""
+    window = partition_from_key(timeframe, key).window
+    return window.start_s, window.end_s
 
 
 def place(open_s: int, first_s: int | None, last_s: int | None) -> GapReason:
@@ -268,10 +289,8 @@ def find_forming(series: Series, now: datetime) -> list[Forming]:
     Raises:
         InputError: no calendar for the instrument.
     """
-    now_s = int(now.timestamp())
-    around = expected_bars(series, Window.from_epoch(max(0, now_s - STAMP_SLACK_S), now_s + STAMP_SLACK_S))
-    trading = around.take((around.begins <= now_s) & (around.closes > now_s))
+    bars = forming_bars(series, int(now.timestamp()))
     return [
-        Forming(datetime.fromtimestamp(int(opens_s), UTC), datetime.fromtimestamp(int(closes_s), UTC))
-        for opens_s, closes_s in zip(trading.opens, trading.closes, strict=True)
+        Forming(datetime.fromtimestamp(opens_s, UTC), datetime.fromtimestamp(closes_s, UTC))
+        for opens_s, closes_s in zip(bars.opens.tolist(), bars.closes.tolist(), strict=True)
     ]

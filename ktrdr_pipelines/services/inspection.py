@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import InputError, KtrdrError
 from ktrdr_pipelines.orchestration.automation.reconcile import report_held
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
@@ -77,54 +80,73 @@ class Adoption:
 
 
 def inspect_one(symbol: str, timeframe: str, settings: Settings | None = None) -> Holding:
-    """The holding of one series, with damage (reads all of its rows).
+    """The holding of one series, with damage (checks all of its rows).
 
     Raises:
         KtrdrError: invalid input, or the files cannot be read.
     """
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
-    damage = tuple(str(problem) for problem in open_store(settings.data_dir).verify(series))
-    with PartitionRecord(settings) as record:
-        return _inspect(series, settings, record, damage=damage)
+    with _Inspector(settings, datetime.now(UTC)) as inspector:
+        damage = tuple(str(problem) for problem in inspector.store.verify(series))
+        return inspector.inspect(series, damage=damage)
 
 
 def inspect_universe(settings: Settings | None = None) -> Iterator[Holding | Unreadable]:
-    """The holding of every series of the universe, one after the other; a series that cannot be read does not stop the others.
+    """The holding of every series of the universe, one after the other, all at one instant; a series that cannot be read does not
+    stop the others.
 
     Raises:
         InputError: the universe file cannot be read.
     """
     settings = settings or load_settings()
-    with PartitionRecord(settings) as record:
+    with _Inspector(settings, datetime.now(UTC)) as inspector:
         for series in universe_of(settings):
             try:
-                yield _inspect(series, settings, record, brief=True)
+                yield inspector.inspect(series)
             except KtrdrError as error:
                 yield Unreadable(series, error)
 
 
-def _inspect(
-    series: Series, settings: Settings, record: PartitionRecord, *, damage: tuple[str, ...] = (), brief: bool = False
-) -> Holding:
-    now = datetime.now(UTC)
-    store = open_store(settings.data_dir)
-    earliest = first_partition_start(series.timeframe, settings)
-    partitions = partitions_in(
-        series.timeframe, Window(min(earliest, now), now)
-    )  # a generator: free if nothing is recorded
-    with peek(store, series, now=now) as (view, pending):
-        return inspect_series(
-            series,
-            view,
-            file=store.csv_path(series),
-            earliest=earliest,
-            now=now,
-            recorded=record.read(series, (p.key for p in partitions)),
-            notices=[f"the next load: {text}" for text in pending.describe()],
-            damage=damage,
-            brief=brief,
-        )
+class _Inspector:
+    """The files and Dagster's record of many series at the instant ``now``. A context manager."""
+
+    def __init__(self, settings: Settings, now: datetime) -> None:
+        self.store = open_store(settings.data_dir)
+        self._settings, self._now = settings, now
+        self._record = PartitionRecord(settings)
+        self._keys: dict[Timeframe, tuple[str, ...]] = {}
+
+    def __enter__(self) -> Self:
+        self._record.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._record.__exit__(kind, error, trace)
+
+    def inspect(self, series: Series, *, damage: tuple[str, ...] = ()) -> Holding:
+        """The holding of one series. Raises KtrdrError."""
+        with peek(self.store, series, now=self._now) as (view, pending):
+            return inspect_series(
+                series,
+                view,
+                file=self.store.csv_path(series),
+                earliest=first_partition_start(series.timeframe, self._settings),
+                now=self._now,
+                recorded=self._record.read(series, self._list_keys(series.timeframe)),
+                notices=[f"the next load: {text}" for text in pending.describe()],
+                damage=damage,
+            )
+
+    def _list_keys(self, timeframe: Timeframe) -> Iterator[str]:
+        """The keys of all partitions of ``timeframe``, listed once, and only if they are read."""
+        if timeframe not in self._keys:
+            earliest = first_partition_start(timeframe, self._settings)
+            window = Window(min(earliest, self._now), self._now)
+            self._keys[timeframe] = tuple(partition.key for partition in partitions_in(timeframe, window))
+        yield from self._keys[timeframe]
 
 
 def adopt_file(

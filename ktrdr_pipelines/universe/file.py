@@ -281,11 +281,16 @@ def add_series(path: Path, *wanted: Series) -> Universe:
     with _changing(path):
         universe = read_universe(path)
         entries = list(universe.entries)
+        held = set(universe)
+        places: dict[Instrument, int] = {}
+        for i, entry in enumerate(entries):
+            places.setdefault(entry.instrument(), i)
         for series in wanted:
-            if series in set(Universe(tuple(entries))):
+            if series in held:
                 continue
-            at = next((i for i, entry in enumerate(entries) if entry.instrument() == series.instrument), None)
-            if at is None:
+            held.add(series)
+            at = places.setdefault(series.instrument, len(entries))
+            if at == len(entries):
                 entries.append(entry_for(series.instrument, [series.timeframe.name]))
             else:
                 names = sorted({*entries[at].timeframes, series.timeframe.name}, key=_length_of)

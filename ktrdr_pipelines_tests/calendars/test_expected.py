@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import tracemalloc
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from ktrdr_pipelines.calendars import (
     calendar_of,
+    count_expected,
     expected_bars,
     find_unexpected,
+    forming_bars,
     is_open,
     match_held,
     next_complete,
@@ -390,14 +392,68 @@ def test_session_windows_are_whole_sessions() -> None:
     ]
 
 
-@pytest.mark.slow
-def test_twenty_years_of_minutes_are_quick_once_cached() -> None:
-    """Two million bars take under 50 ms from the cache (best of three: the machine may be busy)."""
-    series, years = Series(AAPL, TIMEFRAMES["1m"]), window("2005-01-01T00:00Z", "2025-01-01T00:00Z")
-    assert len(expected_bars(series, years)) > 1_900_000
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        expected_bars(series, years)
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.05
+# --- counting without a list -----------------------------------------------------------------------------------------
+
+KINDS = [
+    AAPL,
+    EURUSD,
+    stock("AAPL", hours=Hours.EXTENDED),
+    stock("700", exchange="SEHK", currency="HKD"),
+    Instrument("BTC", "CRYPTO", "PAXOS", "USD"),
+    Instrument("ESH4", "FUT", "CME", "USD", ib_symbol="ES", expiry="202403"),
+]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    data=st.data(),
+    start=st.integers(1_700_000_000, 1_712_000_000),
+    length=st.integers(0, 30 * 86400),
+    timeframe=st.sampled_from(["1m", "5m", "1h", "2h", "4h", "8h", "1d", "1w", "1mo"]),
+    instrument=st.sampled_from(KINDS),
+)
+def test_counted_bars_are_the_listed_ones(
+    data: st.DataObject, start: int, length: int, timeframe: str, instrument: Instrument
+) -> None:
+    """Numbers, bars by number, bars by stamp, and counts at an instant agree with the arrays of the listed bars."""
+    series, span = Series(instrument, TIMEFRAMES[timeframe]), Window.from_epoch(start, start + length)
+    counted, bars = count_expected(series, span), expected_bars(series, span)
+    assert len(counted) == len(bars)
+    numbers = np.arange(counted.first, counted.end)
+    picked = counted.grid.pick(numbers)
+    for name in ("opens", "closes", "sessions", "aliases", "begins"):
+        assert getattr(picked, name).tolist() == getattr(bars, name).tolist()
+    now = data.draw(st.integers(start - 86400, start + length + 86400))
+    assert len(count_expected(series, span, complete_at_s=now)) == len(bars.complete_at(now))
+    assert bars.is_complete_at(now).sum() == len(bars.complete_at(now))
+    around = expected_bars(series, Window.from_epoch(now - 40 * 86400, now + 40 * 86400))
+    is_forming = (around.begins <= now) & (around.closes > now)
+    assert forming_bars(series, now).opens.tolist() == around.opens[is_forming].tolist()
+    # Stamps near and at the bars, as a gateway might label them.
+    stamps = np.array(data.draw(st.lists(st.integers(start, start + length), max_size=20)), dtype=np.int64)
+    stamps = np.concatenate([stamps, stamps // 900 * 900, stamps // 86400 * 86400])
+    if len(bars):
+        chosen = np.array(data.draw(st.lists(st.integers(0, len(bars) - 1), max_size=20)), dtype=np.int64)
+        stamps = np.concatenate([stamps, bars.opens[chosen], bars.aliases[chosen], bars.opens[chosen] + 60])
+    stamps = np.unique(stamps)
+    found = counted.grid.find(stamps)
+    inside = np.unique(found[(found >= counted.first) & (found < counted.end)])
+    assert numbers[match_held(bars, stamps, series.timeframe)].tolist() == inside.tolist()
+    wide = expected_bars(series, Window.from_epoch(start - 90 * 86400, start + length + 90 * 86400))
+    if instrument.trades_until is None:
+        assert (found < 0).tolist() == find_unexpected(wide, stamps, series.timeframe).tolist()
+
+
+def test_counting_costs_the_same_for_a_day_and_twenty_years() -> None:
+    """No array is as long as the bars counted: numpy allocates the same for both."""
+    series = Series(AAPL, TIMEFRAMES["1m"])
+    spans = window("2024-03-05T00:00Z", "2024-03-06T00:00Z"), window("2005-01-01T00:00Z", "2025-01-01T00:00Z")
+    counted = [count_expected(series, span) for span in spans]
+    assert [len(each) for each in counted] == [390, len(expected_bars(series, spans[1]))]
+    peaks = []
+    for span in spans:
+        tracemalloc.start()
+        count_expected(series, span)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000

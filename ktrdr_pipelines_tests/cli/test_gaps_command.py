@@ -266,8 +266,13 @@ def test_gaps_shows_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
     rows = [line.split() for line in said(ktrdr("gaps")).splitlines()]
     assert len(rows) == 1 + 2
     assert rows[1][:5] == ["AAPL", "1h", "107", "2024-01-02T14:30:00Z", "2024-01-31T20:00:00Z"]
-    # Of what was never loaded everything is missing, in the list as by itself.
-    (brief,) = [each for each in json.loads(said(ktrdr("gaps", "--json")))["series"] if each["symbol"] == "MSFT"]
+    older = found["missing"][0]["bars"]
+    assert rows[1][5:7] == [f"{sum(found['missing_bars'].values()):,}", f"{older:,}"]
+    # The list counts as the series by itself; of what was never loaded everything is missing.
+    listed = {each["symbol"]: each for each in json.loads(said(ktrdr("gaps", "--json")))["series"]}
+    assert listed["AAPL"]["missing_bars"]["gone since it was loaded"] == 40
+    assert listed["AAPL"]["missing"][0] == found["missing"][0]
+    brief = listed["MSFT"]
     alone = json.loads(said(ktrdr("gaps", "MSFT", "1h", "--json")))
     assert brief["never_loaded"] is alone["never_loaded"] is True
     assert found["never_loaded"] is False
@@ -280,9 +285,9 @@ def test_gaps_shows_reasons_and_damage(ktrdr: Ktrdr, january: Path) -> None:
         "-",
         "-",
         f"{brief['missing_bars']['never asked']:,}",
+        "-",
         "never",
         "loaded",
-        "-",
         "0",
     ]
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ktrdr_pipelines.domain.instruments import Instrument, forex, stock
@@ -31,9 +29,7 @@ from ktrdr_pipelines.ib.client import GatewayClient
 from ktrdr_pipelines.ib.codes import Outage, RequestLost
 from ktrdr_pipelines.ib.wire.decoding import (
     RawBars,
-    check_bars_message,
     check_samples_message,
-    columns_from_bars,
     read_error,
 )
 from ktrdr_pipelines.ib.wire.diagnostics import describe_open_ports
@@ -611,51 +607,6 @@ def test_an_answer_that_cannot_be_read_fails_at_once(answer: Callable[[str], Fie
         assert time.monotonic() - begun < 5
         assert caught.value.doing == "loading AAPL 1h"
         assert client.is_connected
-
-
-def test_a_trailing_empty_field_is_no_bar() -> None:
-    """Nothing behind the bars is nothing, even if it is spelled out."""
-    check_bars_message([str(field) for field in (*bars(1, BAR), "")])
-
-
-# -- stamps ---------------------------------------------------------------------------------------------------------------
-
-
-def as_given(stamp: Any) -> Any:
-    """In place of the library's reading of a stamp: bars of these tests carry what it would return."""
-    return stamp
-
-
-def bar(stamp: object) -> SimpleNamespace:
-    return SimpleNamespace(date=stamp, open=1.0, high=2.0, low=0.5, close=1.5, volume=-1.0)
-
-
-@pytest.mark.parametrize(
-    ("stamp", "intraday"),
-    [
-        (datetime(2024, 3, 1, 14, 30), True),  # noqa: DTZ001 - what must not pass
-        (datetime(2024, 3, 1), False),  # noqa: DTZ001 - what must not pass
-        (datetime(2024, 3, 1, tzinfo=UTC).date(), True),
-        (datetime(2024, 3, 1, 14, 30, tzinfo=UTC), False),
-        (datetime(2024, 3, 1, tzinfo=timezone(timedelta(hours=-5))), False),
-        (datetime(2024, 3, 1, 14, 30, 0, 500000, tzinfo=UTC), True),
-    ],
-)
-def test_stamps_that_would_have_to_be_guessed_are_refused(stamp: object, intraday: bool) -> None:
-    """Naive stamps, dates for intraday bars, times of day for daily ones, fractions of a second."""
-    with pytest.raises(DataError):
-        columns_from_bars([bar(stamp)], as_given, intraday=intraday)
-
-
-def test_columns_keep_order_and_repeats() -> None:
-    """Nothing is sorted, cut or dropped here, and any zone is turned into UTC."""
-    late, early = datetime(2024, 3, 1, 15, tzinfo=UTC), datetime(2024, 3, 1, 9, tzinfo=timezone(timedelta(hours=-5)))
-    columns = columns_from_bars([bar(late), bar(early), bar(late)], as_given, intraday=True)
-    assert columns.opens_s.tolist() == [1709305200, 1709301600, 1709305200]
-    assert columns.opens_s.dtype == np.int64
-    midnight = columns_from_bars([bar(datetime(2024, 3, 1, tzinfo=UTC).date())], as_given, intraday=False)
-    assert midnight.opens_s.tolist() == [1709251200]
-    assert len(columns_from_bars([], as_given, intraday=True)) == 0
 
 
 # -- contracts and the start of history -----------------------------------------------------------------------------------

@@ -51,12 +51,13 @@ class HeldHistory(FakeHistory):
 
     def __post_init__(self) -> None:
         self.changed = threading.Condition()
-        self.allowed = 0
+        self.answered_until = utc("2000-01-01")
         self.is_interrupted = False
 
-    def release(self, requests: int) -> None:
+    def release(self, until: str = "2030-01-01") -> None:
+        """Answer requests for windows that begin before ``until``."""
         with self.changed:
-            self.allowed += requests
+            self.answered_until = utc(until)
             self.changed.notify_all()
 
     def wait_until_open(self, requests: int) -> None:
@@ -83,10 +84,11 @@ class HeldHistory(FakeHistory):
         self.before(series, request, call)
         with self.changed:
             try:
-                assert self.changed.wait_for(lambda: self.allowed > 0 or self.is_interrupted, 30)
+                assert self.changed.wait_for(
+                    lambda: request.window.start < self.answered_until or self.is_interrupted, 30
+                )
                 if self.is_interrupted:
                     raise Interrupted
-                self.allowed -= 1
                 return super().fetch(series, request, call)
             finally:
                 self.open_now[series.name] -= 1
@@ -139,9 +141,9 @@ def test_requests_of_one_series_overlap_up_to_the_limit(history: HeldHistory, tm
     load = make_loads(history, tmp_path)
     running = Background(load, 4)
     history.wait_until_open(1)
-    history.release(1)
+    history.release("2024-01-15")
     history.wait_until_open(4)
-    history.release(100)
+    history.release()
     running.join()
     assert history.most_open == 4
     assert len(history.requests) == 12
@@ -157,7 +159,7 @@ def test_several_series_share_the_requests_in_turn(history: HeldHistory, tmp_pat
     running = Background(make_loads(history, tmp_path, SYMBOLS), 6)
     history.wait_until_open(6)
     assert max(history.open_now.values()) == 1
-    history.release(1000)
+    history.release()
     running.join()
     assert history.most_open == 6
     assert Counter(history.of_each) == dict.fromkeys((f"{symbol}_1h" for symbol in SYMBOLS), 12)
@@ -172,7 +174,7 @@ def test_a_failure_of_one_series_does_not_concern_the_others(history: HeldHistor
 
     history.before = refuse
     loads = make_loads(history, tmp_path, ("AAPL", "MSFT", "GOOG"))
-    history.release(1000)
+    history.release()
     running = Background(loads, 6)
     running.join()
     assert [load.report.status for load in loads] == ["success", "failed", "success"]
@@ -181,7 +183,7 @@ def test_a_failure_of_one_series_does_not_concern_the_others(history: HeldHistor
 
 def test_a_time_out_of_one_of_six_open_requests_costs_its_window_only(history: HeldHistory, tmp_path: Path) -> None:
     history.script[4] = RequestTimeout("no answer within 120 s")
-    history.release(1000)
+    history.release()
     (load,) = loads = make_loads(history, tmp_path)
     Background(loads, 6).join()
     assert (load.report.status, len(load.report.failures)) == ("partial", 1)
@@ -198,7 +200,7 @@ def test_loads_that_are_broken_off_end_their_requests_and_keep_what_was_answered
     history: HeldHistory, tmp_path: Path, how: str
 ) -> None:
     """With six requests out: they are interrupted, within seconds; what was answered before is in the file."""
-    history.release(3)
+    history.release("2024-03-15")
     loads = make_loads(history, tmp_path)
     begun_s = time.monotonic()
     with closing(drive(loads, open_requests=6)) as events:
@@ -216,7 +218,7 @@ def test_loads_that_are_broken_off_end_their_requests_and_keep_what_was_answered
     store = Store(tmp_path)
     assert len(store.read_bars(loads[0].series)) > 400
     assert loads[0].lock.try_acquire() == ""
-    history.release(1000)
+    history.release()
     list(drive(make_loads(history, tmp_path), open_requests=6))
     assert opens_of(store.read_bars(loads[0].series)).tolist() == history.truth.tolist()
 
@@ -241,7 +243,7 @@ def test_waits_are_shown_with_their_load(history: HeldHistory, tmp_path: Path) -
     ((name, waiting),) = running.waits
     assert (name, "1 request open" in waiting.reason) == ("MSFT_1h", True)
     assert 110 < waiting.seconds < 120
-    history.release(1000)
+    history.release()
     running.join()
     paced = Background(make_loads(history, tmp_path, ("AAPL",)), 6)
     paced.join()
@@ -251,7 +253,7 @@ def test_waits_are_shown_with_their_load(history: HeldHistory, tmp_path: Path) -
 
 def test_the_class_of_a_request_is_that_of_the_work(history: HeldHistory, tmp_path: Path) -> None:
     """Twelve requests are a backfill; then two bars at the end are a tail. Many small loads together are a backfill too."""
-    history.release(1000)
+    history.release()
     list(drive(make_loads(history, tmp_path), open_requests=2))
     assert set(history.classes) == {WorkClass.BACKFILL}
     history.classes.clear()

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.calendars import count_expected, expected_bars
 from ktrdr_pipelines.cli.tables import describe_holding
+from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
-from ktrdr_pipelines.domain.partitions import Recorded
+from ktrdr_pipelines.domain.partitions import Recorded, partition_at, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.loading.series_load import Load
-from ktrdr_pipelines.services.gaps import Forming, Holding, Why, find_forming, inspect_series
+from ktrdr_pipelines.planning.coverage import find_missing_runs, mark_missing
+from ktrdr_pipelines.services.gaps import (
+    Forming,
+    Holding,
+    Missing,
+    Why,
+    explain_missing,
+    find_forming,
+    inspect_series,
+    place,
+)
+from ktrdr_pipelines.store.sidecar import Sidecar
 from ktrdr_pipelines.store.snapshot import peek
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
+from ktrdr_pipelines_tests.planning.test_coverage import holdings
 
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
 NOW = utc("2024-06-15")
@@ -50,11 +65,10 @@ def inspect(
     *,
     since: str = "2023-12-01",
     now: datetime = NOW,
-    brief: bool = False,
 ) -> Holding:
     return inspect_series(
-        AAPL_1H, store, file=store.csv_path(AAPL_1H), earliest=utc(since), now=now, recorded=recorded, brief=brief
-    )
+        AAPL_1H, store, file=store.csv_path(AAPL_1H), earliest=utc(since), now=now, recorded=recorded
+    )  # fmt: skip
 
 
 def delete_lines(store: Store, first: int, last: int) -> None:
@@ -136,15 +150,44 @@ def test_absent_bars_are_shown_with_its_evidence_newest_first(tmp_path: Path) ->
     assert any("… 20 more" in line for line in describe_holding(many))
 
 
-def test_a_short_look_counts_the_same_from_the_first_held_bar_on(store: Store) -> None:
-    """The list of many series leaves out what is older, and says whether that is known."""
-    delete_lines(store, 50, 89)
-    with peek(store, AAPL_1H, now=NOW) as (view, _):
-        whole, brief = inspect(view, {}), inspect(view, {}, brief=True)
-    assert list(brief.missing) == [m for m in whole.missing if m.where != "before the first held bar"]
-    assert brief.is_older_known is whole.is_older_known is False
-    with peek(store, AAPL_1H, now=NOW) as (view, _):
-        assert inspect(view, {}, since="2024-01-01", brief=True).is_older_known
+WHYS = {Recorded.COMPLETE: Why.GONE, Recorded.FAILED: Why.FAILED, Recorded.UNDER_WAY: Why.UNDER_WAY}
+
+
+@settings(max_examples=120)
+@given(case=holdings(), data=st.data())
+def test_gaps_are_the_missing_bars_grouped(case: tuple[Series, Window, IntArray, Sidecar], data: st.DataObject) -> None:
+    """Against the reason and place of each missing bar by itself: a gap is a run of consecutive ones that agree in both."""
+    series, window, held, sidecar = case
+    partitions = list(partitions_in(series.timeframe, window))
+    statuses = st.lists(
+        st.sampled_from([None, *Recorded]), min_size=len(partitions), max_size=len(partitions)
+    )  # fmt: skip
+    recorded = {p.key: status for p, status in zip(partitions, data.draw(statuses), strict=True) if status}
+    bars = expected_bars(series, window)
+    missing = mark_missing(bars, held, sidecar, int(held[0]) if len(held) else None, series.timeframe)
+    groups: list[Missing] = []
+    last, count = -2, 0
+    for i in np.flatnonzero(missing).tolist():
+        open_s, key = int(bars.opens[i]), partition_at(series.timeframe, datetime.fromtimestamp(bars.opens[i], UTC)).key
+        why = WHYS[recorded[key]] if key in recorded else Why.NEVER_ASKED
+        if why is Why.GONE and len(held) and open_s > held[-1]:
+            why = Why.NEVER_ASKED
+        where = place(open_s, int(held[0]) if len(held) else None, int(held[-1]) if len(held) else None)
+        if i == last + 1 and (groups[-1].why, groups[-1].where) == (why, where):
+            start_s, count = groups.pop().window.start_s, count + 1
+        else:
+            start_s, count = open_s, 1
+        groups.append(Missing(Window.from_epoch(start_s, max(start_s, int(bars.closes[i]))), count, where, why))
+        last = i
+    expected = count_expected(series, window)
+    runs = find_missing_runs(expected, held, sidecar, int(held[0]) if len(held) else None)
+    assert explain_missing(series, expected.grid, runs, held, recorded) == groups
+
+
+def test_bars_before_the_first_held_one_are_known_when_partitions_begin_there(store: Store) -> None:
+    """`is_older_known` is about the time that partitions cover, not about all of history."""
+    assert not inspect(store, {}).is_older_known
+    assert inspect(store, {}, since="2024-01-01").is_older_known
 
 
 @pytest.mark.parametrize(

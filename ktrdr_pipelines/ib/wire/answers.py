@@ -2,7 +2,8 @@
 """Open requests, and the answers that the library's decoder hands over, each to the request whose id it carries.
 
 `AnswerCollector` is the wrapper of IB's API for the library's ``Decoder``: the decoder calls the method that a message is named
-after, and ignores messages without one. How a message is checked before, and what an error means for a request: `session.py`.
+after, and ignores messages without one. Bars never come here: `decoding.py` reads them. How a message is checked before, and what
+an error means for a request: `dispatcher.py`.
 """
 
 from __future__ import annotations
@@ -58,12 +59,6 @@ class AnswerCollector:
         self.time_s: int | None = None
         """The gateway's time of the last `currentTime`, in epoch seconds."""
         self._requests = requests
-
-    def historicalData(self, reqId: int, bar: Any) -> None:
-        self._requests[reqId].parts.append(bar)
-
-    def historicalDataEnd(self, reqId: int, _start: str, _end: str) -> None:
-        self._finish(reqId, self._requests[reqId].parts)
 
     def contractDetails(self, reqId: int, details: Any) -> None:
         self._requests[reqId].parts.append(details)

@@ -1,6 +1,7 @@
 """Reads the gateway's answers: bars as columns, contracts, error messages; and checks that a message is as long as it claims.
 
-Pure: fields and the library's objects in, columns and errors out. The library skips a message that it cannot read, and the
+Pure: fields and the library's objects in, columns and errors out. Bars are read from their fields, everything else from the
+objects that the library's decoder makes. The library skips a message that it cannot read, and the
 request behind it waits for its time-out; and it trusts the count in front of bars. Here both are errors at once.
 """
 
@@ -19,7 +20,7 @@ from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.ib.contracts import ContractInfo
 
 BAR_FIELDS = 8
-"""Date, open, high, low, close, volume, average, count (library's decoder, server versions 157 to 176)."""
+"""Date, open, high, low, close, volume, average, count (both libraries' decoders, server versions 157 to 178)."""
 BARS_AT = 5
 """Fields of a bars message before its bars: message id, request id, start, end, number of bars."""
 
@@ -65,27 +66,76 @@ class RawBars:
         return len(self.opens_s)
 
 
-def columns_from_bars(bars: Sequence[Any], parse_time: Callable[[str], date], *, intraday: bool) -> RawBars:
-    """Columns from the library's bar objects (``date`` as text, ``open`` … ``volume``).
+@dataclass(frozen=True)
+class SentBars:
+    """The bars of one message: values as columns, stamps as IB's texts. What a stamp means depends on the request."""
+
+    stamps: Sequence[str]
+    open: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    close: npt.NDArray[np.float64]
+    volume: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.stamps)
+
+
+def read_bars_message(fields: Sequence[str]) -> SentBars:
+    """The bars of a message that has as many as it announces, and nothing behind them.
+
+    Read here, column by column, and not by the library's decoder, which makes an object of each bar.
 
     Raises:
-        DataError: a stamp that is no time or has no zone, an intraday bar with a date only, a daily bar with a time of day, a
-            fraction of a second: guessing would shift the file.
+        ValueError: bars are missing or too many, or a field is no number. Newer protocols (from 196) leave out start and end:
+            the second field of their first bar would be taken for the count, and an open of 0 for "no bars".
     """
-    opens = np.empty(len(bars), dtype=np.int64)
-    for i, bar in enumerate(bars):
-        try:
-            stamp = parse_time(bar.date)
-            opens[i] = _open_of(stamp, intraday)
-        except (ValueError, LookupError, OverflowError, OSError) as error:
-            raise DataError(
-                clean_text(f"IB sent a bar stamped {bar.date!r:.60}: {error!s:.200}"), advice=_NOTHING_WRITTEN
-            ) from None
+    announced = fields[BARS_AT - 1]
+    if not (announced.isascii() and announced.isdigit() and len(announced) < 10):
+        raise ValueError(f"{announced!r} bars announced")
+    count = int(announced)
+    end = BARS_AT + BAR_FIELDS * count
+    if len(fields) < end or any(fields[end:]):
+        raise ValueError(f"{count} bars announced, {(len(fields) - BARS_AT) / BAR_FIELDS:g} sent")
+    stamps, *columns = (fields[at:end:BAR_FIELDS] for at in range(BARS_AT, BARS_AT + BAR_FIELDS))
+    for column in columns:
+        if strange := _NO_NUMBER.search("".join(column)):
+            raise ValueError(f"{strange.group()!r} in a number of a bar")
+    if not _are_epochs(stamps):
+        for stamp in stamps:
+            if not _DATE.fullmatch(stamp):
+                raise ValueError(f"{stamp!r} is no date of a bar")
+    *prices, volume, average, trades = columns
+    max(map(float, average), default=0)  # not kept, but a sign of shifted columns where they are no numbers
+    max(map(int, trades), default=0)
+    return SentBars(stamps, *(np.fromiter(map(float, each), np.float64, count) for each in (*prices, volume)))
 
-    def column(name: str) -> npt.NDArray[np.float64]:
-        return np.fromiter((getattr(bar, name) for bar in bars), dtype=np.float64, count=len(bars))
 
-    return RawBars(opens, column("open"), column("high"), column("low"), column("close"), column("volume"))
+def columns_from_bars(bars: SentBars, parse_time: Callable[[str], date], *, intraday: bool) -> RawBars:
+    """Bars with their stamps as instants. ``parse_time``: the library's reading of a stamp that is not epoch seconds.
+
+    Raises:
+        DataError: a stamp that is no time or has no zone, an intraday bar with a date only, a daily bar with a time of day:
+            guessing would shift the file.
+    """
+    if intraday and _are_epochs(bars.stamps):
+        opens = np.fromiter(map(int, bars.stamps), np.int64, len(bars))
+    else:
+        opens = np.empty(len(bars), dtype=np.int64)
+        for i, text in enumerate(bars.stamps):
+            try:
+                opens[i] = _open_of(parse_time(text), intraday)
+            except (ValueError, LookupError, OverflowError, OSError) as error:
+                raise DataError(
+                    clean_text(f"IB sent a bar stamped {text!r:.60}: {error!s:.200}"), advice=_NOTHING_WRITTEN
+                ) from None
+    return RawBars(opens, bars.open, bars.high, bars.low, bars.close, bars.volume)
+
+
+def _are_epochs(stamps: Sequence[str]) -> bool:
+    """True if all stamps are epoch seconds, as this program asks for them: neither a date nor beyond the year 5000."""
+    together = "".join(stamps)
+    return together.isascii() and together.isdigit() and set(map(len, stamps)) <= {9, 10, 11}
 
 
 def _open_of(stamp: date, intraday: bool) -> int:
@@ -100,28 +150,6 @@ def _open_of(stamp: date, intraday: bool) -> int:
     if seconds != int(seconds) or (not intraday and int(seconds) % 86400):
         raise ValueError("no open of a bar")
     return int(seconds)
-
-
-def check_bars_message(fields: Sequence[str]) -> None:
-    """Check that a bars message has as many bars as it announces, and nothing behind them.
-
-    Raises:
-        ValueError: bars are missing or too many. Newer protocols (from 196) leave out start and end: their second field of the
-            first bar would be taken for the count, and an open of 0 for "no bars".
-    """
-    announced = fields[BARS_AT - 1]
-    if not (announced.isascii() and announced.isdigit() and len(announced) < 10):
-        raise ValueError(f"{announced!r} bars announced")
-    count = int(announced)
-    end = BARS_AT + BAR_FIELDS * count
-    if len(fields) < end or any(fields[end:]):
-        raise ValueError(f"{count} bars announced, {(len(fields) - BARS_AT) / BAR_FIELDS:g} sent")
-    for at in range(BARS_AT + 1, BARS_AT + BAR_FIELDS):
-        if strange := _NO_NUMBER.search("".join(fields[at:end:BAR_FIELDS])):
-            raise ValueError(f"{strange.group()!r} in a number of a bar")
-    for date_text in fields[BARS_AT:end:BAR_FIELDS]:
-        if not _DATE.fullmatch(date_text):
-            raise ValueError(f"{date_text!r} is no date of a bar")
 
 
 def check_schedule_message(fields: Sequence[str]) -> None:

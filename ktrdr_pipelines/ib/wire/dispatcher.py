@@ -1,7 +1,7 @@
 """Messages of the gateway, each to the request whose id it carries, and what they mean for the connection. No I/O.
 
-Runs on the loop of the connection's thread. The library's decoder reads answers (`answers.py`), `decoding.py` checks them before;
-only `codes.py` decides what a code means, and whether a message ends a request.
+Runs on the loop of the connection's thread. `decoding.py` reads bars and checks the other answers, which the library's decoder
+reads (`answers.py`); only `codes.py` decides what a code means, and whether a message ends a request.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ktrdr_pipelines.ib.wire.answers import (
     OpenRequests,
 )
 from ktrdr_pipelines.ib.wire.decoding import (
-    check_bars_message,
     check_contract_message,
     check_samples_message,
     check_schedule_message,
+    read_bars_message,
     read_error,
     report_unreadable,
 )
@@ -97,13 +97,16 @@ class Dispatcher:
 
     def _read_answer(self, message: int, fields: list[str]) -> None:
         """Hand an answer to its request. One that cannot be read fails its request at once: the library would leave the request
-        to its time-out, and trust the count of bars in front of them."""
+        to its time-out."""
         is_old = message == CONTRACT and self._server_version < 164
         request = self._find_request(fields[2 if is_old or message == CONTRACT_END else 1 :])
         if request is None or request.ended.done() or message not in request.answered_by:
             return  # late, of a request that was given up; or no answer to what was asked
         calls = self._answers.calls
         try:
+            if message == BARS:
+                request.finish(read_bars_message(fields))
+                return
             _check(message, fields, self._server_version, len(request.parts))
             self._decoder.interpret(fields)
             if self._answers.calls == calls:
@@ -168,9 +171,7 @@ def _check(message: int, fields: list[str], server_version: int, parts: int) -> 
     Raises:
         ValueError, IndexError: it is not.
     """
-    if message == BARS:
-        check_bars_message(fields)
-    elif message == SCHEDULE:
+    if message == SCHEDULE:
         check_schedule_message(fields)
     elif message == SAMPLES:
         check_samples_message(fields, server_version)
