@@ -86,7 +86,10 @@ def opens_of(bars: pd.DataFrame) -> IntArray:
 
 
 def stamps_us_of(stamps: pd.Series[Any]) -> IntArray:
-    return np.asarray(stamps.dt.as_unit("us").astype("int64"), dtype=np.int64)
+    """Microseconds UTC; a missing stamp is the smallest integer."""
+    return stamps.to_numpy(dtype="datetime64[us]").view(
+        np.int64
+    )  # numpy's stamps are UTC, whatever the zone of pandas'
 
 
 # ---------------------------------------------------------------------------------------------------- the rules

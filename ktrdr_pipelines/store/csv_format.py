@@ -141,7 +141,7 @@ def parse_stamps(data: npt.NDArray[np.uint8], starts: IntArray) -> tuple[IntArra
         good &= digits[at] <= 9
 
     def number(*places: int) -> npt.NDArray[np.int32]:
-        value = digits[places[0]].astype(np.int32)
+        value: npt.NDArray[np.int32] = digits[places[0]].astype(np.int32)
         for at in places[1:]:
             value = value * 10 + digits[at]
         return value
@@ -220,8 +220,8 @@ def _is_plain(data: bytes, array: npt.NDArray[np.uint8], rows: int) -> bool:
     others = commas = 0
     for at in range(0, len(array), _BLOCK_BYTES):  # in blocks that stay in the processor's cache
         block = array[at : at + _BLOCK_BYTES]
-        others += np.count_nonzero(block - np.uint8(43) > 15)
-        commas += np.count_nonzero(block == 44)
+        others += int(np.count_nonzero(block - np.uint8(43) > 15))
+        commas += int(np.count_nonzero(block == 44))
     # Outside of "+" to ":" are the T and the Z of each stamp, line ends, and the exponents of numbers (rare).
     exponents = others - 2 * rows - (rows if data.endswith(b"\n") else rows - 1)
     return commas == 5 * rows and (exponents == 0 or exponents == data.count(b"e"))
@@ -275,6 +275,35 @@ def read_range(fd: int, start: int, end: int) -> bytes:
         parts.append(part)
         start += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def parse_range(
+    fd: int, start: int, end: int, rules: Sequence[Rule]
+) -> tuple[pd.DataFrame, list[tuple[int, int, str]]]:
+    """`parse_rows` of the bytes ``start`` to ``end`` of the file, a few megabytes at a time: less memory, in half the time."""
+    tables = []
+    for data in _blocks_of_rows(fd, start, end):
+        bars, faults = parse_rows(data, rules)
+        if faults:
+            return parse_rows(read_range(fd, start, end), rules)
+        tables.append(bars)
+    if not tables:
+        return parse_rows(b"", rules)
+    bars = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+    if (np.diff(opens_of(bars)) <= 0).any():
+        return parse_rows(read_range(fd, start, end), rules)
+    return bars, []
+
+
+def _blocks_of_rows(fd: int, start: int, end: int) -> Iterator[bytes]:
+    """The rows between two offsets that are starts of rows, a few megabytes at a time. The last block may end inside a line."""
+    while start < end:
+        data = read_range(fd, start, min(end, start + _CHUNK_BYTES))
+        cut = len(data) if start + len(data) >= end else data.rfind(b"\n") + 1
+        yield data[:cut] if cut else data
+        start += cut or len(data)
+        if not data:
+            return
 
 
 def find_row(fd: int, size: int, open_s: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from ktrdr_pipelines.domain.partitions import partition_from_key
@@ -99,14 +99,17 @@ def partition_windows(timeframe: Timeframe, keys: Iterable[str]) -> tuple[Window
 
 
 def withdraw_partitions(
-    sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark]
+    sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark], grown: Collection[str] = ()
 ) -> tuple[Sidecar, tuple[str, ...]]:
     """``sidecar`` corrected to the partitions ``found`` in the CSV, and the keys of those that had been changed.
 
     Where a recorded partition is gone or has other bytes, rows may have been lost: its answered windows are withdrawn, so
-    that its missing bars are requested again. Partitions that were not recorded withdraw nothing.
+    that its missing bars are requested again. Partitions that were not recorded withdraw nothing, nor do those that have
+    only ``grown``.
     """
-    changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
+    changed = tuple(
+        key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark and key not in grown
+    )
     answered = subtract_windows(sidecar.answered, partition_windows(timeframe, changed))
     return sidecar.model_copy(update={"answered": answered, "partitions": dict(found)}), changed
 
