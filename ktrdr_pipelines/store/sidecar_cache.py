@@ -26,7 +26,7 @@ from ktrdr_pipelines.store.paths import SeriesFiles, opened
 from ktrdr_pipelines.store.sidecar import Sidecar, UnreadableSidecar, parse_sidecar, render_sidecar
 from ktrdr_pipelines.store.sidecar_claims import withdraw_all, withdraw_partitions
 
-_SMALL_BYTES = 1 << 14
+SMALL_BYTES = 1 << 14
 """A sidecar of up to this size has no journal: its bars are written in pieces of the same order."""
 
 
@@ -181,7 +181,7 @@ def _read_file(path: Path) -> bytes | None:
 def _render_for_journal(known: _Reading, sidecar: Sidecar) -> bytes:
     """What to append to the journal that ``known`` was read from; nothing where the sidecar has to be written as a whole."""
     base = known.content[0]
-    if base is None or isinstance(known.sidecar, UnreadableSidecar) or len(base) <= _SMALL_BYTES:
+    if base is None or isinstance(known.sidecar, UnreadableSidecar) or len(base) <= SMALL_BYTES:
         return b""
     change = render_change(known.sidecar, sidecar)
     if known.journal_size + len(change) > len(base):
