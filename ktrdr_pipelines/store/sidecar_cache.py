@@ -26,8 +26,8 @@ from ktrdr_pipelines.store.paths import SeriesFiles, opened
 from ktrdr_pipelines.store.sidecar import Sidecar, UnreadableSidecar, parse_sidecar, render_sidecar
 from ktrdr_pipelines.store.sidecar_claims import withdraw_all, withdraw_partitions
 
-SMALL_BYTES = 1 << 14
-"""A sidecar of up to this size has no journal: its bars are written in pieces of the same order."""
+SMALL_BYTES = 1 << 12
+"""A sidecar of up to this size, one block of most disks, has no journal."""
 
 
 @dataclass(slots=True)
