@@ -12,14 +12,8 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.store.atomic import explained
-from ktrdr_pipelines.store.csv_format import (
-    HEADER,
-    MalformedFile,
-    count_lines,
-    first_and_last_open,
-    parse_rows,
-    read_range,
-)
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, parse_rows
+from ktrdr_pipelines.store.csv_scan import count_lines, first_and_last_open, read_range
 from ktrdr_pipelines.store.partition_marks import locate_partitions, mark_located
 from ktrdr_pipelines.store.paths import fault_at, opened
 from ktrdr_pipelines.store.sidecar import PartitionMark, Sidecar, UnreadableSidecar

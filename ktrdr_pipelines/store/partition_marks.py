@@ -15,7 +15,7 @@ import numpy as np
 from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.partitions import partition_at
 from ktrdr_pipelines.domain.timeframes import Timeframe
-from ktrdr_pipelines.store.csv_format import checksum, find_row, scan_opens
+from ktrdr_pipelines.store.csv_scan import checksum, find_row, scan_opens
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.atomic import Disk, end_of_lines, explain_refusal, explained
-from ktrdr_pipelines.store.csv_format import RowFault, count_lines
+from ktrdr_pipelines.store.csv_format import RowFault
+from ktrdr_pipelines.store.csv_scan import count_lines
 from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.locks import write_lock
 

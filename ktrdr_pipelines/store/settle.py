@@ -20,17 +20,8 @@ from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.store.atomic import SourceChanged, cut_unfinished_line, keep_copy, replace_file, state_of
-from ktrdr_pipelines.store.csv_format import (
-    HEADER,
-    MalformedFile,
-    RowFault,
-    first_and_last_open,
-    parse_rows,
-    read_range,
-    render_file,
-    render_stamps,
-    scan_opens,
-)
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, RowFault, parse_rows, render_file, render_stamps
+from ktrdr_pipelines.store.csv_scan import first_and_last_open, read_range, scan_opens
 from ktrdr_pipelines.store.foreign import read_foreign
 from ktrdr_pipelines.store.foreign_hours import Judge, is_outside, is_overlapping, why_outside
 from ktrdr_pipelines.store.partition_marks import locate_partitions, mark_located, only_grown

@@ -18,7 +18,8 @@ from pathlib import Path
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.atomic import add_lines, explained, replace_file, state_of
-from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, scan_opens
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile
+from ktrdr_pipelines.store.csv_scan import scan_opens
 from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.journal import apply_journal, name_base, render_change
 from ktrdr_pipelines.store.partition_marks import locate_partitions, mark_located, only_grown

@@ -20,15 +20,8 @@ from ktrdr_pipelines.bars.merging import Merged, merge_bars
 from ktrdr_pipelines.bars.schema import Rule, opens_of
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.store.atomic import Disk, FileRange, SourceChanged, append_to_file, replace_file, state_of
-from ktrdr_pipelines.store.csv_format import (
-    HEADER,
-    MalformedFile,
-    find_row,
-    first_and_last_open,
-    parse_rows,
-    read_range,
-    render_rows,
-)
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, parse_rows, render_rows
+from ktrdr_pipelines.store.csv_scan import find_row, first_and_last_open, read_range
 from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.partition_marks import extend_marks, mark_range
 from ktrdr_pipelines.store.sidecar import PartitionMark

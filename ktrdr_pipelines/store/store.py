@@ -22,15 +22,13 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.atomic import Disk, SourceChanged, explained, state_of
-from ktrdr_pipelines.store.csv_format import (
-    MalformedFile,
-    RowFault,
+from ktrdr_pipelines.store.csv_format import MalformedFile, RowFault, render_rows
+from ktrdr_pipelines.store.csv_scan import (
     count_lines,
     find_window,
     first_and_last_open,
     looks_normal,
     parse_range,
-    render_rows,
     scan_opens,
 )
 from ktrdr_pipelines.store.file_state import FileState

@@ -19,16 +19,14 @@ from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
-    find_row,
-    first_and_last_open,
     parse_number,
     parse_rows,
     parse_stamps,
     render_number,
     render_rows,
     render_stamps,
-    scan_opens,
 )
+from ktrdr_pipelines.store.csv_scan import find_row, first_and_last_open, scan_opens
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 RULES = row_rules(TIMEFRAMES["1m"])
