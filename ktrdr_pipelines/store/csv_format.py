@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, Rule, bars_from_columns, find_faults, opens_of
+from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, Rule, bars_from_columns, empty_bars, find_faults, opens_of
 from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
 from ktrdr_pipelines.errors import BugError
 
@@ -75,21 +75,24 @@ def render_number(value: float) -> str:
     return format(Decimal(text), "f") if "e" in text else text
 
 
+class _Texts(dict[float, str]):
+    """Prices as text, each rendered once: most prices of an answer occur several times in it."""
+
+    def __missing__(self, value: float) -> str:
+        text = self[value] = render_number(value)
+        return text
+
+
 def render_rows(bars: pd.DataFrame) -> bytes:
     """The rows of a valid bars table, without the header. Volumes that are whole numbers are written as such."""
     stamps = render_stamps(opens_of(bars))
-    prices = [bars[name].tolist() for name in COLUMNS[1:5]]
+    columns = [bars[name].to_numpy(np.float64) for name in COLUMNS[1:5]]
+    render = _Texts().__getitem__
+    if any((column == 0).any() for column in columns):
+        render = render_number  # 0.0 and -0.0 are equal, and two texts
+    prices = [map(render, column.tolist()) for column in columns]
     volumes = _render_volumes(bars["volume"].to_numpy(np.float64))
-    text = "".join(
-        [
-            f"{stamp},{o!r},{h!r},{low!r},{c!r},{v}\n"
-            for stamp, o, h, low, c, v in zip(stamps, *prices, volumes, strict=True)
-        ]
-    )
-    if "e" not in text:
-        return text.encode()
-    rendered = [[render_number(value) for value in column] for column in prices]
-    return "".join([",".join(row) + "\n" for row in zip(stamps, *rendered, volumes, strict=True)]).encode()
+    return "\n".join([*map(",".join, zip(stamps, *prices, volumes, strict=True)), ""]).encode()
 
 
 def _render_volumes(volumes: FloatArray) -> list[str]:
@@ -175,11 +178,13 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
     The table is complete, exact and strictly increasing only without faults; otherwise it is empty. Each row has
     exactly six fields of plain characters, keeps ``rules``, and comes after the one before.
     """
+    if not data:
+        return empty_bars(), []
     array = np.frombuffer(data, np.uint8)
     starts, ends = split_rows(array)
     opens_s, stamped = parse_stamps(array, starts)
     if not stamped.all() or not _is_plain(data, array, len(starts)):
-        return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
+        return empty_bars(), _diagnose(data, starts, ends, opens_s, stamped, rules)
     try:
         values = pd.read_csv(
             io.BytesIO(data),
@@ -190,9 +195,8 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
             na_filter=False,
             skip_blank_lines=False,
         )
-    except (ValueError, pd.errors.EmptyDataError, pd.errors.ParserError):
-        # Also for no rows at all: nothing to parse, nothing to diagnose.
-        return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
+    except (ValueError, pd.errors.ParserError):
+        return empty_bars(), _diagnose(data, starts, ends, opens_s, stamped, rules)
     bars = bars_from_columns(opens_s, *(values[name] for name in COLUMNS[1:]))
     if find_faults(BarArrays.of(bars), rules) or (np.diff(opens_s) <= 0).any():
         return bars.iloc[:0], _diagnose(data, starts, ends, opens_s, stamped, rules)
