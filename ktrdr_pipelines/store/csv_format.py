@@ -180,13 +180,21 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
     """
     if not data:
         return empty_bars(), []
+    columns = parse_columns(data, rules)
+    if columns is None:
+        return empty_bars(), _diagnose(data, rules)
+    return bars_from_columns(columns[0], *columns[1]), []
+
+
+def parse_columns(data: bytes, rules: Sequence[Rule]) -> tuple[IntArray, FloatArray] | None:
+    """The opens of the rows in ``data`` (not empty) and their five numbers, one array each; None when a row has a fault."""
     array = np.frombuffer(data, np.uint8)
-    starts, ends = split_rows(array)
+    starts, _ = split_rows(array)
     opens_s, stamped = parse_stamps(array, starts)
-    if not stamped.all() or not _is_plain(data, array, len(starts)):
-        return empty_bars(), _diagnose(data, starts, ends, opens_s, stamped, rules)
+    if not stamped.all() or (np.diff(opens_s) <= 0).any() or not _is_plain(data, array, len(starts)):
+        return None
     try:
-        values = pd.read_csv(
+        table = pd.read_csv(
             io.BytesIO(data),
             header=None,
             names=list(COLUMNS),
@@ -194,13 +202,12 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
             dtype=np.float64,
             na_filter=False,
             skip_blank_lines=False,
+            low_memory=False,  # in one piece: callers with millions of rows bring a few megabytes at a time
         )
     except (ValueError, pd.errors.ParserError):
-        return empty_bars(), _diagnose(data, starts, ends, opens_s, stamped, rules)
-    bars = bars_from_columns(opens_s, *(values[name] for name in COLUMNS[1:]))
-    if find_faults(BarArrays.of(bars), rules) or (np.diff(opens_s) <= 0).any():
-        return bars.iloc[:0], _diagnose(data, starts, ends, opens_s, stamped, rules)
-    return bars, []
+        return None
+    values: FloatArray = table.to_numpy().T
+    return None if find_faults(BarArrays(opens_s * 1_000_000, *values), rules) else (opens_s, values)
 
 
 def _is_plain(data: bytes, array: npt.NDArray[np.uint8], rows: int) -> bool:
@@ -234,10 +241,11 @@ def parse_number(text: str) -> float:
         return float("nan")
 
 
-def _diagnose(
-    data: bytes, starts: IntArray, ends: IntArray, opens_s: IntArray, stamped: BoolArray, rules: Sequence[Rule]
-) -> list[tuple[int, int, str]]:
+def _diagnose(data: bytes, rules: Sequence[Rule]) -> list[tuple[int, int, str]]:
     """Faults line by line: slow, and only for rows known to have one."""
+    array = np.frombuffer(data, np.uint8)
+    starts, ends = split_rows(array)
+    opens_s, stamped = parse_stamps(array, starts)
     faults: dict[int, str] = {}
     values: FloatArray = np.ones((len(starts), 5))
     for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):

@@ -2,8 +2,9 @@
 
 Layout and dtypes: `bars/schema.py` describes the table, `csv_format.py` the bytes, `sidecar.py` what is known beside them.
 Promises: writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new
-one; the sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers take the write lock
-(`locks.py`), readers need none. The clock is passed in. See docs/design.md, 4.
+one, or some complete rows of an append and the beginning of one more, which readers ignore and the next write removes; the
+sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers take the write lock (`locks.py`), readers
+need none. The clock is passed in. See docs/design.md, 4.
 """
 
 from __future__ import annotations
@@ -244,8 +245,8 @@ class Store:
 
         ``whole``: ``bars`` replace everything that is held, in one step; refused when a held bar is not in ``bars``.
 
-        When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
-        replaced, the bars are kept and only the claims are lost.
+        When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the bars were
+        written, they are kept and only the claims are lost.
 
         Raises:
             DataError: ``bars`` break the schema, or the file there is no bar file; nothing was touched.
