@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 import numpy as np
 
 from ktrdr_pipelines.domain.arrays import IntArray
-from ktrdr_pipelines.domain.partitions import partition_at
+from ktrdr_pipelines.domain.partitions import partition_at, partition_from_key
 from ktrdr_pipelines.domain.timeframes import Timeframe
+from ktrdr_pipelines.errors import InputError
+from ktrdr_pipelines.store.csv_format import MalformedFile
 from ktrdr_pipelines.store.csv_scan import checksum, find_row, scan_opens
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
@@ -94,6 +96,16 @@ def only_grown(
         for key, (_, low, high) in places.items()
         if low < size < high and key in recorded and recorded[key].crc32 == checksum(fd, low, size)
     )
+
+
+def has_recorded_start(fd: int, timeframe: Timeframe, recorded: Mapping[str, PartitionMark], size: int) -> bool:
+    """True if the first ``size`` bytes of the file are those of our last write, judged by the last ``recorded`` partition."""
+    try:
+        key = max(recorded)
+        low = find_row(fd, size, partition_from_key(timeframe, key).window.start_s)
+        return checksum(fd, low, size) == recorded[key].crc32
+    except (ValueError, InputError, MalformedFile):
+        return False
 
 
 def _instant(second: int) -> datetime:

@@ -19,12 +19,19 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.store.atomic import SourceChanged, cut_unfinished_line, keep_copy, replace_file, state_of
+from ktrdr_pipelines.store.atomic import (
+    SourceChanged,
+    cut_unfinished_line,
+    end_of_lines,
+    keep_copy,
+    replace_file,
+    state_of,
+)
 from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, RowFault, parse_rows, render_file, render_stamps
 from ktrdr_pipelines.store.csv_scan import first_and_last_open, read_range, scan_opens
 from ktrdr_pipelines.store.foreign import read_foreign
 from ktrdr_pipelines.store.foreign_hours import Judge, is_outside, is_overlapping, why_outside
-from ktrdr_pipelines.store.partition_marks import locate_partitions, mark_located, only_grown
+from ktrdr_pipelines.store.partition_marks import has_recorded_start, locate_partitions, mark_located, only_grown
 from ktrdr_pipelines.store.paths import SeriesFiles, opened
 from ktrdr_pipelines.store.sidecar import FileMark, PartitionMark, Sidecar, UnreadableSidecar
 from ktrdr_pipelines.store.sidecar_cache import SidecarCache
@@ -236,14 +243,24 @@ def _find_strays(files: SeriesFiles, series: Series, *, made_elsewhere: bool) ->
 
 
 def _cut_unfinished_line(files: SeriesFiles, series: Series, sidecar: Sidecar) -> tuple[str, ...]:
-    """Remove what an interrupted write left at the end of the CSV, and report it."""
+    """Remove what an interrupted append left at the end of the CSV, and report it. A file that someone put in its place is not
+    touched: its last line may have no end, and be complete."""
     path = files.csv(series)
-    cut = cut_unfinished_line(files.disk, path, sidecar.file.size) if sidecar.file else b""
+    if sidecar.file is None or not _is_torn(path, series, sidecar, sidecar.file.size):
+        return ()
+    cut = cut_unfinished_line(files.disk, path, sidecar.file.size)
     if not cut:
         return ()
     text = f"removed an unfinished line from the end of {path.name}: {cut.decode('utf-8', 'replace')}"
     logger.warning("%s (a write was interrupted)", text)
     return (text,)
+
+
+def _is_torn(path: Path, series: Series, sidecar: Sidecar, committed: int) -> bool:
+    with opened(path) as file:
+        if file is None or end_of_lines(file[0], file[1].size, committed) == file[1].size:
+            return False
+        return has_recorded_start(file[0], series.timeframe, sidecar.partitions, committed)
 
 
 @dataclass(frozen=True, slots=True)

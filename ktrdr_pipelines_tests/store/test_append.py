@@ -257,6 +257,21 @@ def test_the_next_load_removes_an_unfinished_line_and_reports_it(
     assert store.prepare(AAPL_1M, now=NOW) == Prepared()
 
 
+@pytest.mark.parametrize("header", [b"timestamp,open,high,low,close,volume\n", b"Date,Open,High,Low,Close,Volume\n"])
+def test_a_longer_file_in_its_place_is_adopted_as_it_is(store: Store, header: bytes) -> None:
+    """Another program's file, without a line end after its last row: nothing is cut from it, the copy has all of it."""
+    path = store.csv_path(AAPL_1M)
+    theirs = header + b"".join(render_rows(make_bars(range(1440, 1470), value=7.0)).splitlines(keepends=True))[:-1]
+    assert len(theirs) > path.stat().st_size
+    path.write_bytes(theirs)
+    prepared = store.prepare(AAPL_1M, now=NOW)
+    assert prepared.adopted is not None
+    assert prepared.adopted.backup is not None
+    assert prepared.adopted.backup.read_bytes() == theirs
+    assert store.read_sidecar(AAPL_1M).answered == ()
+    assert store.verify(AAPL_1M) == []
+
+
 def test_rows_whose_claim_was_lost_withdraw_no_other_claim(store: Store) -> None:
     """Killed between CSV and sidecar: the new rows are held, what was claimed of the same day still counts."""
     before = store.sidecar_path(AAPL_1M).read_bytes()
