@@ -28,7 +28,8 @@ def merge_bars(held: pd.DataFrame, new: pd.DataFrame, *, held_wins: bool = False
     Nothing is ever removed: held bars that are not in ``new`` stay.
     """
     if not len(held):
-        return Merged(new, len(new), held, new.iloc[:0])
+        nothing = new.iloc[:0]
+        return Merged(bars=new, added=len(new), revised_from=nothing, revised_to=nothing)
     held_s, new_s = opens_of(held), opens_of(new)
     held_v, new_v = held[list(COLUMNS[1:])].to_numpy(), new[list(COLUMNS[1:])].to_numpy()
     at = np.searchsorted(held_s, new_s)

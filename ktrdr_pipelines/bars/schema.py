@@ -86,7 +86,10 @@ def opens_of(bars: pd.DataFrame) -> IntArray:
 
 
 def stamps_us_of(stamps: pd.Series[Any]) -> IntArray:
-    return np.asarray(stamps.dt.as_unit("us").astype("int64"), dtype=np.int64)
+    """Microseconds UTC; a missing stamp is the smallest integer."""
+    return stamps.to_numpy(dtype="datetime64[us]").view(
+        np.int64
+    )  # numpy's stamps are UTC, whatever the zone of pandas'
 
 
 # ---------------------------------------------------------------------------------------------------- the rules
@@ -143,6 +146,11 @@ def is_unset(volume: FloatArray) -> BoolArray:
 
 def _stamps_increase(b: BarArrays) -> BoolArray:
     return np.concatenate([np.ones(min(1, len(b.stamps_us)), np.bool_), np.diff(b.stamps_us) > 0])
+
+
+_INCREASING: Rule = ("timestamps do not strictly increase", _stamps_increase)
+_RULES = "breaks a rule"
+"""pandera's name for the check of all rules; it never reaches users."""
 
 
 @lru_cache(maxsize=1024)
@@ -225,25 +233,27 @@ def bar_schema(
 ) -> pa.DataFrameSchema:
     """The pandera schema of a bars table (built once per timeframe and calendar): exact columns and types, `row_rules`, and
     stamps that strictly increase, hence are unique. Nothing is coerced. ``allow_nonpositive`` is for instruments that may
-    trade below zero, ``any_open`` for those whose sessions open off the quarter hour (`grid_seconds`)."""
+    trade below zero, ``any_open`` for those whose sessions open off the quarter hour (`grid_seconds`).
 
-    def as_check(rule: Rule) -> pa.Check:
-        text, passes = rule
-
-        def check(bars: pd.DataFrame) -> pd.Series[bool]:
-            with np.errstate(invalid="ignore"):
-                return pd.Series(passes(BarArrays.of(bars)), index=bars.index)
-
-        return pa.Check(check, error=text, ignore_na=False)
-
+    All rules are one check on arrays that are taken from the table once: pandera's own work for each check costs more than the
+    rules (docs/dependencies.md). `validate_bars` names the rules that fail.
+    """
     rules = row_rules(timeframe, allow_nonpositive=allow_nonpositive, any_open=any_open, odd_opens=odd_opens)
-    increasing: Rule = ("timestamps do not strictly increase", _stamps_increase)
+
+    def keeps_rules(bars: pd.DataFrame) -> pd.Series[bool]:
+        arrays = BarArrays.of(bars)
+        passes: BoolArray = np.ones(len(bars), np.bool_)
+        with np.errstate(invalid="ignore"):
+            for _, rule in (_INCREASING, *rules):
+                passes &= rule(arrays)
+        return pd.Series(passes, index=bars.index)
+
     return pa.DataFrameSchema(
         {
             "timestamp": pa.Column(STAMP_DTYPE, nullable=False),
             **{name: pa.Column("float64", nullable=True) for name in COLUMNS[1:]},
         },
-        checks=[as_check(rule) for rule in (increasing, *rules)],
+        checks=[pa.Check(keeps_rules, error=_RULES, ignore_na=False)],
         strict=True,
         ordered=True,
         coerce=False,
@@ -267,14 +277,8 @@ def validate_bars(bars: pd.DataFrame, series: Series, window: Window | None = No
     try:
         bar_schema(series.timeframe, **_allowances(series)).validate(bars, lazy=True)
     except SchemaErrors as failure:
-        cases = failure.failure_cases
-        counts: dict[str, set[Any]] = {}
-        for check, column, case, index in zip(
-            cases["check"], cases["column"], cases["failure_case"], cases["index"], strict=True
-        ):
-            text = str(check) if " " in str(check) and pd.notna(index) else f"{column} fails {check} ({case})"
-            counts.setdefault(text, set()).add(index)
-        rows = sorted({int(index) for index in cases["index"].dropna()})
+        counts = _count_failures(failure.failure_cases, bars, series)
+        rows = sorted({row for hits in counts.values() for row in hits if row is not None})
         listed = "; ".join(f"{text} ({len(hits)} rows)" if len(hits) > 1 else text for text, hits in counts.items())
         first = f" First bad row: {show_rows(bars, rows[:1], header=False)}" if rows else ""
         raise DataError(
@@ -283,6 +287,22 @@ def validate_bars(bars: pd.DataFrame, series: Series, window: Window | None = No
             doing=describe_check(series, window),
             advice=f"Nothing of this window was written.{first}",
         ) from None
+
+
+def _count_failures(cases: pd.DataFrame, bars: pd.DataFrame, series: Series) -> dict[str, set[int | None]]:
+    """Failure -> its rows (None: the table as a whole), from pandera's ``cases``. The rules are named only in a table with the
+    right columns and types."""
+    counts: dict[str, set[int | None]] = {}
+    columns = (cases[name] for name in ("check", "column", "failure_case", "index"))
+    for check, column, case, index in zip(*columns, strict=True):
+        if check != _RULES:
+            row = int(index) if pd.notna(index) else None
+            counts.setdefault(f"{column} fails {check} ({case})", set()).add(row)
+    if not counts:
+        for row, text in find_faults(BarArrays.of(bars), (_INCREASING, *rules_for(series))).items():
+            for each in text.split("; "):
+                counts.setdefault(each, set()).add(row)
+    return counts
 
 
 def describe_check(series: Series, window: Window | None) -> str:

@@ -92,7 +92,7 @@ class _Drive:
                 yield load, load.fail(error)
                 machine = None
             if machine is None:
-                load.lock.release()
+                load.close()
                 yield load, Ended()
                 continue
             self._classify(load, machine)
@@ -137,7 +137,7 @@ class _Drive:
         for load, machine in [each for each in self._active if each[1].is_over]:
             yield from self._step(load, machine.finish())
             self._active.remove((load, machine))
-            load.lock.release()
+            load.close()
             yield load, Ended()
 
     def _step(self, load: Load, actions: list[Action]) -> Iterator[tuple[Load, Event]]:
@@ -197,7 +197,7 @@ class _Drive:
             history.resume()
         for load, machine in self._active:
             deque(load.step(machine.finish(is_broken_off=True), lambda _question: None), maxlen=0)
-            load.lock.release()
+            load.close()
 
     def _interrupt(self) -> None:
         for history in self._histories.values():

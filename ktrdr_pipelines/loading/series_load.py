@@ -132,6 +132,12 @@ class Load:
         self.report.status = "failed"
         return failure
 
+    def close(self) -> None:
+        """The load is over, or broken off: its files are as the next one wants them, and another load may begin."""
+        with suppress(StoreError):  # the next load merges it
+            self._store.merge_journal(self.series)
+        self.lock.release()
+
     @property
     def history(self) -> History | None:
         """Where its bars come from, once it was needed."""

@@ -1,4 +1,4 @@
-"""Atomic replacement of a file: a crash leaves the old one or the new one. Also the state of a file, and errors of the disk.
+"""Safe changes of a file: replacement, which a crash leaves undone or done, and growth at the end. Also errors of the disk.
 
 `Disk` is the one seam between the store and the operating system: tests pass one whose n-th call fails or kills the
 process. What the bytes mean is in `csv_format.py` and `sidecar.py`; who may write is in `locks.py`. No library: the
@@ -18,6 +18,7 @@ from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.store.file_state import FileState
 
 _COPY_BYTES = 1 << 26
+_LONGEST_LINE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,13 @@ class Disk:
     def create(self, path: Path, mode: int) -> int:
         """A new file for writing; it must not exist."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+    def open(self, path: Path) -> int:
+        """An existing file for writing."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
 
     def write(self, fd: int, data: bytes | memoryview) -> int:
         return os.write(fd, data)
@@ -146,12 +154,14 @@ def replace_file(
     *,
     still_valid: Callable[[], bool] | None = None,
     examine: Callable[[int], None] | None = None,
+    is_durable: bool = True,
 ) -> FileState:
     """Write ``parts`` one after the other as the new content of ``target``; the new file's state.
 
     The bytes go to a temporary file in the same directory, are synced, and take the name in one step. When anything fails
     before that step, ``target`` is as before and the temporary file is gone. ``examine`` may read the new content through its
-    descriptor before it takes the name. ``target``'s permissions are kept. Callers have the lock of ``target``.
+    descriptor before it takes the name. ``target``'s permissions are kept. Callers have the lock of ``target``. Unless it
+    ``is_durable``, a crash of the machine may bring the old file back.
 
     Raises:
         SourceChanged: ``still_valid``, called last, is false, or a range ended early.
@@ -183,8 +193,118 @@ def replace_file(
         with contextlib.suppress(OSError):  # the first failure is the one to report; a later write tidies up
             disk.remove(temporary)
         raise
-    disk.sync_directory(target.parent)
+    if is_durable:
+        disk.sync_directory(target.parent)
     return state
+
+
+def append_to_file(disk: Disk, path: Path, before: FileState, data: bytes) -> FileState | None:
+    """Write ``data`` after the end of the file at ``path``, which is in the state ``before``, and sync it; the new state.
+
+    None, and nothing is written, where a change in place is refused or would reach further than ``path``: the file is read-only,
+    or has a second name (a hard link, such as a backup makes). Replace it then.
+
+    A crash leaves some of ``data``; whatever else fails, the file is cut back to ``before``. Callers have the lock of ``path``.
+
+    Raises:
+        SourceChanged: another program changed the file; ``data`` may be in it, or in a file that has lost its name.
+        OSError: the disk refuses (`explain_refusal` turns it into a StoreError).
+    """
+    disk.remove(temporary_name(path))
+    fd = _open_in_place(disk, path)
+    if fd is None:
+        return None
+    try:
+        stat = os.fstat(fd)
+        if stat.st_nlink > 1:
+            return None
+        if FileState.of(stat) != before:
+            raise SourceChanged
+        try:
+            os.lseek(fd, before.size, os.SEEK_SET)
+            _write_all(disk, fd, data)
+            written = FileState.of(os.fstat(fd))  # before the sync, which takes long enough for an editor to save
+            disk.sync(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first failure is the one to report; the next write cuts the file
+                _cut_back(disk, fd, before, len(data))
+            raise
+        if written.size != before.size + len(data) or state_of(path) != written:
+            raise SourceChanged
+        return written
+    finally:
+        disk.close(fd)
+
+
+def _open_in_place(disk: Disk, path: Path) -> int | None:
+    """An existing file for writing; None where that is refused."""
+    try:
+        return disk.open(path)
+    except OSError as refusal:
+        if refusal.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+            return None
+        raise
+
+
+def _cut_back(disk: Disk, fd: int, before: FileState, most: int) -> None:
+    """Undo an append of up to ``most`` bytes. The old time of change comes back too, so that nothing counts as edited."""
+    if 0 < os.fstat(fd).st_size - before.size <= most:
+        disk.truncate(fd, before.size)
+        os.utime(fd, ns=(before.mtime_ns, before.mtime_ns))
+
+
+def add_lines(disk: Disk, path: Path, size: int, data: bytes) -> bool:
+    """Write ``data`` at the offset ``size`` of a file, which ends after it; the file is made when it is not there. Not synced.
+    False, and nothing is written, where a change in place is refused.
+
+    Raises:
+        OSError: the disk refuses; part of ``data`` may be there.
+    """
+    try:
+        fd = _open_in_place(disk, path)
+    except FileNotFoundError:
+        fd = disk.create(path, 0o666)
+    if fd is None:
+        return False
+    try:
+        if os.fstat(fd).st_size > size:
+            disk.truncate(fd, size)
+        os.lseek(fd, size, os.SEEK_SET)
+        _write_all(disk, fd, data)
+        return True
+    finally:
+        disk.close(fd)
+
+
+def cut_unfinished_line(disk: Disk, path: Path, size: int) -> bytes:
+    """Cut the file at ``path`` after its last line end, if it is larger than ``size`` and does not end with one: an append was
+    interrupted. Returns what was cut; nothing where the file cannot be changed in place. Callers have the lock of ``path``.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    fd = _open_in_place(disk, path)
+    if fd is None:
+        return b""
+    try:
+        now = os.fstat(fd).st_size
+        end = end_of_lines(fd, now, size)
+        cut = os.pread(fd, now - end, end)
+        if cut:
+            disk.truncate(fd, end)
+        return cut
+    finally:
+        disk.close(fd)
+
+
+def end_of_lines(fd: int, size: int, committed: int) -> int:
+    """Where the complete lines of a file of ``size`` bytes end, whose writer is known to have finished the first ``committed``
+    ones: a longer file may end inside a line while it grows, or after a crash. ``size`` for any other file."""
+    if not 0 < committed < size:
+        return size
+    base = max(committed - 1, size - _LONGEST_LINE)
+    end = os.pread(fd, size - base, base).rfind(b"\n") + 1
+    return base + end if end else size
 
 
 def state_of(path: Path) -> FileState | None:

@@ -1,43 +1,33 @@
 """The bytes of a series' CSV: one header, one row per bar, fixed-width stamps first, sorted, LF line ends.
 
-Renders and parses rows, and finds rows by bisecting the stamps of an open file, so that the cost of a window does not grow
-with the file. Reads through a descriptor with positioned reads and never maps the file: an editor that truncates a
-mapped file kills the reading process (SIGBUS). No locks, no writing: `store.py`. The format: docs/design.md, 4. Why not
+Renders and parses rows. Pure: rows of an open file are found and read in `csv_scan.py`. The format: docs/design.md, 4. Why not
 pandas.read_csv alone: it pads short rows, accepts quoted, blank and ``NA`` fields, and cannot name the line.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, Rule, bars_from_columns, find_faults, opens_of
+from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, Rule, bars_from_columns, empty_bars, find_faults, opens_of
 from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
-from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.errors import BugError
 
 HEADER = (",".join(COLUMNS) + "\n").encode()
 STAMP_BYTES = 20
-MAX_ROW_BYTES = 4096
-"""The longest row: five numbers of at most 330 digits fit."""
 
-_STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ,")
-_CHUNK_BYTES = 1 << 22
 _RENDERED_ROWS = 100_000
 _FIRST_S, _END_S = -62_135_596_800, 253_402_300_800  # years 1 to 9999: four digits
 
-_ROW_BYTE = np.zeros(256, np.bool_)
-_ROW_BYTE[list(b"0123456789.,-+eTZ:\n")] = True
+_BLOCK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +75,31 @@ def render_number(value: float) -> str:
     return format(Decimal(text), "f") if "e" in text else text
 
 
+class _Texts(dict[float, str]):
+    """Prices as text, each rendered once: most prices of an answer occur several times in it."""
+
+    def __missing__(self, value: float) -> str:
+        text = self[value] = render_number(value)
+        return text
+
+
 def render_rows(bars: pd.DataFrame) -> bytes:
     """The rows of a valid bars table, without the header. Volumes that are whole numbers are written as such."""
     stamps = render_stamps(opens_of(bars))
-    prices = [bars[name].tolist() for name in COLUMNS[1:5]]
-    volumes = [str(int(v)) if v.is_integer() else render_number(v) for v in bars["volume"].tolist()]
-    rows = [
-        f"{stamp},{o!r},{h!r},{low!r},{c!r},{v}\n"
-        for stamp, o, h, low, c, v in zip(stamps, *prices, volumes, strict=True)
-    ]
-    for i, row in enumerate(rows):
-        if "e" in row:
-            texts = [render_number(column[i]) for column in prices]
-            rows[i] = ",".join([stamps[i], *texts, volumes[i]]) + "\n"
-    return "".join(rows).encode()
+    columns = [bars[name].to_numpy(np.float64) for name in COLUMNS[1:5]]
+    render = _Texts().__getitem__
+    if any((column == 0).any() for column in columns):
+        render = render_number  # 0.0 and -0.0 are equal, and two texts
+    prices = [map(render, column.tolist()) for column in columns]
+    volumes = _render_volumes(bars["volume"].to_numpy(np.float64))
+    return "\n".join([*map(",".join, zip(stamps, *prices, volumes, strict=True)), ""]).encode()
+
+
+def _render_volumes(volumes: FloatArray) -> list[str]:
+    whole = volumes.astype(np.int64)
+    if (whole == volumes).all():
+        return [str(volume) for volume in whole.tolist()]
+    return [str(int(v)) if v.is_integer() else render_number(v) for v in volumes.tolist()]
 
 
 def render_file(bars: pd.DataFrame) -> list[bytes]:
@@ -112,44 +113,63 @@ _DAYS_BEFORE_MONTH = np.array([0, 0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 3
 _DAYS_IN_MONTH = np.array([0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31], np.int64)
 
 
+_DIGITS = [0, 1, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18]
+_MARKS = {4: "-", 7: "-", 10: "T", 13: ":", 16: ":", 19: "Z", 20: ","}
+
+
 def parse_stamps(data: npt.NDArray[np.uint8], starts: IntArray) -> tuple[IntArray, BoolArray]:
     """Opens of the rows that begin at ``starts`` in ``data``, and which of them are well formed (others read 0)."""
-    last = max(len(data) - 1, 0)
-    good = starts + STAMP_BYTES <= last
+    width = STAMP_BYTES + 1
+    if len(data) < width or not len(starts):
+        return np.zeros(len(starts), np.int64), np.zeros(len(starts), np.bool_)
+    last = len(data) - width
+    # Every place of `data` as one item of 21 bytes, so that the stamps are taken in one pass; then one array for each character.
+    places: npt.NDArray[Any] = np.ndarray((last + 1,), dtype=f"V{width}", buffer=data, strides=(1,))
+    characters = np.ascontiguousarray(places[np.minimum(starts, last)].view(np.uint8).reshape(-1, width).T)
+    good = starts <= last
+    for at, mark in _MARKS.items():
+        good &= characters[at] == ord(mark)
+    digits = characters - np.uint8(48)  # wraps round for anything below "0"
+    for at in _DIGITS:
+        good &= digits[at] <= 9
 
-    def byte(at: int) -> npt.NDArray[np.uint8]:
-        return data[np.minimum(starts + at, last)] if len(data) else np.zeros(len(starts), np.uint8)
-
-    def number(at: int, digits: int) -> IntArray:
-        nonlocal good
-        value = np.zeros(len(starts), np.int64)
-        for i in range(digits):
-            digit = byte(at + i) - np.uint8(48)  # wraps round for anything below "0"
-            good &= digit <= 9
-            value = value * 10 + digit
+    def number(*places: int) -> npt.NDArray[np.int32]:
+        value: npt.NDArray[np.int32] = digits[places[0]].astype(np.int32)
+        for at in places[1:]:
+            value = value * 10 + digits[at]
         return value
 
-    year, month, day = number(0, 4), number(5, 2), number(8, 2)
-    hour, minute, second = number(11, 2), number(14, 2), number(17, 2)
-    for at, mark in ((4, "-"), (7, "-"), (10, "T"), (13, ":"), (16, ":"), (19, "Z"), (20, ",")):
-        good &= byte(at) == ord(mark)
+    hour, minute, second = number(11, 12), number(14, 15), number(17, 18)
+    good &= (hour < 24) & (minute < 60) & (second < 60)
+    date = np.where(good, number(*_DIGITS[:8]), 0)
+    firsts = np.flatnonzero(np.diff(date, prepend=-1))  # rows of one day follow each other
+    days, valid = _days_since_1970(date[firsts].astype(np.int64))
+    repeats = np.diff(firsts, append=len(date))
+    good &= np.repeat(valid, repeats)
+    opens_s = np.repeat(days * 86400, repeats) + (hour * 3600 + minute * 60 + second)
+    return np.where(good, opens_s, 0), good
+
+
+def _days_since_1970(dates: IntArray) -> tuple[IntArray, BoolArray]:
+    """Dates written as numbers (20240102) as days, and which of them exist."""
+    year, month, day = dates // 10_000, dates // 100 % 100, dates % 100
     leap = (year % 4 == 0) & ((year % 100 != 0) | (year % 400 == 0))
-    month = np.where(good & (month <= 12), month, 0)
-    good &= (month >= 1) & (year >= 1) & (day >= 1) & (hour < 24) & (minute < 60) & (second < 60)
-    good &= day <= _DAYS_IN_MONTH[month] - ((month == 2) & ~leap)
+    valid = (month >= 1) & (month <= 12) & (year >= 1) & (day >= 1)
+    month = np.where(valid, month, 0)
+    valid &= day <= _DAYS_IN_MONTH[month] - ((month == 2) & ~leap)
     before = year - 1
     days = before * 365 + before // 4 - before // 100 + before // 400 - 719_162
-    days += _DAYS_BEFORE_MONTH[month] + ((month > 2) & leap) + day - 1
-    return np.where(good, days * 86400 + hour * 3600 + minute * 60 + second, 0), good
+    return days + _DAYS_BEFORE_MONTH[month] + ((month > 2) & leap) + day - 1, valid
 
 
-def _split_rows(data: npt.NDArray[np.uint8]) -> tuple[IntArray, IntArray]:
+def split_rows(data: npt.NDArray[np.uint8]) -> tuple[IntArray, IntArray]:
     """Starts and ends (the newline, or the end of the data) of the lines in ``data``."""
     ends = np.flatnonzero(data == 10)
     if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
         ends = np.append(ends, len(data))
-    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-    return starts.astype(np.int64), ends.astype(np.int64)
+    starts = np.zeros(len(ends), np.int64)
+    starts[1:] = ends[:-1] + 1
+    return starts, ends
 
 
 def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[tuple[int, int, str]]]:
@@ -158,13 +178,23 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
     The table is complete, exact and strictly increasing only without faults; otherwise it is empty. Each row has
     exactly six fields of plain characters, keeps ``rules``, and comes after the one before.
     """
+    if not data:
+        return empty_bars(), []
+    columns = parse_columns(data, rules)
+    if columns is None:
+        return empty_bars(), _diagnose(data, rules)
+    return bars_from_columns(columns[0], *columns[1]), []
+
+
+def parse_columns(data: bytes, rules: Sequence[Rule]) -> tuple[IntArray, FloatArray] | None:
+    """The opens of the rows in ``data`` (not empty) and their five numbers, one array each; None when a row has a fault."""
     array = np.frombuffer(data, np.uint8)
-    starts, ends = _split_rows(array)
+    starts, _ = split_rows(array)
     opens_s, stamped = parse_stamps(array, starts)
-    if not stamped.all() or not _ROW_BYTE[array].all() or not _have_six_fields(array, starts, ends):
-        return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
+    if not stamped.all() or (np.diff(opens_s) <= 0).any() or not _is_plain(data, array, len(starts)):
+        return None
     try:
-        values = pd.read_csv(
+        table = pd.read_csv(
             io.BytesIO(data),
             header=None,
             names=list(COLUMNS),
@@ -172,22 +202,30 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
             dtype=np.float64,
             na_filter=False,
             skip_blank_lines=False,
+            low_memory=False,  # in one piece: callers with millions of rows bring a few megabytes at a time
         )
-    except (ValueError, pd.errors.EmptyDataError, pd.errors.ParserError):
-        # Also for no rows at all: nothing to parse, nothing to diagnose.
-        return bars_from_columns([], [], [], [], [], []), _diagnose(data, starts, ends, opens_s, stamped, rules)
-    bars = bars_from_columns(opens_s, *(values[name] for name in COLUMNS[1:]))
-    if find_faults(BarArrays.of(bars), rules) or (np.diff(opens_s) <= 0).any():
-        return bars.iloc[:0], _diagnose(data, starts, ends, opens_s, stamped, rules)
-    return bars, []
+    except (ValueError, pd.errors.ParserError):
+        return None
+    values: FloatArray = table.to_numpy().T
+    return None if find_faults(BarArrays(opens_s * 1_000_000, *values), rules) else (opens_s, values)
 
 
-def _have_six_fields(data: npt.NDArray[np.uint8], starts: IntArray, ends: IntArray) -> bool:
-    commas = np.flatnonzero(data == ord(","))
-    if len(commas) != 5 * len(starts):
+def _is_plain(data: bytes, array: npt.NDArray[np.uint8], rows: int) -> bool:
+    """True if ``rows`` rows with good stamps have no character but those of stamps and numbers, and five commas each.
+
+    The commas are counted over all rows: where a row has more of them another has fewer, and pandas finds no number in it. pandas
+    would accept quotes, blanks and words as well, so they must not get there.
+    """
+    if b"/" in data:  # the only other character between "+" and ":"
         return False
-    by_row = commas.reshape(-1, 5)
-    return bool((by_row[:, 0] > starts).all() and (by_row[:, 4] < ends).all())
+    others = commas = 0
+    for at in range(0, len(array), _BLOCK_BYTES):  # in blocks that stay in the processor's cache
+        block = array[at : at + _BLOCK_BYTES]
+        others += int(np.count_nonzero(block - np.uint8(43) > 15))
+        commas += int(np.count_nonzero(block == 44))
+    # Outside of "+" to ":" are the T and the Z of each stamp, line ends, and the exponents of numbers (rare).
+    exponents = others - 2 * rows - (rows if data.endswith(b"\n") else rows - 1)
+    return commas == 5 * rows and (exponents == 0 or exponents == data.count(b"e"))
 
 
 _NUMBER_CHARACTERS = "0123456789.+-eE"
@@ -203,10 +241,11 @@ def parse_number(text: str) -> float:
         return float("nan")
 
 
-def _diagnose(
-    data: bytes, starts: IntArray, ends: IntArray, opens_s: IntArray, stamped: BoolArray, rules: Sequence[Rule]
-) -> list[tuple[int, int, str]]:
+def _diagnose(data: bytes, rules: Sequence[Rule]) -> list[tuple[int, int, str]]:
     """Faults line by line: slow, and only for rows known to have one."""
+    array = np.frombuffer(data, np.uint8)
+    starts, ends = split_rows(array)
+    opens_s, stamped = parse_stamps(array, starts)
     faults: dict[int, str] = {}
     values: FloatArray = np.ones((len(starts), 5))
     for i, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
@@ -226,132 +265,3 @@ def _diagnose(
                 "same timestamp as the row before" if opens_s[i] == opens_s[before] else "earlier than the row before"
             )
     return [(i, int(starts[i]), why) for i, why in sorted(faults.items())]
-
-
-# ---------------------------------------------------------------------------------------------------- finding rows
-
-
-def read_range(fd: int, start: int, end: int) -> bytes:
-    """The bytes ``start`` to ``end`` of the file, fewer if it ends before."""
-    parts = []
-    while start < end and (part := os.pread(fd, min(end - start, 1 << 24), start)):
-        parts.append(part)
-        start += len(part)
-    return b"".join(parts)
-
-
-def find_row(fd: int, size: int, open_s: int) -> int:
-    """Offset of the first row that opens at or after ``open_s``; ``size`` when there is none.
-
-    Correct for a sorted file only (`sidecar_cache.SidecarCache.ensure_sorted`).
-
-    Raises:
-        MalformedFile: a line that was read is no row.
-    """
-    wanted = render_stamp(open_s)
-    low, high = len(HEADER), size  # both are starts of rows, or the end
-    while low < high:
-        middle = (low + high) // 2
-        base = max(low, middle - MAX_ROW_BYTES)
-        block = os.pread(fd, middle + MAX_ROW_BYTES - base, base)
-        newline = block.rfind(b"\n", 0, middle - base)
-        if newline < 0 and base > low:
-            raise MalformedFile("a line is far too long", base)
-        start = newline + 1
-        end = block.find(b"\n", start)
-        if end < 0 or not _STAMP.match(block, start):
-            raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", base + start)
-        if block[start : start + STAMP_BYTES] < wanted:
-            low = base + end + 1
-        else:
-            high = base + start
-    return low
-
-
-def scan_opens(fd: int, start: int, end: int) -> Iterator[tuple[IntArray, IntArray]]:
-    """Opens and offsets of all rows between two offsets that are starts of rows, a few megabytes at a time.
-
-    Raises:
-        MalformedFile: a line does not begin with a stamp, or stamps do not strictly increase.
-    """
-    previous: int | None = None
-    while start < end:
-        data = read_range(fd, start, min(end, start + _CHUNK_BYTES))
-        cut = data.rfind(b"\n") + 1
-        if not cut:
-            raise MalformedFile(
-                "the last line has no end" if start + len(data) >= end else "a line is far too long", start
-            )
-        array = np.frombuffer(data, np.uint8)[:cut]
-        starts, _ = _split_rows(array)
-        opens_s, good = parse_stamps(array, starts)
-        if not good.all():
-            at = start + int(starts[int(np.argmin(good))])
-            raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", at)
-        steps = np.diff(opens_s, prepend=opens_s[0] - 1 if previous is None else previous)
-        if (steps <= 0).any():
-            raise MalformedFile(
-                "a row does not come after the row before it", start + int(starts[int(np.argmin(steps > 0))])
-            )
-        previous = int(opens_s[-1])
-        yield opens_s, starts + start
-        start += cut
-
-
-def count_lines(fd: int, start: int, end: int) -> int:
-    """Newlines between two offsets."""
-    return sum(chunk.count(b"\n") for chunk in _chunks(fd, start, end))
-
-
-def checksum(fd: int, start: int, end: int) -> str:
-    """CRC-32 of the bytes between two offsets, eight hexadecimal digits."""
-    crc = 0
-    for chunk in _chunks(fd, start, end):
-        crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
-
-
-def _chunks(fd: int, start: int, end: int) -> Iterator[bytes]:
-    while start < end and (chunk := os.pread(fd, min(end - start, 1 << 20), start)):
-        yield chunk
-        start += len(chunk)
-
-
-def first_and_last_open(fd: int, size: int) -> tuple[int, int] | None:
-    """Opens of the first and the last row, None without rows; three small reads.
-
-    Raises:
-        MalformedFile: the header, the first or the last line is not one of ours, or the last newline is missing.
-    """
-    head = os.pread(fd, len(HEADER) + STAMP_BYTES + 1, 0)
-    if not head.startswith(HEADER):
-        raise MalformedFile("the first line is not " + HEADER.decode().strip(), 0)
-    if size == len(HEADER):
-        return None
-    base = max(len(HEADER), size - MAX_ROW_BYTES)
-    tail = os.pread(fd, size - base, base)
-    if not tail.endswith(b"\n"):
-        raise MalformedFile("the last line has no end", size)
-    start = tail.rfind(b"\n", 0, len(tail) - 1) + 1
-    stamps = np.frombuffer(head[len(HEADER) :] + tail[start : start + STAMP_BYTES + 1] + b"\n", np.uint8)
-    opens_s, good = parse_stamps(stamps, np.array([0, STAMP_BYTES + 1]))
-    if not good.all():
-        at = len(HEADER) if not good[0] else base + start
-        raise MalformedFile("a line does not begin with a timestamp like 2024-01-02T14:30:00Z", at)
-    return int(opens_s[0]), int(opens_s[1])
-
-
-def find_window(fd: int, size: int, window: Window | None) -> tuple[int, int]:
-    """Offsets of the first row of ``window`` and of the first after it, in a sorted file; all rows without a window."""
-    if window is None:
-        return len(HEADER), size
-    return find_row(fd, size, window.start_s), find_row(fd, size, window.end_s)
-
-
-def looks_normal(fd: int, size: int) -> bool:
-    """True if header, first and last line are as we write them."""
-    try:
-        first_and_last_open(fd, size)
-    except MalformedFile:
-        return False
-    return True

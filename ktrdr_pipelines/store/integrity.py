@@ -14,18 +14,12 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.store.atomic import explained
-from ktrdr_pipelines.store.csv_format import (
-    HEADER,
-    MalformedFile,
-    count_lines,
-    first_and_last_open,
-    parse_rows,
-    read_range,
-)
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, parse_rows
+from ktrdr_pipelines.store.csv_scan import count_lines, first_and_last_open, read_range
+from ktrdr_pipelines.store.partition_marks import locate_partitions, mark_located
 from ktrdr_pipelines.store.paths import fault_at, opened
 from ktrdr_pipelines.store.sidecar import PartitionMark, Sidecar, UnreadableSidecar
 from ktrdr_pipelines.store.sidecar_cache import SidecarCache
-from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 _PARSED_BYTES = 1 << 23
 
@@ -54,7 +48,8 @@ def verify_files(sidecars: SidecarCache, series: Series, window: Window | None) 
         problems.append(Problem(f"{sidecars.files.sidecar(series).name} is unreadable: {failure}"))
     wanted = None if window is None else {p.key for p in partitions_in(series.timeframe, window)}
     marks: dict[str, PartitionMark] = {}
-    with explained(path, doing), opened(path) as file:
+    committed = recorded.file.size if recorded.file else 0
+    with explained(path, doing), opened(path, committed) as file:
         if file is not None:
             fd, state = file
             try:

@@ -9,12 +9,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
-from ktrdr_pipelines.store.atomic import Disk, explain_refusal, explained
-from ktrdr_pipelines.store.csv_format import RowFault, count_lines
+from ktrdr_pipelines.store.atomic import Disk, end_of_lines, explain_refusal, explained
+from ktrdr_pipelines.store.csv_format import RowFault
+from ktrdr_pipelines.store.csv_scan import count_lines
 from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.locks import write_lock
 
@@ -36,6 +38,10 @@ class SeriesFiles:
         """``AAPL_1h.meta.json``; a link is followed."""
         path = self.data_dir / f"{series.name}.meta.json"
         return path.resolve() if path.is_symlink() else path
+
+    def journal(self, series: Series) -> Path:
+        """``AAPL_1h.meta.journal``, beside the sidecar."""
+        return self.sidecar(series).with_suffix(".journal")
 
     @contextmanager
     def locked(self, series: Series, doing: str) -> Iterator[None]:
@@ -65,8 +71,15 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[int, FileState] | None]:
-    """A descriptor for reading and the file's state; None when there is no file or an empty one. Raises OSError."""
+def opened(path: Path, committed: int = 0) -> Iterator[tuple[int, FileState] | None]:
+    """A descriptor for reading and the file's state; None when there is no file or an empty one.
+
+    ``committed``: its size at our last write, 0 if there was none. A larger file may be growing at this moment, or may have been
+    when its writer died: then its state ends with the last complete line.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -74,6 +87,7 @@ def opened(path: Path) -> Iterator[tuple[int, FileState] | None]:
         return
     try:
         state = FileState.of(os.fstat(fd))
+        state = replace(state, size=end_of_lines(fd, state.size, committed))
         yield (fd, state) if state.size else None
     finally:
         os.close(fd)

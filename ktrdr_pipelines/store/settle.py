@@ -19,25 +19,23 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import StoreError
-from ktrdr_pipelines.store.atomic import SourceChanged, keep_copy, replace_file, state_of
-from ktrdr_pipelines.store.csv_format import (
-    HEADER,
-    MalformedFile,
-    RowFault,
-    first_and_last_open,
-    parse_rows,
-    read_range,
-    render_file,
-    render_stamps,
-    scan_opens,
+from ktrdr_pipelines.store.atomic import (
+    SourceChanged,
+    cut_unfinished_line,
+    end_of_lines,
+    keep_copy,
+    replace_file,
+    state_of,
 )
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, RowFault, parse_rows, render_file, render_stamps
+from ktrdr_pipelines.store.csv_scan import first_and_last_open, read_range, scan_opens
 from ktrdr_pipelines.store.foreign import read_foreign
 from ktrdr_pipelines.store.foreign_hours import Judge, is_outside, is_overlapping, why_outside
+from ktrdr_pipelines.store.partition_marks import has_recorded_start, locate_partitions, mark_located, only_grown
 from ktrdr_pipelines.store.paths import SeriesFiles, opened
 from ktrdr_pipelines.store.sidecar import FileMark, PartitionMark, Sidecar, UnreadableSidecar
 from ktrdr_pipelines.store.sidecar_cache import SidecarCache
 from ktrdr_pipelines.store.sidecar_claims import partition_windows, withdraw_all, withdraw_partitions
-from ktrdr_pipelines.store.splice import locate_partitions, mark_located
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ class Prepared:
     changed_partitions: tuple[str, ...] = ()
     """Partitions whose rows are not those of the last write: bars that are missing there are requested again."""
     notices: tuple[str, ...] = ()
-    """Oddities that were left as they are."""
+    """What else was found."""
     csv_gone: bool = False
     """The sidecar lists bars, but there is no CSV: all of them are missing."""
 
@@ -129,8 +127,9 @@ def settle(
             sidecar = withdraw_all(sidecar)
         sidecars.save(series, sidecar)
         return sidecar, Prepared(corrupt_sidecar=corrupt, csv_gone=is_gone)
+    notices = _cut_unfinished_line(files, series, sidecar)
     is_first_use = corrupt is None and sidecar.file is None and not sidecar.partitions
-    checked, strays = _check_csv(files, series, sidecar.partitions, now), _Strays()
+    checked, strays = _check_csv(files, series, sidecar, now), _Strays()
     if is_first_use and checked is not None:
         strays = _find_strays(files, series, made_elsewhere=made_elsewhere)
     adopted = None
@@ -139,20 +138,19 @@ def settle(
         refuse = strays.refuse or (is_outside(series) if is_first_use else None)
         was_ours = bool(sidecar.partitions)
         adopted = adopt_in_place(files, series, now, assume_utc=assume_utc, was_ours=was_ours, outside=refuse)
-        checked = _check_csv(files, series, sidecar.partitions, now)
+        checked = _check_csv(files, series, sidecar, now)
         if checked is None:
             raise changing_all_the_time(files.csv(series), doing)
-    found, mark = checked
-    sidecar, changed = withdraw_partitions(sidecar, series.timeframe, found)
+    sidecar, changed = withdraw_partitions(sidecar, series.timeframe, checked.marks, checked.grown)
     if changed:
         logger.warning(
             "%s differs from the last write in %d partitions (first %s): edited, or a write was interrupted; "
             "bars that are missing there will be requested again",
             files.csv(series), len(changed), changed[0],
         )  # fmt: skip
-    sidecar = sidecar.model_copy(update={"file": mark, "series": str(series), "updated_at": require_utc(now)})
+    sidecar = sidecar.model_copy(update={"file": checked.mark, "series": str(series), "updated_at": require_utc(now)})
     sidecars.save(series, sidecar)
-    return sidecar, Prepared(adopted, corrupt, changed, strays.notices)
+    return sidecar, Prepared(adopted, corrupt, changed, (*notices, *strays.notices))
 
 
 def _load_or_replace(sidecars: SidecarCache, series: Series, now: datetime, doing: str) -> tuple[Sidecar, Path | None]:
@@ -244,16 +242,45 @@ def _find_strays(files: SeriesFiles, series: Series, *, made_elsewhere: bool) ->
     return _Strays(notices=(kept,))
 
 
-def _check_csv(
-    files: SeriesFiles, series: Series, recorded: Mapping[str, PartitionMark], now: datetime
-) -> tuple[dict[str, PartitionMark], FileMark | None] | None:
-    """The partitions of the CSV and its mark; None when a line of it is not as we write them, or opens in the future.
+def _cut_unfinished_line(files: SeriesFiles, series: Series, sidecar: Sidecar) -> tuple[str, ...]:
+    """Remove what an interrupted append left at the end of the CSV, and report it. A file that someone put in its place is not
+    touched: its last line may have no end, and be complete."""
+    path = files.csv(series)
+    if sidecar.file is None or not _is_torn(path, series, sidecar, sidecar.file.size):
+        return ()
+    cut = cut_unfinished_line(files.disk, path, sidecar.file.size)
+    if not cut:
+        return ()
+    text = f"removed an unfinished line from the end of {path.name}: {cut.decode('utf-8', 'replace')}"
+    logger.warning("%s (a write was interrupted)", text)
+    return (text,)
 
-    Reads all stamps. Parses values only in partitions that are not as ``recorded``.
+
+def _is_torn(path: Path, series: Series, sidecar: Sidecar, committed: int) -> bool:
+    with opened(path) as file:
+        if file is None or end_of_lines(file[0], file[1].size, committed) == file[1].size:
+            return False
+        return has_recorded_start(file[0], series.timeframe, sidecar.partitions, committed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A CSV that is formatted as ours are."""
+
+    marks: Mapping[str, PartitionMark]
+    mark: FileMark | None
+    grown: frozenset[str] = frozenset()
+    """The partition that differs from the sidecar only by further rows at the end."""
+
+
+def _check_csv(files: SeriesFiles, series: Series, sidecar: Sidecar, now: datetime) -> _Checked | None:
+    """The partitions of the CSV; None when a line of it is not as we write them, or opens in the future.
+
+    Reads all stamps. Parses values only in partitions that are not as recorded in ``sidecar``.
     """
     with opened(files.csv(series)) as file:
         if file is None:
-            return {}, None
+            return _Checked({}, None)
         fd, state = file
         try:
             ends = first_and_last_open(fd, state.size)
@@ -263,12 +290,13 @@ def _check_csv(
         except MalformedFile:
             return None
         marks = mark_located(fd, places)
-        doubtful = [(low, high) for key, (_, low, high) in places.items() if recorded.get(key) != marks[key]]
+        doubtful = [(low, high) for key, (_, low, high) in places.items() if sidecar.partitions.get(key) != marks[key]]
         rules = rules_for(series)
         for start, end in _join_ranges(doubtful):
             if parse_rows(read_range(fd, start, end), rules)[1]:
                 return None
-        return marks, FileMark.of(state)
+        grown = only_grown(fd, places, sidecar.partitions, sidecar.file.size if sidecar.file else 0)
+        return _Checked(marks, FileMark.of(state), grown)
 
 
 def _join_ranges(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -133,6 +133,17 @@ class FileMark(_Model):
         return cls(size=state.size, mtime_ns=state.mtime_ns) if state and state.size else None
 
 
+def _merge_spans(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """Disjoint and sorted, however an editor left them."""
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        if merged and span.start <= merged[-1].end:
+            merged[-1] = Span(start=merged[-1].start, end=max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
 class Sidecar(_Model):
     """The content of a sidecar; the defaults are those of a missing one."""
 
@@ -144,7 +155,7 @@ class Sidecar(_Model):
     history_start: HistoryStart | None = None
     sparse: bool = False
     """IB leaves out bars without trades: only an unusual gap of this series is worth a probe."""
-    answered: tuple[Span, ...] = ()
+    answered: Annotated[tuple[Span, ...], AfterValidator(_merge_spans)] = ()
     """Disjoint, sorted windows in which IB gave a verified answer, with or without bars."""
     proven_empty: tuple[ProvenEmpty, ...] = ()
     unfinished_from: Instant | None = None

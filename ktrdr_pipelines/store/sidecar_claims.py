@@ -6,8 +6,8 @@ Pure. Whatever is in doubt is withdrawn: that costs requests, never bars.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from ktrdr_pipelines.domain.partitions import partition_from_key
@@ -20,23 +20,24 @@ _KEPT_EVIDENCE = 5
 
 
 def add_answered(spans: Sequence[Span], window: Window, until: datetime) -> tuple[Span, ...]:
-    """``spans`` with ``window``, cut at ``until`` and inwards to whole seconds, merged into disjoint sorted windows."""
+    """``spans``, which are disjoint and sorted, with ``window``, cut at ``until`` and inwards to whole seconds; again so."""
     start = datetime.fromtimestamp(math.ceil(window.start.timestamp()), UTC)
     end = datetime.fromtimestamp(math.floor(min(window.end, until).timestamp()), UTC)
     if start >= end:
         return tuple(spans)
-    merged: list[Span] = []
-    for span in sorted([*spans, Span(start=start, end=end)], key=lambda s: (s.start, s.end)):
-        if merged and span.start <= merged[-1].end:
-            merged[-1] = Span(start=merged[-1].start, end=max(merged[-1].end, span.end))
-        else:
-            merged.append(span)
-    return tuple(merged)
+    first = bisect_left(spans, start, key=lambda span: span.end)
+    after = bisect_right(spans, end, lo=first, key=lambda span: span.start)
+    touched = spans[first:after]
+    if touched:
+        start, end = min(start, touched[0].start), max(end, touched[-1].end)
+    return (*spans[:first], Span(start=start, end=end), *spans[after:])
 
 
 def subtract_windows(spans: Sequence[Span], windows: Iterable[Window]) -> tuple[Span, ...]:
     """``spans`` without any instant of ``windows``."""
     cuts = sorted(windows)
+    if not cuts:
+        return tuple(spans)
     kept: list[Span] = []
     for span in spans:
         start = span.start
@@ -47,7 +48,7 @@ def subtract_windows(spans: Sequence[Span], windows: Iterable[Window]) -> tuple[
                 kept.append(Span(start=start, end=cut.start))
             start = max(start, cut.end)
         if start < span.end:
-            kept.append(Span(start=start, end=span.end))
+            kept.append(span if start == span.start else Span(start=start, end=span.end))
     return tuple(kept)
 
 
@@ -77,9 +78,15 @@ def add_proven_empty(ranges: Sequence[ProvenEmpty], new: Iterable[ProvenEmpty]) 
 
 def drop_disproved(ranges: Sequence[ProvenEmpty], opens_s: Sequence[int]) -> tuple[ProvenEmpty, ...]:
     """``ranges`` without those in which a bar opens (``opens_s``: epoch seconds, sorted)."""
+    if not len(opens_s):
+        return tuple(ranges)
+    first, last = (datetime.fromtimestamp(open_s, UTC) for open_s in (opens_s[0], opens_s[-1]))
     kept = []
     position = 0
     for item in sorted(ranges, key=lambda r: r.start):
+        if item.end <= first or item.start > last:
+            kept.append(item)
+            continue
         while position < len(opens_s) and opens_s[position] < item.window.start_s:
             position += 1
         if position == len(opens_s) or opens_s[position] >= item.window.end_s:
@@ -99,14 +106,17 @@ def partition_windows(timeframe: Timeframe, keys: Iterable[str]) -> tuple[Window
 
 
 def withdraw_partitions(
-    sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark]
+    sidecar: Sidecar, timeframe: Timeframe, found: Mapping[str, PartitionMark], grown: Collection[str] = ()
 ) -> tuple[Sidecar, tuple[str, ...]]:
     """``sidecar`` corrected to the partitions ``found`` in the CSV, and the keys of those that had been changed.
 
     Where a recorded partition is gone or has other bytes, rows may have been lost: its answered windows are withdrawn, so
-    that its missing bars are requested again. Partitions that were not recorded withdraw nothing.
+    that its missing bars are requested again. Partitions that were not recorded withdraw nothing, nor do those that have
+    only ``grown``.
     """
-    changed = tuple(key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark)
+    changed = tuple(
+        key for key, mark in sorted(sidecar.partitions.items()) if found.get(key) != mark and key not in grown
+    )
     answered = subtract_windows(sidecar.answered, partition_windows(timeframe, changed))
     return sidecar.model_copy(update={"answered": answered, "partitions": dict(found)}), changed
 

@@ -40,10 +40,7 @@ def peek(store: Store, series: Series, *, now: datetime) -> Iterator[tuple[Store
         return
     with tempfile.TemporaryDirectory(prefix="ktrdr-") as folder:
         scratch = Store(Path(folder))
-        for source, target in (
-            (store.csv_path(series), scratch.csv_path(series)),
-            (store.sidecar_path(series), scratch.sidecar_path(series)),
-        ):
+        for source, target in zip(store.paths(series), scratch.paths(series), strict=True):
             # Another process may remove a file in between. copy2 keeps the time of change.
             with explained(source, doing), suppress(FileNotFoundError):
                 shutil.copy2(source, target)

@@ -1,8 +1,9 @@
-"""New rows in the middle of a large sorted CSV, and the marks of its partitions.
+"""New rows in a large sorted CSV.
 
-Only the touched range is parsed: head and tail of the old file are copied as bytes. Works on open files and `atomic.Disk`;
-who may write is in `locks.py`. Why not pandas or polars: reading, merging and writing a file of two million rows takes them 1
-to 12 s and 0.6 to 1 GB (docs/dependencies.md; `benchmarks/bench_splice.py` measures it).
+After the last row they are appended in place, which costs what they cost. Anything else is spliced into a copy, which takes the
+file's name: only the touched range is parsed, head and tail of the old file are copied as bytes. Works on open files and
+`atomic.Disk`; who may write is in `locks.py`. Why not pandas or polars: reading, merging and writing a file of two million rows
+takes them 1 to 12 s and 0.6 to 1 GB (docs/dependencies.md; `benchmarks/bench_splice.py` measures it).
 """
 
 from __future__ import annotations
@@ -11,28 +12,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ktrdr_pipelines.bars.merging import Merged, merge_bars
 from ktrdr_pipelines.bars.schema import Rule, opens_of
-from ktrdr_pipelines.domain.partitions import partition_at
 from ktrdr_pipelines.domain.timeframes import Timeframe
-from ktrdr_pipelines.store.atomic import Disk, FileRange, SourceChanged, replace_file, state_of
-from ktrdr_pipelines.store.csv_format import (
-    HEADER,
-    MalformedFile,
-    checksum,
-    find_row,
-    parse_rows,
-    read_range,
-    render_rows,
-    scan_opens,
-)
+from ktrdr_pipelines.store.atomic import Disk, FileRange, SourceChanged, append_to_file, replace_file, state_of
+from ktrdr_pipelines.store.csv_format import HEADER, MalformedFile, parse_rows, render_rows
+from ktrdr_pipelines.store.csv_scan import find_row, first_and_last_open, read_range
 from ktrdr_pipelines.store.file_state import FileState
+from ktrdr_pipelines.store.partition_marks import extend_marks, mark_range
 from ktrdr_pipelines.store.sidecar import PartitionMark
 
 
@@ -71,47 +62,110 @@ def splice_bars(
     compare: Comparison | None = None,
     held_wins: bool = False,
     whole: bool = False,
+    recorded: Mapping[str, PartitionMark] | None = None,
 ) -> Spliced:
     """Merge ``bars`` (valid, not empty) into the CSV at ``path``, creating it when there is none or an empty one.
 
-    The file is replaced only when a byte of it changes. ``is_settled`` is true for the state in which the file was settled: in
-    any other nothing is built, else an edit of that moment would pass for our own write. ``compare`` is checked before anything
-    is built. ``whole``: no held bar may stay.
+    The file is touched only when a byte of it changes, and appended to where that is enough. ``is_settled`` is true for the state
+    in which the file was settled: in any other nothing is built, else an edit of that moment would pass for our own write.
+    ``compare`` is checked before anything is built. ``whole``: no held bar may stay. ``recorded``: the marks of the settled
+    file; they spare an append to read its partition again.
 
     Raises:
         MalformedFile: a row that was read is not as we write it.
-        SourceChanged: another program changed the file meanwhile; nothing was written.
+        SourceChanged: another program changed the file meanwhile; nothing was written, or only rows of ``bars`` were appended.
         LeavesOldBars: ``whole``, and a held bar is not in ``bars``; nothing was written.
         OSError: the disk refuses; nothing was written.
         KtrdrError: what ``compare`` raises; nothing was written.
     """
     opens_s = opens_of(bars)
-    first_s, last_s = int(opens_s[0]), int(opens_s[-1])
+    span = int(opens_s[0]), int(opens_s[-1])
+    target = _Target(disk, path, timeframe)
     with _open_settled(path, is_settled) as (source, before):
-        low, high, held = 0, 0, bars.iloc[:0]
-        size = before.size if before else 0
-        if source is not None:
-            low, high = find_row(source, size, first_s), find_row(source, size, last_s + 1)
-            around = _read_around(source, size, low, high, rules, compare)
-            held_s = opens_of(around)
-            held = around[(held_s >= first_s) & (held_s <= last_s)].reset_index(drop=True)
+        if source is None or before is None:
+            merged = merge_bars(bars.iloc[:0], bars, held_wins=held_wins)
+            return target.replace(merged, before, [HEADER, render_rows(merged.bars)], span)
+        place = _find_place(source, before.size, *span)
+        around = _read_around(source, place, rules, compare)
+        held_s = opens_of(around)
+        held = around[(held_s >= span[0]) & (held_s <= span[1])].reset_index(drop=True)
         merged = merge_bars(held, bars, held_wins=held_wins)
-        if whole and source is not None and (low > len(HEADER) or high < size or len(merged.bars) > len(bars)):
+        if whole and (place.low > len(HEADER) or place.high < place.size or len(merged.bars) > len(bars)):
             raise LeavesOldBars
-        if source is not None and not merged.added and (held_wins or merged.revised_to.empty):
-            return Spliced(merged, before, _mark_range(source, timeframe, first_s, last_s))
+        is_revised = not (held_wins or merged.revised_to.empty)
+        if not merged.added and not is_revised:
+            return Spliced(merged, before, mark_range(source, timeframe, *span))
+        if not is_revised and place.is_extended_by(merged, len(held)):
+            spliced = target.append(merged, before, len(held), place, recorded or {})
+            if spliced is not None:
+                return spliced
         rows = render_rows(merged.bars)
-        if source is None:
-            parts: list[bytes | FileRange] = [HEADER, rows]
-        else:
-            parts = [FileRange(source, 0, low), rows, FileRange(source, high, size)]
+        head, tail = FileRange(source, 0, place.low), FileRange(source, place.high, place.size)
+        parts: list[bytes | FileRange] = [head, rows, tail]
+        return target.replace(merged, before, parts, span)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where new bars belong in a CSV of ``size`` bytes: in place of its rows from ``low`` to ``high`` (offsets)."""
+
+    low: int
+    high: int
+    size: int
+    last_s: int | None
+    """The open of the last bar in the file, epoch seconds."""
+
+    def is_extended_by(self, merged: Merged, held: int) -> bool:
+        """True if the ``held`` bars of this place come first among the merged ones: the others follow the last row."""
+        return self.high == self.size and (
+            not held or int(opens_of(merged.bars.iloc[held - 1 : held])[0]) == self.last_s
+        )
+
+
+def _find_place(fd: int, size: int, first_s: int, last_s: int) -> _Place:
+    """The place of bars that open from ``first_s`` to ``last_s``. Most come after the last row, which is looked at first."""
+    ends = first_and_last_open(fd, size)
+    if ends is None or ends[1] < first_s:
+        return _Place(size, size, size, ends[1] if ends else None)
+    high = size if ends[1] <= last_s else find_row(fd, size, last_s + 1)
+    return _Place(find_row(fd, size, first_s), high, size, ends[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The CSV of a splice."""
+
+    disk: Disk
+    path: Path
+    timeframe: Timeframe
+
+    def append(
+        self, merged: Merged, before: FileState, held: int, place: _Place, recorded: Mapping[str, PartitionMark]
+    ) -> Spliced | None:
+        """The bars of ``merged`` after the first ``held`` ones at the end of the file; None where it can only be replaced."""
+        new = merged.bars.iloc[held:]
+        rows, opens_s = render_rows(new), opens_of(new)
+        state = append_to_file(self.disk, self.path, before, rows)
+        if state is None:
+            return None
+        marks = extend_marks(recorded, self.timeframe, place.last_s, opens_s, rows)
+        if marks is None:
+            with _open_settled(self.path, lambda found: found == state) as (fd, _):
+                assert fd is not None
+                marks = mark_range(fd, self.timeframe, int(opens_s[0]), int(opens_s[-1]))
+        return Spliced(merged, state, marks)
+
+    def replace(
+        self, merged: Merged, before: FileState | None, parts: Sequence[bytes | FileRange], span: tuple[int, int]
+    ) -> Spliced:
+        """A new file of ``parts``, in which the partitions from ``span[0]`` to ``span[1]`` have changed."""
         found: list[dict[str, PartitionMark]] = []
         state = replace_file(
-            disk,
-            path,
+            self.disk,
+            self.path,
             parts,
-            still_valid=lambda: state_of(path) == before,
-            examine=lambda fd: found.append(_mark_range(fd, timeframe, first_s, last_s)),
+            still_valid=lambda: state_of(self.path) == before,
+            examine=lambda fd: found.append(mark_range(fd, self.timeframe, *span)),
         )
         return Spliced(merged, state, found[0])
 
@@ -141,21 +195,12 @@ def _open_settled(
         os.close(fd)
 
 
-def _mark_range(fd: int, timeframe: Timeframe, first_s: int, last_s: int) -> dict[str, PartitionMark]:
-    """The marks of the partitions from ``first_s`` to ``last_s`` (opens of bars, epoch seconds)."""
-    size = os.fstat(fd).st_size
-    start = find_row(fd, size, partition_at(timeframe, _instant(first_s)).window.start_s)
-    end = find_row(fd, size, partition_at(timeframe, _instant(last_s)).window.end_s)
-    return mark_partitions(fd, timeframe, start, end)
-
-
-def _read_around(
-    fd: int, size: int, low: int, high: int, rules: Sequence[Rule], compare: Comparison | None
-) -> pd.DataFrame:
-    """The held bars between two offsets and those of ``compare``, in one read."""
-    if compare is not None:
-        low = min(low, find_row(fd, size, compare.first_s))
-        high = max(high, find_row(fd, size, compare.last_s + 1))
+def _read_around(fd: int, place: _Place, rules: Sequence[Rule], compare: Comparison | None) -> pd.DataFrame:
+    """The held bars of a place and those of ``compare``, in one read."""
+    low, high = place.low, place.high
+    if compare is not None and place.last_s is not None and compare.first_s <= place.last_s:
+        low = min(low, find_row(fd, place.size, compare.first_s))
+        high = max(high, find_row(fd, place.size, compare.last_s + 1))
     around, faults = parse_rows(read_range(fd, low, high), rules)
     if faults:
         raise MalformedFile(faults[0][2], low + faults[0][1])
@@ -182,41 +227,6 @@ def splice_nothing(
         if source is None or state is None:
             return Spliced(merged, state, {})
         if compare is not None:
-            start = find_row(source, state.size, compare.first_s)
-            _read_around(source, state.size, start, start, rules, compare)
+            place = _find_place(source, state.size, compare.first_s, compare.last_s)
+            _read_around(source, place, rules, compare)
         return Spliced(merged, state, {})
-
-
-def mark_partitions(fd: int, timeframe: Timeframe, start: int, end: int) -> dict[str, PartitionMark]:
-    """Rows and checksum of each partition between two offsets, which must be bounds of partitions.
-
-    Raises:
-        MalformedFile: a line does not begin with a stamp, or stamps do not strictly increase.
-    """
-    return mark_located(fd, locate_partitions(fd, timeframe, start, end))
-
-
-def mark_located(fd: int, places: Mapping[str, tuple[int, int, int]]) -> dict[str, PartitionMark]:
-    """The marks of partitions found by `locate_partitions`."""
-    return {key: PartitionMark(rows=rows, crc32=checksum(fd, low, high)) for key, (rows, low, high) in places.items()}
-
-
-def locate_partitions(fd: int, timeframe: Timeframe, start: int, end: int) -> dict[str, tuple[int, int, int]]:
-    """Partition key -> rows, first offset, end offset; otherwise like `mark_partitions`."""
-    found: dict[str, tuple[int, int, int]] = {}
-    for opens_s, offsets in scan_opens(fd, start, end):
-        i = 0
-        while i < len(opens_s):
-            partition = partition_at(timeframe, _instant(int(opens_s[i])))
-            j = int(np.searchsorted(opens_s, partition.window.end_s))
-            rows, low, _ = found.get(partition.key, (0, int(offsets[i]), 0))
-            found[partition.key] = (rows + j - i, low, end)
-            i = j
-    if not found:
-        return {}  # a header and no row
-    bounds = [*[low for _, low, _ in found.values()][1:], end]
-    return {key: (rows, low, high) for (key, (rows, low, _)), high in zip(found.items(), bounds, strict=True)}
-
-
-def _instant(second: int) -> datetime:
-    return datetime.fromtimestamp(second, UTC)

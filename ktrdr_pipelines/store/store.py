@@ -2,8 +2,9 @@
 
 Layout and dtypes: `bars/schema.py` describes the table, `csv_format.py` the bytes, `sidecar.py` what is known beside them.
 Promises: writing the same bars twice changes nothing; a write never removes a bar; a crash leaves the old file or the new
-one; the sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers take the write lock
-(`locks.py`), readers need none. The clock is passed in. See docs/design.md, 4.
+one, or some complete rows of an append and the beginning of one more, which readers ignore and the next write removes; the
+sidecar never claims what the CSV does not hold (CSV first, sidecar after). Writers take the write lock (`locks.py`), readers
+need none. The clock is passed in. See docs/design.md, 4.
 """
 
 from __future__ import annotations
@@ -22,16 +23,13 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.atomic import Disk, SourceChanged, explained, state_of
-from ktrdr_pipelines.store.csv_format import (
-    MalformedFile,
-    RowFault,
+from ktrdr_pipelines.store.csv_format import MalformedFile, RowFault, render_rows
+from ktrdr_pipelines.store.csv_scan import (
     count_lines,
     find_window,
     first_and_last_open,
     looks_normal,
-    parse_rows,
-    read_range,
-    render_rows,
+    parse_range,
     scan_opens,
 )
 from ktrdr_pipelines.store.file_state import FileState
@@ -93,6 +91,10 @@ class Store:
         """``AAPL_1h.meta.json`` in the data directory."""
         return self._files.sidecar(series)
 
+    def paths(self, series: Series) -> tuple[Path, Path, Path]:
+        """CSV, journal of the sidecar, sidecar: the order in which a reader meets no claim about bars that it has not seen."""
+        return self._files.csv(series), self._files.journal(series), self._files.sidecar(series)
+
     # ------------------------------------------------------------------------------------------------ reading
 
     def read_bars(self, series: Series, window: Window | None = None) -> pd.DataFrame:
@@ -110,7 +112,7 @@ class Store:
                 return empty_bars()
             fd, state = file
             start, end = find_window(fd, state.size, window)
-            bars, faults = parse_rows(read_range(fd, start, end), rules_for(series))
+            bars, faults = parse_range(fd, start, end, rules_for(series))
             if not faults:
                 return bars
             before = count_lines(fd, 0, start)
@@ -243,8 +245,8 @@ class Store:
 
         ``whole``: ``bars`` replace everything that is held, in one step; refused when a held bar is not in ``bars``.
 
-        When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the CSV was
-        replaced, the bars are kept and only the claims are lost.
+        When this raises, the CSV is as before, with one exception: if the disk refuses the sidecar after the bars were
+        written, they are kept and only the claims are lost.
 
         Raises:
             DataError: ``bars`` break the schema, or the file there is no bar file; nothing was touched.
@@ -309,8 +311,20 @@ class Store:
             sidecar, _ = settle(self._sidecars, series, require_utc(now, "now"), doing)
             update = {"updated_at": now, "series": str(series), "unfinished_from": since, "unfinished_until": until}
             sidecar = sidecar.model_copy(update=update)
-            self._sidecars.save(series, sidecar)
+            self._sidecars.save(series, sidecar, whole=True)
         return sidecar
+
+    def merge_journal(self, series: Series) -> None:
+        """The last step of a load: merge the journal of the sidecar into it, so that the sidecar alone has everything. Nothing is
+        done without a journal. What is not merged counts all the same, and is merged by the next load.
+
+        Raises:
+            StoreError: the disk or the lock refuses.
+        """
+        if self._files.journal(series).exists():
+            doing = f"noting what is known of {series}"
+            with self._files.locked(series, doing):
+                self._sidecars.merge_journal(series, doing)
 
     def adopt(self, series: Series, path: Path | None = None, *, now: datetime, assume_utc: bool = False) -> Adopted:
         """Adopt a file of another program as the CSV of ``series``, or as a part of it.
@@ -393,6 +407,7 @@ class Store:
                     compare=compare,
                     held_wins=held_wins,
                     whole=whole,
+                    recorded=sidecar.partitions,
                 )
             except SourceChanged:
                 continue
@@ -417,11 +432,11 @@ class Store:
         """
         path = self.csv_path(series)
         with explained(path, doing):
-            with opened(path) as file:
+            with opened(path, self._sidecars.committed_size(series, doing)) as file:
                 is_foreign = file is not None and self._is_foreign(series, *file, whole=whole, doing=doing)
             if is_foreign:
                 self._unreported[path] = self.prepare(series, now=self._clock())
-            with opened(path) as file:
+            with opened(path, self._sidecars.committed_size(series, doing)) as file:
                 if file is None:
                     yield None
                     return

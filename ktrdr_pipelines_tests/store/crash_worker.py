@@ -1,8 +1,10 @@
 """A process in which store writers are killed for real; started by `store/test_store_crash.py`, prints what it saw as JSON.
 
-``kills DIR SEED COUNT`` forks writers and kills each with SIGKILL after a random time. ``calls DIR`` kills a writer right
-before, in the middle of, and right after each call that reaches the disk. ``together DIR`` lets two writers work on one
-series at once.
+``kills PLACE DIR SEED COUNT`` forks writers and kills each with SIGKILL after a random time. ``calls PLACE DIR`` kills a writer
+right before, in the middle of, and right after each call that reaches the disk. ``together DIR`` lets two writers work on one
+series at once. PLACE is where the new bars belong: in the ``middle`` of the file (spliced), or at its ``end`` (appended).
+
+At the end, an interrupted write may leave complete rows of its answer and the beginning of one more; sidecars have journals.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from ktrdr_pipelines.bars.schema import bars_from_columns, opens_of
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import parse_timeframe
+from ktrdr_pipelines.store import sidecar_cache
 from ktrdr_pipelines.store.atomic import Disk
 from ktrdr_pipelines.store.csv_format import HEADER, render_rows
 from ktrdr_pipelines.store.store import Store
@@ -55,32 +58,55 @@ def write_step(store: Store, step: int) -> None:
     store.write(SERIES, make_bars(first, after), answered=window_of(first, after), source="simulator", now=NOW)
 
 
-def base_bars() -> pd.DataFrame:
-    return pd.concat([make_bars(0, BASE_ROWS), make_bars(100_000, 100_000 + BASE_ROWS)], ignore_index=True)
+def base_bars(place: str) -> pd.DataFrame:
+    return pd.concat([make_bars(0, BASE_ROWS), tail_bars(place)], ignore_index=True)
+
+
+def tail_bars(place: str) -> pd.DataFrame:
+    return make_bars(100_000, 100_000 + (BASE_ROWS if place == "middle" else 0))
 
 
 @lru_cache(maxsize=8)
-def expected_bytes(steps: int) -> bytes:
+def expected_bytes(place: str, steps: int) -> bytes:
     """The CSV after ``steps`` answers."""
     parts = [make_bars(0, BASE_ROWS)]
     if steps:
         parts.append(make_bars(BASE_ROWS, BASE_ROWS + STEP * (steps - 1) + 10))
-    parts.append(make_bars(100_000, 100_000 + BASE_ROWS))
+    parts.append(tail_bars(place))
     return HEADER + render_rows(pd.concat(parts, ignore_index=True))
 
 
-def judge(directory: Path, done: int) -> tuple[int, str]:
+def count_answers(place: str, data: bytes, done: int) -> int:
+    """How many answers the CSV has, which are ``done`` or one more; -1 if it is neither."""
+    old, new = expected_bytes(place, done), expected_bytes(place, done + 1)
+    if data in (old, new):
+        return done + (data == new)
+    is_growing = place == "end" and data.startswith(old) and new.startswith(data)
+    return done if is_growing else -1
+
+
+_claimed: list[Window] = []
+"""What the sidecar claimed after the crash before. An append never withdraws a claim, however it ends."""
+
+
+def judge(directory: Path, place: str, done: int) -> tuple[int, str]:
     """How many answers the files hold after a crash, and what is wrong ("" when nothing is)."""
     data = (directory / "AAPL_1m.csv").read_bytes()
-    steps = next((n for n in (done, done + 1) if data == expected_bytes(n)), -1)
+    steps = count_answers(place, data, done)
     if steps < 0:
         return done, f"after {done} finished answers the CSV is neither the old one nor the new one"
     store = Store(directory)
-    held = set(store.held_opens(SERIES).tolist())
+    held = store.held_opens(SERIES).tolist()
+    if len(held) != (rows := data.count(b"\n") - 1):
+        return steps, f"a reader finds {len(held)} bars in {rows} complete rows"
     sidecar = store.read_sidecar(SERIES)
     for window in sidecar.answered_windows:
-        if not held.issuperset(range(window.start_s, window.end_s, 60)):
+        if not set(held).issuperset(range(window.start_s, window.end_s, 60)):
             return steps, f"the sidecar claims {window}, which is not held"
+    for window in _claimed:
+        if place == "end" and not any(now.covers(window) for now in sidecar.answered_windows):
+            return steps, f"the sidecar no longer claims {window}"
+    _claimed[:] = sidecar.answered_windows
     if json.loads((directory / "AAPL_1m.meta.json").read_text())["version"] != 1:
         return steps, "the sidecar is not whole"
     return steps, ""
@@ -110,9 +136,9 @@ def drain(reader: int) -> int:
     return len(reports)
 
 
-def run_kills(directory: Path, seed: int, count: int) -> dict[str, Any]:
+def run_kills(place: str, directory: Path, seed: int, count: int) -> dict[str, Any]:
     chance = random.Random(seed)
-    Store(directory).write(SERIES, base_bars(), answered=None, source="simulator", now=NOW)
+    Store(directory).write(SERIES, base_bars(place), answered=None, source="simulator", now=NOW)
     began = time.monotonic()
     write_step(Store(directory), 0)
     tempo_s = time.monotonic() - began  # of this machine, as busy as it is
@@ -134,12 +160,14 @@ def run_kills(directory: Path, seed: int, count: int) -> dict[str, Any]:
         os.waitpid(pid, 0)
         finished = done + drain(reader)
         has_leftover = any(path.name.endswith(".new") for path in directory.iterdir())
-        done, problem = judge(directory, finished)
+        size = (directory / "AAPL_1m.csv").stat().st_size
+        has_leftover |= size not in (len(expected_bytes(place, finished)), len(expected_bytes(place, finished + 1)))
+        done, problem = judge(directory, place, finished)
         mid_write += has_leftover or done > finished
         if problem:
             failures.append(problem)
     write_step(Store(directory), done)
-    done, problem = judge(directory, done + 1)
+    done, problem = judge(directory, place, done + 1)
     leftovers = [path.name for path in directory.iterdir() if path.name.endswith(".new")]
     return {"kills": count, "answers": done, "mid_write": mid_write, "failures": failures + [problem] * bool(problem),
             "leftovers": leftovers, "problems": [str(p) for p in Store(directory).verify(SERIES)]}  # fmt: skip
@@ -168,6 +196,12 @@ class DeadlyDisk(Disk):
     def create(self, path: Path, mode: int) -> int:
         return int(self._call(lambda: Disk.create(self, path, mode)))
 
+    def open(self, path: Path) -> int:
+        return int(self._call(lambda: Disk.open(self, path)))
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._call(lambda: Disk.truncate(self, fd, size))
+
     def write(self, fd: int, data: bytes | memoryview) -> int:
         return int(self._call(lambda: Disk.write(self, fd, data), lambda: Disk.write(self, fd, data[: len(data) // 2])))
 
@@ -195,9 +229,10 @@ class DeadlyDisk(Disk):
         self._call(lambda: Disk.sync_directory(self, path))
 
 
-def run_calls(directory: Path) -> dict[str, Any]:
-    Store(directory).write(SERIES, base_bars(), answered=None, source="simulator", now=NOW)
-    done, deaths, failures, outcomes = 0, 0, [], []
+def run_calls(place: str, directory: Path) -> dict[str, Any]:
+    Store(directory).write(SERIES, base_bars(place), answered=None, source="simulator", now=NOW)
+    write_step(Store(directory), 0)
+    done, deaths, failures, outcomes = 1, 0, [], []
     for moment in ("before", "middle", "after"):
         for number in range(1, 100):
 
@@ -208,7 +243,7 @@ def run_calls(directory: Path) -> dict[str, Any]:
             died = os.waitpid(pid, 0)[1] == signal.SIGKILL
             drain(reader)
             before = done
-            done, problem = judge(directory, done)
+            done, problem = judge(directory, place, done)
             if problem:
                 failures.append(f"{moment} call {number}: {problem}")
             if died:
@@ -248,11 +283,12 @@ def run_together(directory: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    mode, target, *rest = sys.argv[1:]
+    sidecar_cache.SMALL_BYTES = 0
+    mode, *rest = sys.argv[1:]
     if mode == "kills":
-        result = run_kills(Path(target), int(rest[0]), int(rest[1]))
+        result = run_kills(rest[0], Path(rest[1]), int(rest[2]), int(rest[3]))
     elif mode == "calls":
-        result = run_calls(Path(target))
+        result = run_calls(rest[0], Path(rest[1]))
     else:
-        result = run_together(Path(target))
+        result = run_together(Path(rest[0]))
     print(json.dumps(result))

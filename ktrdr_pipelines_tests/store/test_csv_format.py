@@ -1,8 +1,9 @@
-"""The bytes of a CSV: rendering, parsing, bisecting."""
+"""The bytes of a CSV: rendering, parsing, bisecting (`csv_format.py`, `csv_scan.py`)."""
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,19 +17,18 @@ from hypothesis import strategies as st
 from ktrdr_pipelines.bars.schema import MOST, bars_from_columns, empty_bars, opens_of, row_rules
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import BugError
+from ktrdr_pipelines.store import csv_scan
 from ktrdr_pipelines.store.csv_format import (
     HEADER,
     MalformedFile,
-    find_row,
-    first_and_last_open,
     parse_number,
     parse_rows,
     parse_stamps,
     render_number,
     render_rows,
     render_stamps,
-    scan_opens,
 )
+from ktrdr_pipelines.store.csv_scan import find_row, first_and_last_open, parse_range, scan_opens
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z
 RULES = row_rules(TIMEFRAMES["1m"])
@@ -151,6 +151,44 @@ def test_bad_rows_are_found_and_nothing_is_returned(row: bytes, why: str) -> Non
     assert why in text
 
 
+def test_a_field_too_many_does_not_hide_one_too_few() -> None:
+    """The commas of all rows together are right, those of two rows are not."""
+    later = [b"2024-01-02T14:31:00Z,1,1,1,1,5,6\n", b"2024-01-02T14:32:00Z,1,1,1,1\n"]
+    for rows in (later, [later[1].replace(b":32", b":30"), later[0]]):
+        bars, faults = parse_rows(b"".join(rows), RULES)
+        assert len(bars) == 0
+        assert sorted(why for _, _, why in faults) == ["5 fields instead of 6", "7 fields instead of 6"]
+
+
+_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ(,[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?){5}")
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 3 * len(ROW) - 1), st.sampled_from(b'0129.,-+eETZ:\n /"nN\0\xff')), max_size=3
+    )
+)
+def test_no_damage_of_a_row_passes(changes: list[tuple[int, int]]) -> None:
+    """Up to three characters of three rows replaced: what is read without a fault is written as documented, number by number."""
+    data = bytearray(b"".join(ROW.replace(b"14:30", f"14:3{n}".encode()) for n in range(3)))
+    for at, character in changes:
+        data[at] = character
+    bars, faults = parse_rows(bytes(data), RULES)
+    lines = bytes(data).split(b"\n")
+    lines = lines[:-1] if lines[-1] == b"" else lines
+    if faults:
+        assert len(bars) == 0
+        assert changes
+        return
+    assert len(bars) == len(lines)
+    assert all(_LINE.fullmatch(line) for line in lines)
+    for line, row in zip(lines, bars.itertuples(index=False, name=None), strict=True):
+        fields = line.decode().split(",")
+        assert row[0] == pd.Timestamp(fields[0])
+        assert row[1:] == tuple(map(float, fields[1:]))
+
+
 def test_no_rows_are_no_bars() -> None:
     """An empty range is an empty table without faults."""
     bars, faults = parse_rows(b"", RULES)
@@ -231,6 +269,29 @@ def test_scanning_crosses_chunks_without_losing_a_row(tmp_path: Path) -> None:
     assert len(pieces) > 1
     assert np.array_equal(np.concatenate([opens for opens, _ in pieces]), opens_s)
     assert all(data[int(o) - 1 : int(o)] == b"\n" for _, offsets in pieces for o in offsets[:2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(gaps=st.lists(st.integers(-1, 3), min_size=1, max_size=40), block=st.integers(45, 400), cut=st.integers(0, 60))
+def test_rows_read_in_blocks_are_those_read_at_once(
+    gaps: list[int], block: int, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever a block ends in: the same bars, the same faults (rows out of order, an unfinished line)."""
+    opens_s = T0 + 60 * np.cumsum(gaps)
+    ones = np.ones(len(gaps))
+    data = render_rows(bars_from_columns(opens_s, ones, ones, ones, ones, ones))
+    data = data[: max(0, len(data) - cut)]
+    path = tmp_path_factory.mktemp("blocks") / "x"
+    path.write_bytes(data)
+    at_once, small = parse_rows(data, RULES), csv_scan.CHUNK_BYTES
+    with path.open("rb") as file:
+        csv_scan.CHUNK_BYTES = block
+        try:
+            bars, faults = parse_range(file.fileno(), 0, len(data), RULES)
+        finally:
+            csv_scan.CHUNK_BYTES = small
+    assert faults == at_once[1]
+    pd.testing.assert_frame_equal(bars, at_once[0])
 
 
 def test_opens_of_parsed_rows_are_those_written() -> None:

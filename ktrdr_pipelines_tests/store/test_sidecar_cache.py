@@ -48,7 +48,7 @@ def test_an_edited_csv_is_scanned_and_corrected_once(store: Store, monkeypatch: 
     edit_lines(store, lambda lines: lines[:-1])
     parses = count_calls(monkeypatch, "parse_sidecar")
     scans = count_calls(monkeypatch, "scan_opens")
-    corrections = count_calls(monkeypatch, "mark_partitions")
+    corrections = count_calls(monkeypatch, "locate_partitions")
     for _ in range(3):
         assert len(store.held_opens(AAPL_1M)) == 9
         assert store.read_sidecar(AAPL_1M).answered == ()

@@ -24,9 +24,10 @@ from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.errors import DataError, StoreError
 from ktrdr_pipelines.store.atomic import Disk, state_of
 from ktrdr_pipelines.store.csv_format import HEADER, render_rows
+from ktrdr_pipelines.store.partition_marks import mark_partitions
 from ktrdr_pipelines.store.results import Extent, Written
 from ktrdr_pipelines.store.sidecar import Evidence, HistoryStart, PartitionMark, ProvenEmpty
-from ktrdr_pipelines.store.splice import mark_partitions, splice_bars
+from ktrdr_pipelines.store.splice import splice_bars
 from ktrdr_pipelines.store.store import Store
 
 T0 = 1_704_205_800  # 2024-01-02T14:30:00Z, a Tuesday
