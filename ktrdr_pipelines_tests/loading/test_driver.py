@@ -218,6 +218,7 @@ def test_loads_that_are_broken_off_end_their_requests_and_keep_what_was_answered
     store = Store(tmp_path)
     assert len(store.read_bars(loads[0].series)) > 400
     assert loads[0].lock.try_acquire() == ""
+    loads[0].lock.release()
     history.release()
     list(drive(make_loads(history, tmp_path), open_requests=6))
     assert opens_of(store.read_bars(loads[0].series)).tolist() == history.truth.tolist()
