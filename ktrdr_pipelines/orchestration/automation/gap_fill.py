@@ -47,7 +47,7 @@ MAX_IDLE = 100
 """Partitions without a gap between two requests of one run: each is an event of 10 ms, a further run costs five seconds."""
 
 _LOCK_TIMEOUT_S = 2.0
-_SHOWN = 5
+_SHOWN = 3
 
 
 @dataclass

@@ -46,7 +46,7 @@ STANDSTILL_S, STANDSTILL_WAIT_S, STANDSTILL_TRIES = 5 * 86400, 6 * 3600, 20
 trades again. Without newer bars its missing ones are not confirmed absent, so it stays due."""
 
 _JITTER_S = 60  # ticks come a little early or late
-_SHOWN = 5
+_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
