@@ -7,7 +7,7 @@ done about it is decided in `tail.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -47,8 +47,9 @@ class Due:
     """A series that misses at least its newest bar. ``first``: the partition of its last held bar, which is requested again.
     ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds.
 
-    ``cancelled``: some of the missing bars are in a range whose load a user cancelled. Then only bars that closed since are due:
-    ``start`` is the first of them, ``first`` its partition. Without such bars ``cost`` is zero.
+    ``cancelled``: some of the missing bars are in a range whose load a user cancelled. Then only bars that closed since are due,
+    and ``first`` is the partition of the first of them; without such bars ``cost`` is zero. ``start``: where the load has to
+    begin so that it requests no cancelled bar; None: where a tail begins.
     """
 
     series: Series
@@ -149,9 +150,13 @@ class Tails:
         newest = self._find_newest(series)
         if newest is not None and last_held_s >= newest:
             return None
-        cancelled = [each for each in cancelled if each.end_s > last_held_s]
-        far = None if cancelled else self._judge_far(series, last_held_s)
-        return far or self._judge(series, last_held_s, cancelled)
+        ahead = [each for each in cancelled if each.end_s > last_held_s]
+        far = None if ahead else self._judge_far(series, last_held_s)
+        due = far or self._judge(series, last_held_s, ahead)
+        if due is not None and due.start is None and any(each.end_s > due.first.window.start_s for each in cancelled):
+            # A load that was broken off would be continued where it stopped.
+            return replace(due, start=datetime.fromtimestamp(last_held_s, UTC))
+        return due
 
     def _judge_far(self, series: Series, last_held_s: int) -> Due | None:
         """A series so far behind that a sensor may not load it, from the first part of what is missing; else None. Twenty years

@@ -29,6 +29,7 @@ from ktrdr_pipelines.orchestration.automation.sensors import make_gap_sensor, ma
 from ktrdr_pipelines.orchestration.automation.tail import TailTick, decide_tail
 from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns
 from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.fakes import utc
 from ktrdr_pipelines_tests.holding import hold, partition_range
 
@@ -119,6 +120,19 @@ def test_asked_for_again_by_a_user_the_sensors_go_on(
     instance.report_run_failed(start_run(instance, settings, "2019-04-01", "2024-03-01", ktrdr__origin="cli"))
     (request,) = tick(settings, instance, NOW + timedelta(minutes=15)).requests
     assert partition_range(request) == ("2020-02-01", "2024-03-01")
+
+
+def test_a_tail_does_not_go_back_to_bars_that_were_cancelled(
+    settings: Settings, instance: dg.DagsterInstance, clock: time_machine.Coordinates
+) -> None:
+    """A load of this month was broken off in its middle and newer bars are held: the tail begins with the last of them, not where
+    the load stopped."""
+    hold(settings.data_dir, AAPL_1H, utc("2024-02-01"), NOW, without=[*range(152, 154)])
+    Store(settings.data_dir).note_unfinished(AAPL_1H, utc("2024-03-04T15:00:00"), None, now=NOW)
+    instance.report_run_canceled(start_run(instance, settings, "2024-03-01", "2024-03-01"))
+    (request,) = tick(settings, instance, NOW + timedelta(hours=2)).requests
+    (step,) = request.run_config["ops"].values()
+    assert step["config"]["start"] == "2024-03-05T15:00:00Z"
 
 
 def test_a_cancelled_gap_is_not_filled(
