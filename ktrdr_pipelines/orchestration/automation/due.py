@@ -162,10 +162,11 @@ class Tails:
         """A series so far behind that a sensor may not load it, from the first part of what is missing; else None. Twenty years
         of one-second bars take long to count, and would be counted in every tick."""
         reach = reach_s(series.timeframe, self._settings.history_limits, self._settings.auto_requests)
-        behind_s = int(self._now.timestamp()) - last_held_s
-        if behind_s <= reach or series.instrument.ends_now or series.timeframe.retained_from(self._now):
+        begin_s = max(last_held_s + 1, int(self._earliest(series.timeframe).timestamp()))
+        behind_s = int(self._now.timestamp()) - begin_s
+        if behind_s <= reach or series.instrument.ends_now:
             return None
-        wanted = self._wanted(series, Window.from_epoch(last_held_s + 1, last_held_s + reach))
+        wanted = self._wanted(series, Window.from_epoch(begin_s, begin_s + reach))
         missing = self._missing(series, last_held_s, wanted)
         cost = self._cost(series, missing)
         if cost.requests <= self._settings.auto_requests:

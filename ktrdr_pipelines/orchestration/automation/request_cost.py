@@ -32,9 +32,9 @@ class Cost:
 
 def reach_s(timeframe: Timeframe, limits: HistoryLimits, requests: int) -> int:
     """Seconds that cost more than ``requests`` longest requests, when all expected bars in them are missing. Twice the nominal
-    length, because a day of a request is a session."""
+    length, because a day of a request is a session; for seconds eight times, because most of a week is closed."""
     longest = timeframe.longest_request(limits)
-    return 2 * (requests + 1) * longest.count * NOMINAL_S[longest.unit]
+    return (8 if longest.unit == "S" else 2) * (requests + 1) * longest.count * NOMINAL_S[longest.unit]
 
 
 def cost_of(series: Series, missing: ExpectedBars, limits: HistoryLimits, most: int) -> Cost:

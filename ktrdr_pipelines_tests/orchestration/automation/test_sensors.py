@@ -339,14 +339,26 @@ def test_a_tail_that_is_too_long_is_shown_although_others_are_loaded(offline: Se
     assert "`ktrdr ib-load AAPL 1h --mode tail`" in found.reasons[0]
 
 
-def test_twenty_years_of_seconds_are_judged_in_a_moment(offline: Settings) -> None:
-    """Only the first part of what is missing is planned: the arrays of a whole series would not fit into a tick."""
-    hold(offline.data_dir, AAPL_1M, utc("2005-02-03"), utc("2005-02-04"))
+@pytest.mark.parametrize(("name", "least", "most"), [("1m", 4_500, 5_200), ("1s", 540, 620), ("1h", 215, 240)])
+def test_a_series_that_is_years_behind_is_judged_by_a_part(
+    offline: Settings, name: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first part of what is missing is planned: the arrays of a whole series would not fit into a tick. Partitions of
+    seconds begin with 2024."""
+    spans: list[Window] = []
+
+    def watch(series: Series, span: Window, **more: int) -> object:
+        spans.append(span)
+        return expected_bars(series, span, **more)
+
+    monkeypatch.setattr("ktrdr_pipelines.orchestration.automation.due.expected_bars", watch)
+    series = Series(stock("AAPL"), TIMEFRAMES[name])
     tails = Tails(offline, HeldEnds(offline.data_dir), TUESDAY)
-    due = tails.find_due(AAPL_1M, int(utc("2005-02-03T20:59:00").timestamp()))
+    due = tails.find_due(series, int(utc("2005-02-03T20:59:00").timestamp()))
     assert due is not None
     assert not due.cost.is_exact
-    assert 4_500 < due.cost.requests < 5_200
+    assert least < due.cost.requests < most
+    assert max(span.end - span.start for span in spans) < timedelta(days=130 if name != "1h" else 122 * 31)
 
 
 def test_a_tick_whose_time_is_up_is_continued_by_the_next(offline: Settings) -> None:
