@@ -217,6 +217,21 @@ class Settings(BaseSettings):
         bool,
         _field("KTRDR_TAIL_SENSOR", True, "Whether the tail sensor is on by default; the UI can switch it."),
     ]
+    gap_sensor: Annotated[
+        bool,
+        _field("KTRDR_GAP_SENSOR", True, "Whether the gap sensor is on by default; the UI can switch it."),
+    ]
+    auto_requests: Annotated[
+        int,
+        _field(
+            "KTRDR_AUTO_REQUESTS",
+            60,
+            "The most requests that sensors and schedules start by themselves: for the tail of one series, and for gaps in "
+            "one tick. What costs more is shown with the command that loads it.",
+            ge=1,
+            le=10_000,
+        ),
+    ]
     settlement_delay_min: Annotated[
         float,
         _field(
