@@ -12,7 +12,6 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.partitions import Partition
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
-from ktrdr_pipelines.orchestration.load_config import LoadConfig
 from ktrdr_pipelines.orchestration.runs.tags import (
     BACKFILL_PRIORITY,
     BACKFILL_WORK,
@@ -82,6 +81,6 @@ def _config_for(
     config = LoadRequest(series[0].instrument.symbol, series[0].timeframe, mode, start, end).to_config()
     if len(series) > 1:
         config["symbol"] = ""  # the step makes a request of it for each of its series
-    if "work" in LoadConfig.model_fields and mode is not Mode.TAIL:
+    if mode is not Mode.TAIL:
         config["work"] = BACKFILL_WORK
     return config
