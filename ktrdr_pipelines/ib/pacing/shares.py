@@ -41,7 +41,7 @@ from ktrdr_pipelines.ib.pacing.rules import (
 )
 
 MEMORY_S = 1200.0
-"""How long past requests are remembered for this decision: two windows, four ticks."""
+"""How long past requests matter for this decision: two windows, four ticks."""
 TAIL_PERIOD_S = 300.0
 """Tails come back after this long: the interval of the sensor that looks for them (`orchestration/automation/sensors.py`). With
 another interval the forecast is coarser and backfills get less, tails are still in time."""
@@ -63,6 +63,9 @@ SPREAD_S = 9.0
 RUN_BREAK_S = 120.0
 """A backfill request asked for this long after the last one begins a new run: no answer takes longer (the request times out)."""
 
+REMEMBERED_S = MEMORY_S + OVERDUE_S
+"""How long the ledger keeps a request: by then no tail is expected because of it."""
+
 _SPAN_S = WINDOW_S + WINDOW_MARGIN_S
 _PERIODS = int(MEMORY_S / TAIL_PERIOD_S)
 
@@ -76,8 +79,9 @@ def decide_share(
 ) -> Go | Wait:  # fmt: skip
     """May ``wanted`` of class ``work`` be sent at ``now_s``, by the rules and by what is kept for higher classes?
 
-    ``past``: the requests of the last `MEMORY_S`, and those that go first, as if sent now; in any order. ``waited_s``: how long
-    this one has waited. The answer is that of `rules.decide`; where the wait for a share takes longer, ``RESERVE`` or ``SPREAD``.
+    ``past``: the requests of the last `REMEMBERED_S`, and those that go first, as if sent now; in any order. ``waited_s``:
+    how long this one has waited. The answer is that of `rules.decide`; where the wait for a share takes longer, it is
+    ``RESERVE`` or ``SPREAD``.
     """
     answer = decide(past, wanted, now_s, pause_until_s)
     if work is WorkClass.TAIL or is_starved(past, work, now_s, waited_s):
@@ -100,6 +104,8 @@ def is_starved(past: Sequence[Entry], work: WorkClass, now_s: float, waited_s: f
 
 def kept_from(past: Sequence[Entry], work: WorkClass, now_s: float) -> int:
     """Of the units that are free now: how many ``work`` must leave to higher classes."""
+    if work is WorkClass.TAIL:
+        return 0
     expiries = _expiries(past, now_s)
     free = WINDOW_UNITS - sum(units for _, units in expiries)
     allowed = next((n for n in range(free, 0, -1) if not list(_unmet(expiries, past, n, now_s, work))), 0)
@@ -188,6 +194,8 @@ def _largest_of(again: list[tuple[float, int, int]]) -> list[Step]:
         counts[number] += units
         if counts[number] > largest:
             largest = counts[number]
+            if steps and steps[-1][0] == again_s:
+                steps.pop()
             steps.append((again_s, largest))
     return steps
 
