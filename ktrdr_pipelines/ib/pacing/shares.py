@@ -17,8 +17,10 @@ In the steady state of a long backfill a unit expires every nine seconds, so thi
 burst it leaves ten units, released one a minute. That state lasts because a long backfill spreads: `BURST_FREE_UNITS` of one run
 of requests go as fast as the rules allow, the others `SPREAD_S` apart, a little faster than the budget comes back.
 
-Interactive requests leave room for tails, but none for other questions. Tails leave nothing. A class that got nothing for
-`MEMORY_S` although a request of it has waited that long gets its next one before all others. No clock and no storage here.
+Interactive requests leave three units, and room for expected tails that came at least twice: a user waits for the answer, and
+tails that were started once must not delay it. They leave nothing for other questions. Tails leave nothing. A class that got
+nothing for `MEMORY_S` although a request of it has waited that long gets its next one before all others. No clock and no
+storage here.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ REMEMBERED_S = MEMORY_S + OVERDUE_S
 
 _SPAN_S = WINDOW_S + WINDOW_MARGIN_S
 _PERIODS = int(MEMORY_S / TAIL_PERIOD_S)
+_TIMES_SEEN = {WorkClass.BACKFILL: 1, WorkClass.INTERACTIVE: 2}
+"""In how many of the last periods tails must have come, for a class to leave them room."""
 
 Step = tuple[float, int]
 """By when (seconds since 1970), and how many units in all from now on."""
@@ -130,7 +134,7 @@ def _unmet(
         yield Wait(until_s - now_s, Rule.RESERVE)
     wanted = sorted((e.wanted_at_s, e.ask.weight) for e in past if e.work is WorkClass.TAIL)
     room, place = WINDOW_UNITS - weight - sum(units for _, units in expiries), 0
-    for at_s, units in expect_tails(wanted, now_s) if wanted else ():
+    for at_s, units in expect_tails(wanted, now_s, _TIMES_SEEN[work]) if wanted else ():
         by_s = max(at_s + TAIL_PATIENCE_S, now_s)
         if by_s > now_s + WINDOW_S:
             return
@@ -164,36 +168,39 @@ def _constant_reserve_until(expiries: list[tuple[float, int]], weight: int, now_
     return until_s
 
 
-def expect_tails(wanted: Sequence[Step], now_s: float) -> list[Step]:
+def expect_tails(wanted: Sequence[Step], now_s: float, times: int = 1) -> list[Step]:
     """What tails may need within ten minutes of ``now_s``, from what they asked for: units in all, at increasing times.
 
     ``wanted``: when each tail was asked for, and its units. Each is expected again at every whole number of periods after it. Of
-    what was expected a moment ago, what was asked for in the last minute has come already.
+    what was expected a moment ago, what was asked for in the last minute has come already. Only what came in ``times`` of the
+    periods is expected.
     """
     again = sorted(
         (at_s + TAIL_PERIOD_S * number, number, units) for at_s, units in wanted for number in range(1, _PERIODS + 1)
     )
     again = [each for each in again if now_s - OVERDUE_S < each[0] <= now_s + TAIL_PERIOD_S]
     came = sum(units for at_s, units in wanted if now_s - OVERDUE_S < at_s <= now_s)
-    due = _largest_of([each for each in again if each[0] <= now_s + EARLY_S])
+    due = _count([each for each in again if each[0] <= now_s + EARLY_S], times)
     total = max(0, due[-1][1] - came) if due else 0
     steps: list[Step] = [(due[0][0], total)] if total else []
     later = [each for each in again if each[0] > now_s + EARLY_S]
     after = [(again_s + TAIL_PERIOD_S, number, units) for again_s, number, units in again if again_s > now_s]
-    for expected in (_largest_of(later), _largest_of(after)):
+    for expected in (_count(later, times), _count(after, times)):
         steps += [(again_s, total + units) for again_s, units in expected]
         total = steps[-1][1] if expected else total
     return steps
 
 
-def _largest_of(again: list[tuple[float, int, int]]) -> list[Step]:
-    """The largest of the forecasts, each by its number of periods: units so far, at increasing times."""
+def _count(again: list[tuple[float, int, int]], times: int) -> list[Step]:
+    """Of the forecasts, one for each number of periods, the largest that ``times`` of them reach: units so far, at increasing
+    times."""
     counts, largest = [0] * (_PERIODS + 1), 0
     steps: list[Step] = []
     for again_s, number, units in again:
         counts[number] += units
-        if counts[number] > largest:
-            largest = counts[number]
+        reached = sorted(counts)[-times]
+        if reached > largest:
+            largest = reached
             if steps and steps[-1][0] == again_s:
                 steps.pop()
             steps.append((again_s, largest))

@@ -164,7 +164,7 @@ def test_two_backfills_at_once_share_the_budget(new_trial: NewTrial) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begins_s", [5, 300, 2000])
+@pytest.mark.parametrize("begins_s", [25, 300, 2000])
 def test_an_interactive_load_goes_before_the_backfill_and_leaves_room_for_tails(
     new_trial: NewTrial, begins_s: float
 ) -> None:

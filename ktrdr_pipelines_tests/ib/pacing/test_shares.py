@@ -64,16 +64,19 @@ def test_tails_are_expected_again_every_five_minutes() -> None:
     overdue = [(NOW_S - 330.0, 20)]
     assert expect_tails(overdue, NOW_S)[0] == (NOW_S - 30, 20)
     came = [(NOW_S - 310.0, 20), (NOW_S - 5.0, 20)]
-    assert expect_tails(came, NOW_S) == [(NOW_S + 295, 20), (NOW_S + 590, 40)]
+    assert expect_tails(came, NOW_S) == [(NOW_S + 290, 20), (NOW_S + 590, 40)]
     assert expect_tails([(NOW_S - 1261.0, 20)], NOW_S) == []
 
 
 def test_room_is_kept_for_the_tails_that_are_expected() -> None:
-    """Two times twenty in ten minutes leave a backfill twenty, and a question no more."""
+    """Two times twenty in ten minutes leave a backfill twenty; a question leaves room only for tails that came twice."""
     tails = sent(20, 100.0, TAIL)
     assert kept_from(tails, TAIL, NOW_S) == 0
-    assert kept_from(tails, INTERACTIVE, NOW_S) == 20, "of forty: the others come back before the second time"
-    assert kept_from(tails, BACKFILL, NOW_S) == 20
+    assert kept_from(tails, INTERACTIVE, NOW_S) == 3
+    assert kept_from(tails, BACKFILL, NOW_S) == 20, "of forty: the others come back before the second time"
+    again = sent(20, 700.0, TAIL) + sent(20, 1000.0, TAIL)
+    assert expect_tails([(NOW_S - 100, 20), (NOW_S - 400, 10)], NOW_S, 2)[0] == (NOW_S + 200, 10)
+    assert kept_from(again, INTERACTIVE, NOW_S) == 40
     full = tails + sent(20, 50.0, INTERACTIVE)
     answer = decide_share(full, PLAIN, NOW_S, work=BACKFILL)
     assert isinstance(answer, Wait)
