@@ -222,7 +222,8 @@ def _wait_for_spread(past: Sequence[Entry], weight: int, now_s: float, waited_s:
     backfills = sorted((e for e in past if e.work is WorkClass.BACKFILL), key=attrgetter("at_s"), reverse=True)
     units, began_s, wanted_s = weight, now_s, now_s - waited_s
     for entry in backfills:
-        if wanted_s - entry.at_s > RUN_BREAK_S:
+        is_long = units > BURST_FREE_UNITS or began_s <= now_s - WINDOW_S
+        if is_long or wanted_s - entry.at_s > RUN_BREAK_S:
             break
         units += entry.ask.weight
         began_s, wanted_s = entry.at_s, entry.wanted_at_s
