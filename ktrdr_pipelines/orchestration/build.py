@@ -8,6 +8,7 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.orchestration.assets import make_assets
+from ktrdr_pipelines.orchestration.automation.retention import make_retention_schedule
 from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
 from ktrdr_pipelines.orchestration.automation.sensors import make_reconcile_sensor, make_tail_sensor
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
@@ -38,5 +39,7 @@ def build_definitions(settings: Settings, universe: Iterable[Series], *, automat
             sensors=[make_tail_sensor(settings, universe), make_reconcile_sensor(settings, universe)]
             if automation
             else (),
-            schedules=make_tail_schedules(settings, universe) if automation else (),
+            schedules=[*make_tail_schedules(settings, universe), make_retention_schedule(settings)]
+            if automation
+            else (),
         )
