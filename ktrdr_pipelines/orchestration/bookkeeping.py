@@ -65,13 +65,13 @@ def make_entry(
         kind,
         job_name,
         event_specific_data=_payload_type()(materialization),
-        message=materialization.description or "Materialized value.",
+        message=(materialization.description or "Materialized value.") if run_id else None,
         step_key=step_key,
     )
     at = time.time() if timestamp is None else timestamp
     return dg.EventLogEntry(  # type: ignore[no-untyped-call]
         error_info=None,
-        level=logging.DEBUG,
+        level=logging.DEBUG if run_id else logging.INFO,
         user_message="",
         run_id=run_id,
         timestamp=at,

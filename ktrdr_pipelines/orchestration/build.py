@@ -8,9 +8,10 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.orchestration.assets import make_assets
+from ktrdr_pipelines.orchestration.automation.reconcile import make_reconcile_sensor
 from ktrdr_pipelines.orchestration.automation.retention import make_retention_schedule
 from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
-from ktrdr_pipelines.orchestration.automation.sensors import make_reconcile_sensor, make_tail_sensor
+from ktrdr_pipelines.orchestration.automation.sensors import make_tail_sensor
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.settings import Settings
