@@ -26,7 +26,7 @@ from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.due import QUIET_S
 from ktrdr_pipelines.orchestration.bookkeeping import BATCH, report_partitions
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
-from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.atomic import state_of
@@ -143,14 +143,21 @@ class Reconciler:
         active = find_active_runs(instance)
         todo = [s for s in self._universe if s.name > cursor]
         records = _read_records(instance, todo) if todo else {}
+        found: list[dg.AssetMaterialization] = []
         before = cursor
         for series in todo:
-            if clock() > until or not self._reconcile(
-                series, instance, records.get(asset_key(series)), active, now, tick, lambda: clock() > until
-            ):
+            if clock() > until:
                 tick.cursor, tick.is_round_over = before, False
                 break
+            if active.find(series):
+                tick.in_runs += 1
+            else:
+                found += self._reconcile(series, instance, records.get(asset_key(series)), now, tick)
+            if len(found) >= BATCH:
+                report_partitions(instance, found)
+                found = []
             before = series.name
+        report_partitions(instance, found)
         return tick
 
     def _reconcile(
@@ -158,43 +165,47 @@ class Reconciler:
         series: Series,
         instance: dg.DagsterInstance,
         record: object,
-        active: ActiveRuns,
         now: datetime,
         tick: ReconcileTick,
-        is_over: Callable[[], bool],
-    ) -> bool:
-        """Compare one series and report. False if the tick ended before all of it was reported."""
-        if active.find(series):
-            tick.in_runs += 1
-            return True
+    ) -> list[dg.AssetMaterialization]:
+        """Compare one series; returns what is to be reported of it."""
         # A new store, because a store caches every sidecar it reads.
         store = Store(self._settings.data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
         marks, lost = self._compared.get(series.name, (None, 0))
         if marks == (_mark(store, series), record):
             tick.unchanged += 1
             tick.lost += lost
-            return True
+            return []
         if _is_being_written(store, series, now):
-            return True
+            return []
         try:
-            drift, is_settled = self.find_drift(series, store, instance, now, tick)
+            drift, is_settled = self.find_drift(series, store, instance, now, tick, is_recorded=record is not None)
         except KtrdrError as error:
             tick.problems.append(f"{series}: {error}")
-            return True
+            return []
         tick.looked_at += 1
         lost = sum(map(len, drift.lost))
         tick.lost += lost
         tick.notices += [f"{series}: {block[0].key} to {block[-1].key} lost bars" for block in drift.lost]
         if not drift.to_report and is_settled:
             self._compared[series.name] = ((_mark(store, series), record), lost)
-        done = _report(instance, series, drift.to_report, is_over)
-        tick.reported += done
-        return done == len(drift.to_report)
+        tick.reported += len(drift.to_report)
+        return [_describe(series, state) for state in drift.to_report]
 
     def find_drift(
-        self, series: Series, store: Store, instance: dg.DagsterInstance, now: datetime, tick: ReconcileTick
+        self,
+        series: Series,
+        store: Store,
+        instance: dg.DagsterInstance,
+        now: datetime,
+        tick: ReconcileTick,
+        *,
+        is_recorded: bool = True,
     ) -> tuple[Drift, bool]:
-        """The drift of one series, and whether that is settled: its files can be read, none of its partitions is in progress."""
+        """The drift of one series, and whether that is settled: its files can be read, none of its partitions is in progress.
+
+        ``is_recorded``: False if Dagster has no record of the series at all, so that the status of partitions need not be asked.
+        """
         held, sidecar, is_readable = np.empty(0, dtype=np.int64), Sidecar(), True
         try:
             tick.notices += [f"{series}: {text}" for text in store.prepare(series, now=now).describe()]
@@ -208,33 +219,21 @@ class Reconciler:
         grid_start = first_partition_start(timeframe, self._settings)
         known = known_span(held, sidecar, grid_start)
         starts = [known.start] if known else []
-        if recorded := instance.get_materialized_partitions(key):
+        if is_recorded and (recorded := instance.get_materialized_partitions(key)):
             starts.append(partition_from_key(timeframe, min(recorded)).window.start)
         if not starts or max(min(starts), grid_start) >= now:
             return Drift((), ()), is_readable
         partitions = list(partitions_in(timeframe, Window(max(min(starts), grid_start), now)))
         states = judge_partitions(series, partitions, held, sidecar, grid_start=grid_start, now=now)
         keys = [p.key for p in partitions]
-        found = instance.get_status_by_partition(key, keys, self._definition(timeframe)) or {}
-        statuses = {k: status.value for k, status in found.items() if status is not None}
+        found = instance.get_status_by_partition(key, keys, self._definition(timeframe)) if is_recorded else None
+        statuses = {k: status.value for k, status in (found or {}).items() if status is not None}
         return compare(states, statuses), is_readable and IN_PROGRESS not in statuses.values()
 
     def _definition(self, timeframe: Timeframe) -> dg.TimeWindowPartitionsDefinition:
         if timeframe not in self._definitions:
             self._definitions[timeframe] = define_partitions(timeframe, self._settings)
         return self._definitions[timeframe]
-
-
-def _report(
-    instance: dg.DagsterInstance, series: Series, states: Sequence[PartitionState], is_over: Callable[[], bool]
-) -> int:
-    """Report ``states`` in batches until ``is_over``. Returns how many were reported."""
-    done = 0
-    while done < len(states) and not is_over():
-        batch = states[done : done + BATCH]
-        report_partitions(instance, [_describe(series, state) for state in batch])
-        done += len(batch)
-    return done
 
 
 def report_held(settings: Settings, instance: dg.DagsterInstance, series: Series, now: datetime) -> int:
@@ -246,7 +245,8 @@ def report_held(settings: Settings, instance: dg.DagsterInstance, series: Series
     store = open_store(settings.data_dir)
     reconciler = Reconciler(settings, [series])
     drift, _ = reconciler.find_drift(series, store, instance, now, ReconcileTick())
-    return _report(instance, series, drift.to_report, lambda: False)
+    report_partitions(instance, [_describe(series, state) for state in drift.to_report])
+    return len(drift.to_report)
 
 
 def _describe(series: Series, state: PartitionState) -> dg.AssetMaterialization:

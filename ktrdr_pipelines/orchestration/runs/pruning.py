@@ -214,10 +214,16 @@ def _read_materializations(
 def _record_again(
     instance: dg.DagsterInstance, plan: _Plan, removable: Sequence[_Run], report: PruneReport
 ) -> list[_Run]:
-    """Record the endangered materializations of ``removable``; returns those of which nothing is endangered any more."""
+    """Record the endangered materializations of ``removable``; returns those runs of which nothing is endangered any more."""
     ids = {run.run_id for run in removable}
     for key, endangered in plan.endangered.items():
-        records = [r for r in _read_materializations(instance, key, list(endangered.values())) if r.run_id in ids]
+        blocked = _find_blocked(instance, key)  # a run may have begun since
+        records = []
+        for record in _read_materializations(instance, key, list(endangered.values())):
+            if record.partition_key in blocked:
+                ids.discard(record.run_id)
+            elif record.run_id in ids:
+                records.append(record)
         report.partitions_recorded_again += len(records)
         if report.dry_run or not records:
             continue

@@ -285,6 +285,29 @@ def test_runs_in_progress_and_other_jobs_are_not_touched(instance: dg.DagsterIns
     assert status_of(instance)["AAPL_1h", "2024-01-01"] == "MATERIALIZED"
 
 
+def test_a_home_is_pruned_while_a_run_loads(instance: dg.DagsterInstance) -> None:
+    """In the middle of a step: what it recorded before and records after stays, as do its log and its lock."""
+    old = [load(instance, "2024-01-01", "2024-03-01", age=age) for age in (20, 10)]
+
+    @dg.asset(key=KEYS[0], partitions_def=PARTITIONS, output_required=False)
+    def loading(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterialization]:
+        yield dg.AssetMaterialization(KEYS[0], partition="2024-01-01", metadata={"label": "before"})
+        report = prune_now(context.instance)
+        assert (report.runs_removed, report.runs_kept_for_status) == (1, 1)
+        yield dg.AssetMaterialization(KEYS[0], partition="2024-02-01", metadata={"label": "after"})
+        raise dg.Failure("the gateway is gone", allow_retries=False)
+
+    tags = {"dagster/asset_partition_range_start": "2024-01-01", "dagster/asset_partition_range_end": "2024-03-01"}
+    result = dg.materialize([loading], instance=instance, tags={**tags, AGE: "0"}, raise_on_error=False)
+    assert not result.success
+    assert {run.run_id for run in instance.get_runs()} == {result.run_id, old[1]}
+    found = status_of(instance)
+    assert [found["AAPL_1h", month] for month in MONTHS[:3]] == ["MATERIALIZED", "MATERIALIZED", "FAILED"]
+    assert [found["MSFT_1h", month] for month in MONTHS[:3]] == ["MATERIALIZED"] * 3
+    newest = newest_of(instance)
+    assert [newest["AAPL_1h", month][0] for month in MONTHS[:2]] == ["before", "after"]
+
+
 @pytest.mark.parametrize("step", ["_copy", "delete_check_evaluations", "delete_tags", "delete_run_files", "compact"])
 def test_an_interruption_loses_nothing(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, step: str
