@@ -14,10 +14,9 @@ import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import ASSET_ROOT
 from ktrdr_pipelines.orchestration.runs.pruning import prune
-from ktrdr_pipelines.orchestration.runs.tags import ORIGIN_TAG
+from ktrdr_pipelines.orchestration.runs.tags import ORIGIN_TAG, RETENTION_JOB
 from ktrdr_pipelines.settings import Settings
 
-RETENTION_JOB = "retention"
 RETENTION_CRON = "40 4 * * *"
 """Daily, in UTC: between the sessions of America and Europe."""
 

@@ -14,8 +14,10 @@ from ktrdr_pipelines.cli.main import cli
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
-from ktrdr_pipelines.orchestration.automation.retention import RETENTION_JOB, KeepRules, make_retention_schedule
+from ktrdr_pipelines.orchestration.automation.retention import KeepRules, make_retention_schedule
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
+from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.tags import RETENTION_JOB
 from ktrdr_pipelines.settings import Settings
 
 AAPL_1H = Series(stock("AAPL"), TIMEFRAMES["1h"])
@@ -102,6 +104,15 @@ def test_the_daily_job_removes_what_expired(
         assert result.success
         assert instance.get_runs_count() == left
     assert instance.has_run(user)
+
+
+def test_the_job_is_no_load(
+    make_settings: Callable[..., Settings], unused_port: int, instance: dg.DagsterInstance
+) -> None:
+    """It has no selection of assets, as a job that loads everything: sensors do not wait for it."""
+    schedule = make_retention_schedule(make_settings(unused_port))
+    instance.create_run_for_job(schedule.job, status=_Status.STARTED)
+    assert find_active_runs(instance) == ActiveRuns({})
 
 
 @pytest.mark.slow
