@@ -233,7 +233,7 @@ def test_nothing_is_left_of_a_removed_run(instance: dg.DagsterInstance) -> None:
 
 
 def test_a_dry_run_changes_nothing(instance: dg.DagsterInstance) -> None:
-    """It says what would be removed."""
+    """Only the report shows what would be removed."""
     load(instance, "2024-01-01", "2024-02-01", age=10)
     report = prune_now(instance, dry_run=True)
     assert (report.runs_removed, report.partitions_recorded_again) == (1, 6)
@@ -252,7 +252,7 @@ def test_a_failure_that_a_partition_shows_stays(instance: dg.DagsterInstance) ->
     assert (report.runs_removed, report.runs_kept_for_status) == (1, 2)
     assert {run.run_id for run in instance.get_runs()} == set(held)
     assert status_of(instance)["AAPL_1h", "2024-01-01"] == "FAILED"
-    # Loaded at last: nobody needs them.
+    # Loaded at last: no status needs them.
     load(instance, "2024-01-01", "2024-01-01", age=1)
     assert prune_now(instance).runs_removed == 2
     assert status_of(instance)["AAPL_1h", "2024-01-01"] == "MATERIALIZED"
@@ -280,7 +280,7 @@ def test_runs_in_progress_and_other_jobs_are_not_touched(instance: dg.DagsterIns
     assert instance.has_run(going_on.run_id)
     assert instance.has_run(other.run_id)
     assert status_of(instance) == before
-    # The run ends without a word: what was there before is there again.
+    # The run is canceled: what was there before is there again.
     instance.report_run_canceled(going_on)
     assert status_of(instance)["AAPL_1h", "2024-01-01"] == "MATERIALIZED"
 
