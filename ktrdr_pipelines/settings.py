@@ -232,6 +232,30 @@ class Settings(BaseSettings):
             le=10_000,
         ),
     ]
+    keep_automatic_runs_days: Annotated[
+        float,
+        _field(
+            "KTRDR_KEEP_AUTOMATIC_RUNS",
+            3.0,
+            "Days that Dagster's records keep a successful run of a sensor or a schedule. Partitions keep their status.",
+            ge=0.05,
+            le=36500,
+        ),
+    ]
+    keep_failed_runs_days: Annotated[
+        float,
+        _field(
+            "KTRDR_KEEP_FAILED_RUNS",
+            30.0,
+            "Days that they keep a run that failed or was canceled; longer while a partition shows as failed by it.",
+            ge=0.05,
+            le=36500,
+        ),
+    ]
+    keep_user_runs_days: Annotated[
+        float,
+        _field("KTRDR_KEEP_USER_RUNS", 365.0, "Days that they keep a run that a user started.", ge=0.05, le=36500),
+    ]
     settlement_delay_min: Annotated[
         float,
         _field(

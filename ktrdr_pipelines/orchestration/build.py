@@ -8,8 +8,10 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.orchestration.assets import make_assets
+from ktrdr_pipelines.orchestration.automation.reconcile import make_reconcile_sensor
+from ktrdr_pipelines.orchestration.automation.retention import make_retention_schedule
 from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
-from ktrdr_pipelines.orchestration.automation.sensors import make_gap_sensor, make_reconcile_sensor, make_tail_sensor
+from ktrdr_pipelines.orchestration.automation.sensors import make_gap_sensor, make_tail_sensor
 from ktrdr_pipelines.orchestration.freshness import add_freshness
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
@@ -40,5 +42,7 @@ def build_definitions(settings: Settings, universe: Iterable[Series], *, automat
             resources={"gateway": GatewayResource.of(settings), "storage": StoreResource.of(settings)},
             executor=dg.in_process_executor,
             sensors=[make(settings, universe) for make in _SENSORS] if automation else (),
-            schedules=make_tail_schedules(settings, universe) if automation else (),
+            schedules=[*make_tail_schedules(settings, universe), make_retention_schedule(settings)]
+            if automation
+            else (),
         )

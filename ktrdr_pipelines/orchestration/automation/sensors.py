@@ -1,7 +1,6 @@
-"""The sensors: ``tail_fill`` requests runs for new bars, ``gap_fill`` for inner gaps, ``reconcile`` keeps partition status
-equal to the files.
+"""The sensors that load: ``tail_fill`` requests runs for new bars, ``gap_fill`` for inner gaps.
 
-`tail.py` and `gap_fill.py` decide what to load, `reconcile.py` what differs. No sensor connects to the gateway: store, calendars
+`tail.py` and `gap_fill.py` decide what to load. No sensor connects to the gateway: store, calendars
 and Dagster's runs are enough. The tails of timeframes with a schedule (`schedules.py`) are not handled here.
 """
 
@@ -16,14 +15,10 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.orchestration.automation import gap_fill as gaps
 from ktrdr_pipelines.orchestration.automation.cancelled import read_cancelled
 from ktrdr_pipelines.orchestration.automation.due import HeldEnds
-from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler
 from ktrdr_pipelines.orchestration.automation.tail import TAIL_INTERVAL_S, decide_tail, read_cursor, write_cursor
 from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import refresh_calendars
-
-RECONCILE_INTERVAL_S = 600
-_AFTER = "after "
 
 
 def make_tail_sensor(
@@ -105,33 +100,3 @@ def make_gap_sensor(
         )
 
     return fill
-
-
-def make_reconcile_sensor(
-    settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
-) -> dg.SensorDefinition:
-    """The sensor ``reconcile``: partitions that files have are reported, bars that files lost are loaded again."""
-    reconciler = Reconciler(settings, universe)
-
-    @dg.sensor(
-        name="reconcile",
-        asset_selection=dg.AssetSelection.all(),
-        minimum_interval_seconds=RECONCILE_INTERVAL_S,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Keeps partition status equal to the files: reports partitions that are complete and not recorded, and "
-        "loads recorded ones again that lost bars.",
-    )
-    def reconcile(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        # Never empty: with an empty cursor Dagster keeps the old one, and the next round would not begin.
-        tick = reconciler.run_tick(context.instance, (context.cursor or "").removeprefix(_AFTER), now())
-        for problem in tick.problems:
-            context.log.warning(problem)
-        for notice in tick.notices:
-            context.log.info(notice)
-        return dg.SensorResult(
-            run_requests=tick.requests,
-            skip_reason=None if tick.requests else tick.describe(),
-            cursor=_AFTER + tick.cursor,
-        )
-
-    return reconcile

@@ -24,7 +24,14 @@ from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.runs.instance import has_home, open_instance
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
-from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG, Origin
+from ktrdr_pipelines.orchestration.runs.tags import (
+    MODE_TAG,
+    ORIGIN_TAG,
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    RETENTION_JOB,
+    Origin,
+)
 from ktrdr_pipelines.settings import Settings
 
 _Event = dg.DagsterEventType
@@ -66,6 +73,8 @@ def find_active_runs(instance: dg.DagsterInstance) -> ActiveRuns:
     by_origin: dict[str, str] = {}
     of_all = ""
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        if run.job_name == RETENTION_JOB:
+            continue
         by_origin[run.tags.get(ORIGIN_TAG, "")] = run.run_id
         if run.asset_selection is None:
             of_all = run.run_id

@@ -1,4 +1,6 @@
-"""Tags of runs: our own, and Dagster's that it exports no names for."""
+"""Tags of runs: our own, and Dagster's that it exports no names for; and the name of our only job that loads nothing."""
+
+RETENTION_JOB = "retention"
 
 from enum import StrEnum
 

@@ -466,7 +466,7 @@ def test_the_sensors_are_part_of_the_definitions_and_run_by_default(offline: Set
     assert set(sensors) == {"tail_fill", "gap_fill", "reconcile"}
     assert {s.default_status for s in sensors.values()} == {dg.DefaultSensorStatus.RUNNING}
     assert sensors["tail_fill"].minimum_interval_seconds == 300
-    assert repository.schedule_defs == []
+    assert [s.name for s in repository.schedule_defs] == ["retention"]
 
 
 def test_the_sensor_hands_over_requests_reasons_and_cursor(offline: Settings, instance: dg.DagsterInstance) -> None:
@@ -495,7 +495,8 @@ def test_a_timeframe_with_a_schedule_is_the_schedules_alone(
     assert not data.run_requests  # type: ignore[attr-defined]
     assert data.skip_message == "1d: on a schedule (30 22 * * 1-5)"  # type: ignore[attr-defined]
     repository = build_defs(settings, [AAPL_1D, AAPL_1H]).get_repository_def()
-    (listed,) = repository.schedule_defs
+    listed = repository.get_schedule_def("tail_1d")
+    assert len(repository.schedule_defs) == 2
     assert (listed.name, listed.cron_schedule, listed.execution_timezone) == ("tail_1d", "30 22 * * 1-5", "UTC")
     assert listed.default_status is dg.DefaultScheduleStatus.RUNNING
 
