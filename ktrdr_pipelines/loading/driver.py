@@ -41,21 +41,25 @@ def drive(
     *,
     open_requests: int | None = None,
     on_wait: OnWait = lambda _load, _waiting: None,
+    on_idle: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Load, Event]]:
     """Run ``loads`` with ``open_requests`` questions out at most; each event with its load, `Ended` as the last one of each.
 
     None: one question at a time, in this thread. Loads that are broken off (the caller stops iterating, or is interrupted) end
     their open requests, keep what is in the files and remember what is unfinished. ``on_wait`` is called when a load waits for
-    longer than a moment, for another load of its series too: within two seconds.
+    longer than a moment, for another load of its series too: within two seconds. ``on_idle`` is called before each wait for an
+    answer, every two seconds at least.
     """
-    yield from _Drive(loads, open_requests, on_wait).run()
+    yield from _Drive(loads, open_requests, on_wait, on_idle).run()
 
 
 class _Drive:
-    def __init__(self, loads: Sequence[Load], open_requests: int | None, on_wait: OnWait) -> None:
+    def __init__(
+        self, loads: Sequence[Load], open_requests: int | None, on_wait: OnWait, on_idle: Callable[[], None]
+    ) -> None:
         self._waiting = deque(loads)
         self._active: deque[tuple[Load, LoadMachine]] = deque()
-        self._on_wait = on_wait
+        self._on_wait, self._on_idle = on_wait, on_idle
         self._reported: set[Load] = set()
         self._few_left = FEW_REQUESTS
         self._histories: dict[int, History] = {}
@@ -154,6 +158,7 @@ class _Drive:
     def _take(self) -> Iterator[tuple[Load, Event]]:
         """Wait for the next result, and for the end of other loads of the waiting series."""
         is_blocked = bool(self._waiting) and self._has_room
+        self._on_idle()
         if not len(self._in_flight):
             if is_blocked and not self._active:
                 time.sleep(LOCK_POLL_S)

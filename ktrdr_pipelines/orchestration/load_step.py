@@ -16,13 +16,12 @@ from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.driver import drive
 from ktrdr_pipelines.loading.report import Completed, Ended, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.orchestration.bookkeeping import finished_partitions
 from ktrdr_pipelines.orchestration.checks import evaluate_checks
 from ktrdr_pipelines.orchestration.load_config import LoadConfig, resolve
 from ktrdr_pipelines.orchestration.metadata import REPORT, describe_partition, observe_load
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.planning.modes import Held
-
-StepEvent = dg.AssetMaterialization | dg.AssetCheckResult
 
 
 class LoadStep:
@@ -48,8 +47,8 @@ class LoadStep:
         ]
         self._entry_point.reports += self._reports
 
-    def run(self) -> Iterator[StepEvent]:
-        """A materialization per finished partition, the checks of each series, and the failure of those that failed.
+    def run(self) -> Iterator[dg.AssetCheckResult]:
+        """The checks of each series; finished partitions are recorded as they finish.
 
         Raises:
             dagster.Failure: at the end, when anything failed.
@@ -62,13 +61,20 @@ class LoadStep:
                 report.failures.append(Failure(report.window, error.while_doing(f"loading {report.series}")))
                 report.status = "failed"
                 yield from self._sum_up(report)
-        for load, event in drive(loads, open_requests=self._gateway.open_requests, on_wait=self._show_wait):
-            self._entry_point.on_event(load.series, event)
-            self._log(load.series, event)
-            if isinstance(event, Completed):
-                yield self._materialize(event, load.report)
-            elif isinstance(event, Ended):
-                yield from self._sum_up(load.report)
+        with finished_partitions(self._context) as finished:
+            for load, event in drive(
+                loads,
+                open_requests=self._gateway.open_requests,
+                on_wait=self._show_wait,
+                on_idle=finished.store_due,
+            ):
+                self._entry_point.on_event(load.series, event)
+                self._log(load.series, event)
+                if isinstance(event, Completed):
+                    finished.add(self._materialize(event, load.report))
+                elif isinstance(event, Ended):
+                    finished.flush()  # checks are about what is recorded
+                    yield from self._sum_up(load.report)
         failed = [report for report in self._reports if report.failures]
         if failed:
             raise _failure(failed)
@@ -100,7 +106,7 @@ class LoadStep:
             metadata=describe_partition(event, report, closes, report.merged_file),
         )
 
-    def _sum_up(self, report: LoadReport) -> Iterator[StepEvent]:
+    def _sum_up(self, report: LoadReport) -> Iterator[dg.AssetCheckResult]:
         """The end of one series."""
         key = self._keys[report.series.name]
         if self._config.notice and self._config.notice not in report.notices:
