@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +24,9 @@ from ktrdr_pipelines.orchestration.metadata import REPORT, describe_partition, o
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.planning.modes import Held
 
+LOG_EVERY_S = 2.0
+"""Every line of a run's log is an event in Dagster's database: requests share them."""
+
 
 class LoadStep:
     """The loads of the ``chosen`` series in the partitions of the run."""
@@ -37,6 +41,9 @@ class LoadStep:
     ) -> None:
         self._context, self._config, self._gateway = context, config, gateway
         self._limits = storage.history_limits
+        self._logged_at_s = 0.0
+        self._new_bars: dict[str, int] = {}
+        """Since the last line of the log, by series name."""
         self._keys = {series.name: key for key, series in chosen.items()}
         self._store = storage.store()
         self._entry_point = gateway.entry_point(context.instance, context.run.run_id)
@@ -126,7 +133,11 @@ class LoadStep:
         if isinstance(event, Planned):
             log.info(f"{series}: gaps found: {len(event.gaps)}, requests planned: {len(event.requests)}")
         elif isinstance(event, Fetched):
-            log.info(f"{series}: {event.done} of {event.planned}: {event.request}: {event.rows} new bars")
+            self._new_bars[series.name] = self._new_bars.get(series.name, 0) + event.rows
+            if event.done == event.planned or time.monotonic() - self._logged_at_s > LOG_EVERY_S:
+                self._logged_at_s = time.monotonic()
+                rows = self._new_bars.pop(series.name)
+                log.info(f"{series}: {event.done} of {event.planned} requests, up to {event.request}: {rows} new bars")
         elif isinstance(event, Failure):
             log.error(f"{event.window}: {event.error}")
 
