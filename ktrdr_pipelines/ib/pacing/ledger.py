@@ -258,6 +258,10 @@ class Ledger:
 
         return self._store.run(lambda tx: measure(LedgerRows(tx, self._login)))
 
+    def interrupt(self) -> None:
+        """End the waits of this process for another one that keeps the ledger locked; they raise StoreError."""
+        self._store.interrupt()
+
     def close(self) -> None:
         """Close the file or the database connections. The ledger may be used again afterwards."""
         self._store.close()

@@ -99,5 +99,8 @@ class PostgresStore:
         self._has_tables = True
         return result
 
+    def interrupt(self) -> None:
+        """A call of the driver cannot be ended from outside."""
+
     def close(self) -> None:
         self._engine.dispose()
