@@ -46,6 +46,7 @@ class LoadStep:
         """Since the last line of the log, by series name."""
         self._keys = {series.name: key for key, series in chosen.items()}
         self._store = storage.store()
+        self._store.report_waits(self._show_wait_of_store)
         self._entry_point = gateway.entry_point(context.instance, context.run.run_id)
         span = context.partition_time_window
         window = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
@@ -124,8 +125,14 @@ class LoadStep:
         self._context.log_event(observe_load(key, report))
 
     def _show_wait(self, load: Load, waiting: Waiting) -> None:
+        self._show_wait_of(f"{load.series}: ", waiting)
+
+    def _show_wait_of_store(self, waiting: Waiting) -> None:
+        self._show_wait_of("", waiting)
+
+    def _show_wait_of(self, whose: str, waiting: Waiting) -> None:
         until = f" until {format_instant(waiting.until)} at the latest" if waiting.until else ""
-        self._context.log.info(f"{load.series}: waiting{until}: {waiting.reason}")
+        self._context.log.info(f"{whose}waiting{until}: {waiting.reason}")
         self._entry_point.on_wait(waiting)
 
     def _log(self, series: Series, event: Event) -> None:
