@@ -83,8 +83,8 @@ class OverlapBench:
         unknown: str = "",
         **address: Any,
     ) -> Result:
-        """Load `START` to `NOW` of ``symbols`` side by side, and check what has to be true after every load. ``unknown``: a series
-        that does not exist."""
+        """Load `START` to `NOW` of ``symbols`` side by side, and check what has to be true after every load. ``unknown``: a
+        series that does not exist."""
         options = {"connect_timeout_s": 5.0, "request_timeout_s": 20.0, "probe_timeout_s": 5.0,
                    "retry_waits_s": (15.0, 30.0, 60.0), "library": "ib_insync", "state_dir": self.folder}  # fmt: skip
         where = GatewayAddress("127.0.0.1", port, **{**options, **address})
