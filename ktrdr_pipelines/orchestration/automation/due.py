@@ -20,9 +20,8 @@ from ktrdr_pipelines.domain.partitions import Partition, partition_at
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import KtrdrError
-from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import missing_bars
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.settings import Settings, first_partition_start
 from ktrdr_pipelines.store.atomic import state_of
 from ktrdr_pipelines.store.sidecar import TAIL_BYTES, peek_unfinished_from
 from ktrdr_pipelines.store.store import Store
