@@ -302,7 +302,7 @@ _add_commands()
 
 def main() -> NoReturn:
     """Entry point: known failures become one line and an exit code."""
-    # A start makes a million objects that stay. To look through them for garbage again and again is a fifth of its time.
+    # A start makes a million objects that stay. Looking through them for garbage again and again is a fifth of its time.
     gc.set_threshold(300_000)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as with Ctrl-C: open requests are cancelled
     try:
@@ -326,6 +326,8 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `ktrdr gaps | head`: the reader has closed
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        gc.freeze()  # likewise at the interpreter's end, when the last line is printed: half a second
     sys.exit(code or 0)
 
 
