@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 from contextlib import suppress
-from datetime import date
+from datetime import UTC, date, datetime, time
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +20,8 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, parse_timeframe
+from ktrdr_pipelines.domain.partitions import partition_at
+from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits, Timeframe, parse_timeframe
 from ktrdr_pipelines.errors import InputError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -314,6 +315,13 @@ class Settings(BaseSettings):
     def partition_start(self, timeframe_name: str) -> date:
         """First day (UTC) for which partitions of this timeframe exist."""
         return self.partition_starts.get(timeframe_name, DEFAULT_PARTITION_STARTS[timeframe_name])
+
+
+def first_partition_start(timeframe: Timeframe, settings: Settings) -> datetime:
+    """Start (UTC) of the first partition of ``timeframe`` that begins on or after the configured day."""
+    configured = datetime.combine(settings.partition_start(timeframe.name), time(), UTC)
+    window = partition_at(timeframe, configured).window
+    return window.start if window.start == configured else window.end
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -14,9 +14,9 @@ from filelock import FileLock, Timeout
 from ktrdr_pipelines.api.coalesce import RETRY_AFTER_S, QueueFull
 from ktrdr_pipelines.domain.load_request import LoadRequest
 from ktrdr_pipelines.errors import BugError, InputError
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.loading.report import LoadReport
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs.dagster_services import DagsterServices
 from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
 from ktrdr_pipelines.orchestration.runs.load_state import LoadRecords, LoadState
@@ -86,7 +86,7 @@ class Loads:
         if (same := self._records.find_equal(request)) is not None:
             return same
         self._refuse_if_full()
-        with IBHistory(GatewayResource.of(self._settings).address()) as history:
+        with IBHistory(GatewayAddress.of(self._settings)) as history:
             run = prepare_load(request, self._settings, history, origin=ORIGIN)
         if isinstance(run, LoadReport):
             return run

@@ -6,9 +6,9 @@ Pure. The rules for each bar are in `schema.py`, restated prices in `restatement
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.schema import describe_check, opens_of
 from ktrdr_pipelines.calendars import ExpectedBars, find_unexpected, match_held
@@ -16,6 +16,9 @@ from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def list_missing_beside_unexpected(opens: IntArray, wanted: ExpectedBars, timeframe: Timeframe) -> ExpectedBars:

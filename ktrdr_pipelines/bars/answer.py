@@ -7,16 +7,18 @@ bars: docs/ib_facts.md, 3 and 10.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.schema import bars_from_columns, describe_check, is_unset, show_rows
 from ktrdr_pipelines.domain.arrays import FloatArray, IntArray
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _END_OF_TIME_S = 253_402_300_800
 """10000-01-01: stamps are written with four-digit years."""

@@ -7,9 +7,10 @@ Pure. This module also selects the held bars that are requested again for the co
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ktrdr_pipelines.bars.answer import Answer
 from ktrdr_pipelines.bars.schema import opens_of
@@ -19,6 +20,9 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESTATED_KINDS = ("STK", "CFD", "CONTFUT")
 """Kinds whose history IB restates: shares and CFDs (splits), continuous futures (rolls). Not pairs, indices, plain futures."""

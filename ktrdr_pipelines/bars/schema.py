@@ -3,6 +3,7 @@
 A bars table is a pandas DataFrame with the columns `COLUMNS`: ``timestamp`` (``datetime64[us, UTC]``, the bar's open), the
 four prices and the volume (``float64``), and a RangeIndex. Pure: no files, no network, no clock (callers pass ``now_s``).
 The CSV format is in `store/csv_format.py`, expected opens in `calendars/expected.py`, the conversion of answers in `answer.py`.
+Where a table is made or checked, pandas and pandera are imported: together they take a second, and many commands need neither.
 Stamps and forming bars: docs/ib_facts.md, 3 and 10.
 """
 
@@ -12,13 +13,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-import pandera.pandas as pa
-from pandera.errors import SchemaErrors
 
 from ktrdr_pipelines.calendars import session_starts_off
 from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
@@ -27,10 +25,14 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError, InputError
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import pandera.pandas as pa
+
 COLUMNS = ("timestamp", "open", "high", "low", "close", "volume")
 """Column names of a bars table, in order; also the header of the CSV."""
 
-STAMP_DTYPE = pd.DatetimeTZDtype("us", "UTC")
+STAMP_DTYPE = "datetime64[us, UTC]"
 
 LATEST_SESSION_END_S = 6 * 3600
 """The latest end of a session after midnight UTC: US extended hours end at 20:00 New York, 01:00 UTC in winter. Without a
@@ -60,6 +62,8 @@ def bars_from_columns(
     volume: npt.ArrayLike,
 ) -> pd.DataFrame:
     """A bars table from columns; ``opens_s`` in epoch seconds UTC. It is not checked: see `validate_bars`."""
+    import pandas as pd
+
     stamps = np.asarray(opens_s, dtype=np.int64).astype("datetime64[s]").astype("datetime64[us]")
     prices = {
         name: np.asarray(values, dtype=np.float64)
@@ -238,6 +242,9 @@ def bar_schema(
     All rules are one check on arrays that are taken from the table once: pandera's own work for each check costs more than the
     rules (docs/dependencies.md). `validate_bars` names the rules that fail.
     """
+    import pandas as pd
+    import pandera.pandas as pa
+
     rules = row_rules(timeframe, allow_nonpositive=allow_nonpositive, any_open=any_open, odd_opens=odd_opens)
 
     def keeps_rules(bars: pd.DataFrame) -> pd.Series[bool]:
@@ -269,6 +276,8 @@ def validate_bars(bars: pd.DataFrame, series: Series, window: Window | None = No
     Raises:
         DataError: lists every failing rule; ``rows`` contains the invalid rows as text.
     """
+    from pandera.errors import SchemaErrors
+
     if tuple(bars.columns) != COLUMNS:
         raise DataError(
             f"columns are {', '.join(map(str, bars.columns))}; expected are, in this order, {', '.join(COLUMNS)}",
@@ -292,6 +301,8 @@ def validate_bars(bars: pd.DataFrame, series: Series, window: Window | None = No
 def _count_failures(cases: pd.DataFrame, bars: pd.DataFrame, series: Series) -> dict[str, set[int | None]]:
     """Failure -> its rows (None: the table as a whole), from pandera's ``cases``. The rules are named only in a table with the
     right columns and types."""
+    import pandas as pd
+
     counts: dict[str, set[int | None]] = {}
     columns = (cases[name] for name in ("check", "column", "failure_case", "index"))
     for check, column, case, index in zip(*columns, strict=True):

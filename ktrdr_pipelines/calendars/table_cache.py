@@ -21,7 +21,7 @@ import numpy as np
 import platformdirs
 
 from ktrdr_pipelines.calendars import session_tables
-from ktrdr_pipelines.calendars.exchanges import FOREX, ROUND_THE_CLOCK
+from ktrdr_pipelines.calendars.exchanges import ROUND_THE_CLOCK
 from ktrdr_pipelines.calendars.session_tables import SessionTable, build_table
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _ZONE_FILES = ("tzdata.zi", "+VERSION", "zone1970.tab", "zone.tab")
 
 def find_table(calendar: str, *, extended: bool, folder: Path | None = None) -> SessionTable:
     """The table of `build_table`, from ``folder`` (default: the user's cache folder) if it is there, else computed and kept."""
-    if calendar in (FOREX, ROUND_THE_CLOCK):  # computed faster than read
+    if calendar == ROUND_THE_CLOCK:  # computed faster than read
         return build_table(calendar, extended=extended)
     folder = folder or platformdirs.user_cache_path("ktrdr-pipelines") / "calendars"
     name = "".join(c if c.isalnum() else "_" for c in calendar)

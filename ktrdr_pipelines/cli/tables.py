@@ -1,6 +1,7 @@
 """Results of the load, gaps, adopt and calendar commands as lines of text; programs read `--json`.
 
-The values are defined in `loading/report.py`, `services/dry_run.py`, `services/gaps.py` and `services/calendar_check.py`.
+The values are defined in `loading/report.py`, `services/dry_run.py`, `services/gaps.py` and `services/calendar_check.py`, which
+are imported only where a command has imported them anyway.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ktrdr_pipelines.cli.text import count, lay_out, shorten
 from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import format_instant
-from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS
-from ktrdr_pipelines.loading.report import LoadReport
-from ktrdr_pipelines.services.calendar_check import CalendarCheck, describe_difference
-from ktrdr_pipelines.services.dry_run import DryRun
-from ktrdr_pipelines.services.gaps import Holding
-from ktrdr_pipelines.services.inspection import Adoption, Unreadable
+
+if TYPE_CHECKING:
+    from ktrdr_pipelines.loading.report import LoadReport
+    from ktrdr_pipelines.services.calendar_check import CalendarCheck
+    from ktrdr_pipelines.services.dry_run import DryRun
+    from ktrdr_pipelines.services.gaps import Holding
+    from ktrdr_pipelines.services.inspection import Adoption, Unreadable
 
 
 def _time(instant: datetime | None) -> str:
@@ -47,6 +50,8 @@ def _count_partitions(report: LoadReport) -> str:
 
 def describe_dry_run(dry: DryRun) -> list[str]:
     """The requests that a load would send, and when they could be done."""
+    from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS
+
     head = f"{dry.series} {dry.window}, {dry.mode}: {count(dry.missing_bars, 'bar')} missing, "
     lines = [head + (count(len(dry.requests), "request") if dry.requests else "nothing to request")]
     if dry.gaps:
@@ -119,6 +124,8 @@ def describe_holding(held: Holding) -> list[str]:
 
 def describe_universe(found: Iterable[Holding | Unreadable]) -> list[str]:
     """One line for each series: its missing bars, and those of them that are older than the first held one."""
+    from ktrdr_pipelines.services.inspection import Unreadable
+
     rows = [("series", "bars", "first", "last", "missing", "of them older", "why", "absent")]
     for item in found:
         name = str(item.series)
@@ -151,6 +158,8 @@ def describe_adoption(adoption: Adoption) -> list[str]:
 
 def describe_calendar_check(check: CalendarCheck) -> list[str]:
     """Calendar and IB's schedule compared."""
+    from ktrdr_pipelines.services.calendar_check import describe_difference
+
     last = check.span.end - timedelta(days=1)
     lines = [
         f"{check.instrument.symbol} follows {check.key.name}, {check.key.hours} hours: {count(check.sessions, 'session')} from "

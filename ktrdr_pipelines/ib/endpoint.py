@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from ktrdr_pipelines.ib.client_ids import ClientIds
+from ktrdr_pipelines.settings import Settings
 
 OUTAGE_PATIENCE_S = 300.0
 """How long requests wait in all for the end of an outage. Then they are sent anyway: the gateway's notices may be out of date,
@@ -38,6 +39,21 @@ class GatewayAddress:
     ledger_url: str = field(default="", repr=False)
     """May contain a password."""
 
+    @classmethod
+    def of(cls, settings: Settings) -> GatewayAddress:
+        """The gateway of the settings, for a user: with the client id that is configured, if one is."""
+        return cls(
+            host=settings.ib_host,
+            port=settings.ib_port,
+            client_id=settings.ib_client_id,
+            connect_timeout_s=settings.ib_connect_timeout_s,
+            request_timeout_s=settings.ib_request_timeout_s,
+            retry_waits_s=settings.ib_retry_waits_s,
+            state_dir=settings.dagster_home,
+            ledger_url=settings.ledger_url,
+            library=settings.ib_library,
+        )
+
     @property
     def login(self) -> str:
         """The key of the shared pacing budget. The account would be better, but is known only once connected, and requests
@@ -55,3 +71,18 @@ class GatewayAddress:
         """Folder of the client ids that this program uses at this gateway."""
         key = "".join(c if c.isalnum() else "_" for c in self.login)
         return self.state_dir / "ib" / f"client_ids_{key}"
+
+
+def hide_secrets(url: str) -> str:
+    """The URL of a ledger's database as it may be shown: without passwords. Empty for an empty one."""
+    if not url:
+        return ""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return "(not a database URL)"  # its use explains what is wrong with it
+    secret = {name: "hidden" for name in parsed.query if "pass" in name.lower()}
+    return parsed.update_query_dict(secret).render_as_string(hide_password=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ktrdr_pipelines.bars.answer import Answer
 from ktrdr_pipelines.domain.instruments import Instrument
@@ -20,6 +19,9 @@ from ktrdr_pipelines.loading.knowledge import HeldBars
 from ktrdr_pipelines.loading.report import Event
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty, Sidecar
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # --- actions ---------------------------------------------------------------------------------------------------------
 

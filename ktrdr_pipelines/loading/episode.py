@@ -12,10 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.answer import Answer, NormalisedAnswer
 from ktrdr_pipelines.bars.merging import merge_bars
@@ -42,6 +41,9 @@ from ktrdr_pipelines.loading.evidence import RequestEvidence
 from ktrdr_pipelines.planning.coverage import bars_inside
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.store.sidecar import Evidence
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class State(Enum):

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.restatement import refuse_restatement
 from ktrdr_pipelines.domain.calls import Call, Costs
@@ -52,6 +52,9 @@ from ktrdr_pipelines.store.settle import Prepared
 from ktrdr_pipelines.store.sidecar import FileMark, Pinned, Sidecar
 from ktrdr_pipelines.store.splice import Comparison
 from ktrdr_pipelines.store.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HURRIED_S = 0.1
 """How long the end of an interrupted load waits for another process that writes its file."""

@@ -7,9 +7,9 @@ joined only where they agree bar by bar; when a held bar does not come again, th
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.merging import merge_bars
 from ktrdr_pipelines.bars.schema import empty_bars, opens_of
@@ -22,6 +22,9 @@ from ktrdr_pipelines.loading.context import LoadContext
 from ktrdr_pipelines.loading.episode import Episode, State, Transitions
 from ktrdr_pipelines.planning.open_ended import reshape_to_now
 from ktrdr_pipelines.planning.requests import Request
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_ANSWERS = 5
 

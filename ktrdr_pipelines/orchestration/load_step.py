@@ -20,7 +20,7 @@ from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.orchestration.bookkeeping import finished_partitions
 from ktrdr_pipelines.orchestration.checks import evaluate_checks
 from ktrdr_pipelines.orchestration.load_config import LoadConfig, resolve
-from ktrdr_pipelines.orchestration.metadata import REPORT, describe_partition, observe_load
+from ktrdr_pipelines.orchestration.metadata import REPORT, SPARKLINE_POINTS, describe_partition, observe_load
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.planning.modes import Held
 
@@ -107,7 +107,7 @@ class LoadStep:
     # -- what Dagster gets --------------------------------------------------------------------------------------------
 
     def _materialize(self, event: Completed, report: LoadReport) -> dg.AssetMaterialization:
-        closes = self._store.read_bars(report.series, event.partition.window)["close"].tolist()
+        closes = self._store.sample_closes(report.series, event.partition.window, SPARKLINE_POINTS)
         return dg.AssetMaterialization(
             self._keys[report.series.name],
             partition=event.partition.key,

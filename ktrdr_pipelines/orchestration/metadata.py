@@ -55,7 +55,8 @@ def describe_asset(series: Series) -> str:
 def describe_partition(
     done: Completed, report: LoadReport, closes: Sequence[float], path: str
 ) -> dict[str, dg.MetadataValue | int | float | str | bool]:
-    """Metadata of one partition's materialization. Request counts are those of the run so far."""
+    """Metadata of one partition's materialization. Request counts are those of the run so far. ``closes``: at most
+    `SPARKLINE_POINTS` are drawn."""
     found: dict[str, dg.MetadataValue | int | float | str | bool] = {
         "dagster/row_count": done.rows,
         "dagster/uri": path,

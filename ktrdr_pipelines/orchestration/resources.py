@@ -10,12 +10,10 @@ from pathlib import Path
 
 import dagster as dg
 from pydantic import PrivateAttr
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
 
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.ib.client_ids import ClientIds
-from ktrdr_pipelines.ib.endpoint import GatewayAddress
+from ktrdr_pipelines.ib.endpoint import GatewayAddress, hide_secrets
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, current_entry_point
 from ktrdr_pipelines.orchestration.runs.liveness import executing_here, reap_dead_runs
@@ -62,7 +60,7 @@ class GatewayResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             request_timeout_s=settings.ib_request_timeout_s,
             retry_waits_s=list(settings.ib_retry_waits_s),
             state_dir=str(settings.dagster_home),
-            ledger_url=_without_secrets(settings.ledger_url),
+            ledger_url=_show(settings.ledger_url),
             library=settings.ib_library,
             open_requests=settings.open_requests,
         )
@@ -134,16 +132,8 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return open_store(Path(self.data_dir))
 
 
-def _without_secrets(url: str) -> str:
+def _show(url: str) -> str:
     """``url`` as it may be shown; this process can find the real one again."""
-    if not url:
-        return ""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        shown = "(not a database URL)"  # its use explains what is wrong with it
-    else:
-        secret = {name: "hidden" for name in parsed.query if "pass" in name.lower()}
-        shown = parsed.update_query_dict(secret).render_as_string(hide_password=True)
+    shown = hide_secrets(url)
     _ledger_urls[shown] = url
     return shown

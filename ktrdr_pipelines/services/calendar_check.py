@@ -27,8 +27,8 @@ from ktrdr_pipelines.calendars import (
 from ktrdr_pipelines.domain.instruments import Instrument, file_symbol
 from ktrdr_pipelines.domain.time import Window, format_instant, parse_range
 from ktrdr_pipelines.errors import DataError, InputError, TransientError
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.services.membership import name_instrument
 from ktrdr_pipelines.settings import Settings, load_settings
 from ktrdr_pipelines.store.schedule_overrides import CorrectedSession, refresh_calendars, save_corrections
@@ -124,7 +124,7 @@ def check_calendar(
             advice=f"Compare a contract of it, such as {_name_contract(instrument, now)}: they share a calendar.",
         )
     refresh_calendars(settings.data_dir)
-    with IBHistory(GatewayResource.of(settings).address()) as history:
+    with IBHistory(GatewayAddress.of(settings)) as history:
         check = compare_with_ib(history, history.pin(instrument), window, now=now)
         if apply:
             check = replace(check, file=_save(check, settings.data_dir, source=history.source, now=now))

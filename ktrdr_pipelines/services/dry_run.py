@@ -16,6 +16,7 @@ from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
 from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.discovery import known_to_account
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.pacing.budget import Budget, PauseOfAll
 from ktrdr_pipelines.ib.pacing.forecast import Sending, forecast
@@ -23,7 +24,6 @@ from ktrdr_pipelines.ib.pacing.rules import WINDOW_UNITS, Entry
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines.ib.symbol_cache import HEAD_KEPT
 from ktrdr_pipelines.loading.series_load import Load
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.planning.coverage import Gap
 from ktrdr_pipelines.planning.requests import Request
 from ktrdr_pipelines.services.gaps import place
@@ -115,7 +115,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
     """
     settings = settings or load_settings()
     now = datetime.now(UTC)
-    with IBHistory(GatewayResource.of(settings).address()) as history:
+    with IBHistory(GatewayAddress.of(settings)) as history:
         series, request = identify(request, settings, history)
         with peek(open_store(settings.data_dir), series, now=now) as (store, pending):
             notices = pending.describe()

@@ -17,13 +17,9 @@ from ktrdr_pipelines.domain.partitions import partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import InputError, KtrdrError
-from ktrdr_pipelines.orchestration.automation.reconcile import report_held
-from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
-from ktrdr_pipelines.orchestration.runs.instance import open_instance
-from ktrdr_pipelines.orchestration.runs.queries import PartitionRecord
 from ktrdr_pipelines.services.gaps import Holding, inspect_series
 from ktrdr_pipelines.services.membership import name_series
-from ktrdr_pipelines.settings import Settings, load_settings
+from ktrdr_pipelines.settings import Settings, first_partition_start, load_settings
 from ktrdr_pipelines.store.schedule_overrides import open_store
 from ktrdr_pipelines.store.settle import Adopted
 from ktrdr_pipelines.store.snapshot import peek
@@ -111,6 +107,8 @@ class _Inspector:
 
     def __init__(self, settings: Settings, now: datetime) -> None:
         self.store = open_store(settings.data_dir)
+        from ktrdr_pipelines.orchestration.runs.queries import PartitionRecord
+
         self._settings, self._now = settings, now
         self._record = PartitionRecord(settings)
         self._keys: dict[Timeframe, tuple[str, ...]] = {}
@@ -156,6 +154,9 @@ def adopt_file(
     Raises:
         KtrdrError: invalid input, ``path`` is not a file of bars, or the disk refuses.
     """
+    from ktrdr_pipelines.orchestration.automation.reconcile import report_held
+    from ktrdr_pipelines.orchestration.runs.instance import open_instance
+
     settings = settings or load_settings()
     series = name_series(symbol, timeframe, settings)
     try:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ktrdr_pipelines.domain.load_request import LoadRequest
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
 from ktrdr_pipelines.loading.report import LoadReport
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint
 from ktrdr_pipelines.orchestration.runs.instance import open_instance
 from ktrdr_pipelines.orchestration.runs.launch import execute_load
@@ -47,7 +47,7 @@ def load_series(
     """
     settings = settings or load_settings()
     progress = progress or Progress(enabled=False)
-    with IBHistory(GatewayResource.of(settings).address(), on_wait=progress.show_wait) as history:
+    with IBHistory(GatewayAddress.of(settings), on_wait=progress.show_wait) as history:
         found = prepare_load(request, settings, history, origin=origin)
         if isinstance(found, LoadReport):
             return LoadResult(found)

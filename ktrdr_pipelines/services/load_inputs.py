@@ -16,10 +16,9 @@ from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.ib.discovery import describe_retention, estimate_history_start, identify_series
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import valid_history_start_s
 from ktrdr_pipelines.planning.modes import Held, begins_with_history, reach_back, resolve_window
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.settings import Settings, first_partition_start
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines.universe.file import universe_of
 

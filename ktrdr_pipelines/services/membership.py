@@ -192,10 +192,10 @@ def remove_from_universe(symbol: str, timeframes: Sequence[str], settings: Setti
 
 
 def _open_history(settings: Settings) -> IBHistory:
+    from ktrdr_pipelines.ib.endpoint import GatewayAddress
     from ktrdr_pipelines.ib.history import IBHistory
-    from ktrdr_pipelines.orchestration.resources import GatewayResource
 
-    return IBHistory(GatewayResource.of(settings).address())
+    return IBHistory(GatewayAddress.of(settings))
 
 
 def _check_same(known: Instrument, options: Mapping[str, object], settings: Settings) -> Instrument:

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, Rule, bars_from_columns, empty_bars, find_faults, opens_of
 from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
 from ktrdr_pipelines.errors import BugError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HEADER = (",".join(COLUMNS) + "\n").encode()
 STAMP_BYTES = 20
@@ -186,8 +188,21 @@ def parse_rows(data: bytes, rules: Sequence[Rule]) -> tuple[pd.DataFrame, list[t
     return bars_from_columns(columns[0], *columns[1]), []
 
 
+def sample_column(data: bytes, column: int, most: int) -> list[float]:
+    """The numbers of one column (0 is the stamp) of at most ``most`` rows, at equal steps from the first one on. Without pandas,
+    which a load that has nothing to do never imports. Empty where a row that was read is malformed: this is for pictures.
+    """
+    rows = data.split(b"\n")[:-1]
+    try:
+        return [float(row.split(b",")[column]) for row in rows[:: max(1, -(-len(rows) // most))]]
+    except (ValueError, IndexError):
+        return []
+
+
 def parse_columns(data: bytes, rules: Sequence[Rule]) -> tuple[IntArray, FloatArray] | None:
     """The opens of the rows in ``data`` (not empty) and their five numbers, one array each; None when a row has a fault."""
+    import pandas as pd
+
     array = np.frombuffer(data, np.uint8)
     starts, _ = split_rows(array)
     opens_s, stamped = parse_stamps(array, starts)

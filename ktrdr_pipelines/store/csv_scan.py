@@ -11,9 +11,9 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.schema import Rule, bars_from_columns
 from ktrdr_pipelines.domain.arrays import IntArray
@@ -28,6 +28,9 @@ from ktrdr_pipelines.store.csv_format import (
     render_stamp,
     split_rows,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_ROW_BYTES = 4096
 """The longest row: five numbers of at most 330 digits fit."""

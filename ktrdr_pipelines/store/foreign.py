@@ -14,10 +14,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import pandas as pd
 
 from ktrdr_pipelines.bars.schema import COLUMNS, BarArrays, bars_from_columns, find_faults, rules_for
 from ktrdr_pipelines.domain.arrays import BoolArray, FloatArray, IntArray
@@ -25,6 +24,9 @@ from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.csv_format import RowFault, parse_number
 from ktrdr_pipelines.store.foreign_hours import Judge, why_outside
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _STAMP_NAMES = ("timestamp", "datetime", "date", "time", "")
 """Headers over the stamps, best first. An empty one counts only over the first column (a pandas index)."""

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ktrdr_pipelines.bars.merging import Merged, merge_bars
 from ktrdr_pipelines.bars.schema import Rule, opens_of
@@ -25,6 +24,9 @@ from ktrdr_pipelines.store.csv_scan import find_row, first_and_last_open, read_r
 from ktrdr_pipelines.store.file_state import FileState
 from ktrdr_pipelines.store.partition_marks import extend_marks, mark_range
 from ktrdr_pipelines.store.sidecar import PartitionMark
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class LeavesOldBars(Exception):

@@ -13,24 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
-from ktrdr_pipelines.bars.schema import empty_bars, latest_complete_open_s, opens_of, rules_for, validate_bars
+from ktrdr_pipelines.bars.schema import COLUMNS, empty_bars, latest_complete_open_s, opens_of, rules_for, validate_bars
 from ktrdr_pipelines.domain.arrays import IntArray
 from ktrdr_pipelines.domain.calls import OnWait
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.atomic import Disk, SourceChanged, explained, state_of
-from ktrdr_pipelines.store.csv_format import MalformedFile, RowFault, render_rows
+from ktrdr_pipelines.store.csv_format import MalformedFile, RowFault, render_rows, sample_column
 from ktrdr_pipelines.store.csv_scan import (
     count_lines,
     find_window,
     first_and_last_open,
     looks_normal,
     parse_range,
+    read_range,
     scan_opens,
 )
 from ktrdr_pipelines.store.file_state import FileState
@@ -53,6 +54,9 @@ from ktrdr_pipelines.store.sidecar import (
 from ktrdr_pipelines.store.sidecar_cache import SidecarCache
 from ktrdr_pipelines.store.sidecar_claims import add_answered, add_proven_empty, drop_disproved, subtract_windows
 from ktrdr_pipelines.store.splice import Comparison, LeavesOldBars, Spliced, splice_bars, splice_nothing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TRIES_AGAINST_EDITORS = 3
 
@@ -127,6 +131,18 @@ class Store:
             before = count_lines(fd, 0, start)
             shown = [fault_at(fd, start + offset, why, before + row + 1) for row, offset, why in faults[:10]]
             raise bad_rows(self.csv_path(series), shown, len(faults), doing)
+
+    def sample_closes(self, series: Series, window: Window, most: int) -> list[float]:
+        """Closing prices of ``window``, at most ``most`` of them at equal steps, for a picture: they are not checked.
+
+        Raises:
+            DataError: the rows are not sorted. StoreError: the disk refuses.
+        """
+        with self._opened(series, f"reading closing prices of {series} {window}") as file:
+            if file is None:
+                return []
+            fd, state = file
+            return sample_column(read_range(fd, *find_window(fd, state.size, window)), COLUMNS.index("close"), most)
 
     def held_opens(self, series: Series, window: Window | None = None) -> IntArray:
         """Opens of the bars held in ``window`` (all without one), epoch seconds, strictly increasing. Reads stamps only.

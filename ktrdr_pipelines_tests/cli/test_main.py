@@ -182,6 +182,38 @@ def test_help_needs_no_heavy_imports() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [
+        ("ib status", {"dagster", "pandas", "pandera"}),
+        ("ib-load AAPL 1h --mode full --start 2024-02-01 --end 2024-03-01 --dry-run", {"dagster", "ib_insync"}),
+        ("ib-load AAPL 1h --mode full --start 2024-02-01 --end 2024-03-01", {"pandas", "pandera", "ib_insync"}),
+    ],
+    ids=["status", "dry run", "nothing to do"],
+)
+def test_commands_import_only_what_they_use(
+    ktrdr: Ktrdr, start_gateway: StartGateway, tmp_path: Path, arguments: str, unneeded: set[str]
+) -> None:
+    """Start-up is nearly all imports: a query makes no run, and a load that has nothing to do no table."""
+    gateway = start_gateway()
+    if "ib-load" in arguments:
+        loaded = ktrdr(*arguments.replace(" --dry-run", "").split(), port=gateway.port)
+        assert loaded.returncode == 0, loaded.stderr
+    code = (
+        "import sys\nfrom ktrdr_pipelines.cli.main import main\n"
+        f"sys.argv[1:] = {arguments.split()!r}\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        f"print(sorted({unneeded!r} & set(sys.modules)))"
+    )
+    environment = os.environ | {
+        "IB_HOST": "127.0.0.1", "IB_PORT": str(gateway.port),
+        "KTRDR_DATA_DIR": str(tmp_path / "data"), "DAGSTER_HOME": str(tmp_path / "home"),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_ctrl_c_in_the_middle_of_a_load_is_one_line(start_gateway: StartGateway, tmp_path: Path) -> None:
     """Exit code 130, no traceback, what was loaded is kept, and the next run completes it."""
     gateway = start_gateway([FaultRule(kind="silent", nth=(2,))])

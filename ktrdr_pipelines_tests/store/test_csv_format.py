@@ -27,6 +27,7 @@ from ktrdr_pipelines.store.csv_format import (
     render_number,
     render_rows,
     render_stamps,
+    sample_column,
 )
 from ktrdr_pipelines.store.csv_scan import find_row, first_and_last_open, parse_range, scan_opens
 
@@ -298,3 +299,13 @@ def test_opens_of_parsed_rows_are_those_written() -> None:
     """The stamps of a parsed table are exact."""
     bars, _ = parse_rows(ROW, RULES)
     assert opens_of(bars).tolist() == [T0]
+
+
+@pytest.mark.parametrize(("rows", "most", "wanted"), [(0, 3, []), (3, 3, [0, 1, 2]), (4, 3, [0, 2]), (9, 3, [0, 3, 6])])
+def test_a_column_is_sampled_at_equal_steps(rows: int, most: int, wanted: list[int]) -> None:
+    """From the first row on, never more than asked for; a malformed row gives no picture."""
+    opens = [T0 + 60 * i for i in range(rows)]
+    one = [1.0] * rows
+    data = render_rows(bars_from_columns(opens, one, one, one, list(range(rows)), one))
+    assert sample_column(data, 4, most) == wanted
+    assert sample_column(b"2024-01-02T14:30:00Z,x\n" + data, 4, most) == []

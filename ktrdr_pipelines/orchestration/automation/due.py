@@ -20,9 +20,8 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.orchestration.automation.cancelled import Cancelled
 from ktrdr_pipelines.orchestration.automation.request_cost import Cost, cost_of, reach_s
-from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import missing_bars
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.settings import Settings, first_partition_start
 from ktrdr_pipelines.store.atomic import state_of
 from ktrdr_pipelines.store.store import Store
 

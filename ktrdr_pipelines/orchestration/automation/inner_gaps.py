@@ -23,12 +23,11 @@ from ktrdr_pipelines.domain.timeframes import HistoryLimits
 from ktrdr_pipelines.errors import DataError, InputError
 from ktrdr_pipelines.orchestration.automation.cancelled import Cancelled
 from ktrdr_pipelines.orchestration.automation.request_cost import Cost, cost_of
-from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import mark_missing
 from ktrdr_pipelines.planning.durations import NOMINAL_S
 from ktrdr_pipelines.planning.open_ended import plan_to_now
 from ktrdr_pipelines.planning.requests import plan_requests
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.settings import Settings, first_partition_start
 from ktrdr_pipelines.store.sidecar import Sidecar
 from ktrdr_pipelines.store.store import Store
 

@@ -25,10 +25,10 @@ from ktrdr_pipelines.errors import DataError, KtrdrError
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.due import QUIET_S
 from ktrdr_pipelines.orchestration.bookkeeping import BATCH, report_partitions
-from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
+from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span
-from ktrdr_pipelines.settings import Settings
+from ktrdr_pipelines.settings import Settings, first_partition_start
 from ktrdr_pipelines.store.atomic import state_of
 from ktrdr_pipelines.store.schedule_overrides import open_store, refresh_calendars
 from ktrdr_pipelines.store.sidecar import Sidecar

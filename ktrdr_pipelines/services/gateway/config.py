@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ktrdr_pipelines.ib.client_ids import ClientIds
+from ktrdr_pipelines.ib.endpoint import hide_secrets
 from ktrdr_pipelines.ib.pacing import rules as pacing
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.settings import Settings
 
 
@@ -22,7 +22,6 @@ class GatewayConfig:
 
 def gateway_config(settings: Settings) -> GatewayConfig:
     """Settings without passwords, and IB's pacing rules, which are not settings."""
-    shown = GatewayResource.of(settings)
     return GatewayConfig({
         "host": settings.ib_host,
         "port": settings.ib_port,
@@ -35,7 +34,7 @@ def gateway_config(settings: Settings) -> GatewayConfig:
         "data_dir": str(settings.data_dir),
         "universe_file": str(settings.universe_path),
         "dagster_home": str(settings.dagster_home),
-        "ledger": shown.ledger_url or str(settings.dagster_home / "ib"),
+        "ledger": hide_secrets(settings.ledger_url) or str(settings.dagster_home / "ib"),
         "pacing_rules": {
             "requests_in_ten_minutes": pacing.WINDOW_UNITS,
             "seconds_between_identical_requests": pacing.IDENTICAL_S,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.ib.endpoint import GatewayAddress
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.settings import Settings
 
 QUICK_S = 5.0
@@ -28,7 +27,7 @@ class Problem:
 
 def quick_address(settings: Settings) -> GatewayAddress:
     """The gateway for a query that a user waits for: short time-outs, no retries, no wait for the end of an outage."""
-    address = GatewayResource.of(settings).address()
+    address = GatewayAddress.of(settings)
     return replace(
         address,
         connect_timeout_s=min(address.connect_timeout_s, QUICK_S),

@@ -8,8 +8,8 @@ from ktrdr_pipelines.domain.instruments import Instrument, file_symbol
 from ktrdr_pipelines.domain.load_request import NO_CHOICE, Choice
 from ktrdr_pipelines.ib.contracts import ContractInfo, list_candidates
 from ktrdr_pipelines.ib.discovery import discover, find_similar, symbols_file, unknown_symbol
+from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.history import IBHistory
-from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.services.gateway.question import quick_address
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.universe.file import universe_of
@@ -62,7 +62,7 @@ def look_up(settings: Settings, symbol: str) -> Found:
     file_symbol(symbol)
     contracts: dict[int, ContractInfo] = {}
     candidates = list_candidates(symbol)
-    with IBHistory(replace(GatewayResource.of(settings).address(), outage_patience_s=0.0)) as history:
+    with IBHistory(replace(GatewayAddress.of(settings), outage_patience_s=0.0)) as history:
         for candidate in candidates:
             for info in history.describe(candidate, f"looking up {symbol} as {candidate.sec_type}"):
                 contracts.setdefault(info.con_id, info)
