@@ -4,7 +4,7 @@
 # make test-all   the same on every Python this project supports, each in an environment of its own
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
 # make bench  measurements, as ratios within one run
-# make soak   130 requests in real time against the simulated gateway, paced and judged: 20 minutes
+# make soak   130 requests and a backfill beside tails in real time, paced and judged: an hour
 # make matrix every fault in every mode and timeframe, as a table (minutes)
 # make kills  two hundred loads killed at random instants (the tests kill a few)
 # make mutants   changes in the core packages that no test notices (minutes; MUTANTS="--minutes 20 --seed 2")
@@ -62,7 +62,7 @@ bench: $(READY)
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=$(CURDIR) $(BIN)/python $$script || exit 1; done
 
 soak: $(READY)
-	@PYTHONPATH=$(CURDIR) $(BIN)/python tools/soak.py
+	@PYTHONPATH=$(CURDIR) $(BIN)/python tools/soak.py && PYTHONPATH=$(CURDIR) $(BIN)/python tools/soak.py --classes 40
 
 matrix: $(READY)
 	@PYTHONPATH=$(CURDIR) $(BIN)/python tools/matrix.py

@@ -1,4 +1,4 @@
-"""How long the pacing ledger takes to decide: alone, and with four processes on one file.
+"""How long the pacing ledger takes to decide: alone, with four processes on one file, and beside fifty waiters of all classes.
 
     python benchmarks/bench_ledger.py
 
@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -72,11 +73,36 @@ def measure(processes: int) -> tuple[float, float, float]:
     return processes * CYCLES / span_s, statistics.median(took_s) * 1e3, max(took_s) * 1e3
 
 
+def measure_full(waiters: int) -> dict[WorkClass, float]:
+    """Median milliseconds of one refusal for each class, when sixty requests are in the ledger and ``waiters`` wait."""
+    classes = list(WorkClass)
+    with tempfile.TemporaryDirectory() as folder, open_ledger(Path(folder), LOGIN) as ledger, ExitStack() as queue:
+        for number in range(60):
+            work = WorkClass.INTERACTIVE if number < 40 else WorkClass.TAIL
+            with ledger.acquire(Ask(f"past {number}", f"past {number}"), work=work) as grant:
+                grant.sent()
+        for number in range(waiters):
+            ask = Ask(f"waiter {number}", f"waiter {number % 9}")
+            queue.enter_context(ledger.line_up(ask, work=classes[number % 3])).look()
+        found: dict[WorkClass, float] = {}
+        for work in classes:
+            took_s = []
+            for _ in range(200):
+                began = time.perf_counter()
+                ledger.try_acquire(Ask("wanted", "wanted"), work=work)
+                took_s.append(time.perf_counter() - began)
+            found[work] = statistics.median(took_s) * 1e3
+    return found
+
+
 def main() -> None:
     alone, together = measure(1), measure(PROCESSES)
     for name, (rate, median_ms, longest_ms) in (("alone", alone), (f"{PROCESSES} processes", together)):
         print(f"{name:>12}: {rate:7.0f} acquires/s, median {median_ms:.2f} ms, longest {longest_ms:.1f} ms")
     print(f"{'ratio':>12}: {together[0] / alone[0]:.2f} of the rate, {together[1] / alone[1]:.1f} times the median")
+    for waiters in (0, 50):
+        shown = ", ".join(f"{work} {median_ms:.2f} ms" for work, median_ms in measure_full(waiters).items())
+        print(f"{waiters:>2} waiters, 60 requests: {shown}")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,45 @@ class Settings(BaseSettings):
         bool,
         _field("KTRDR_TAIL_SENSOR", True, "Whether the tail sensor is on by default; the UI can switch it."),
     ]
+    gap_sensor: Annotated[
+        bool,
+        _field("KTRDR_GAP_SENSOR", True, "Whether the gap sensor is on by default; the UI can switch it."),
+    ]
+    auto_requests: Annotated[
+        int,
+        _field(
+            "KTRDR_AUTO_REQUESTS",
+            60,
+            "The most requests that sensors and schedules start by themselves: for the tail of one series, and for gaps in "
+            "one tick. What costs more is shown with the command that loads it.",
+            ge=1,
+            le=10_000,
+        ),
+    ]
+    keep_automatic_runs_days: Annotated[
+        float,
+        _field(
+            "KTRDR_KEEP_AUTOMATIC_RUNS",
+            3.0,
+            "Days that Dagster's records keep a successful run of a sensor or a schedule. Partitions keep their status.",
+            ge=0.05,
+            le=36500,
+        ),
+    ]
+    keep_failed_runs_days: Annotated[
+        float,
+        _field(
+            "KTRDR_KEEP_FAILED_RUNS",
+            30.0,
+            "Days that they keep a run that failed or was canceled; longer while a partition shows as failed by it.",
+            ge=0.05,
+            le=36500,
+        ),
+    ]
+    keep_user_runs_days: Annotated[
+        float,
+        _field("KTRDR_KEEP_USER_RUNS", 365.0, "Days that they keep a run that a user started.", ge=0.05, le=36500),
+    ]
     settlement_delay_min: Annotated[
         float,
         _field(

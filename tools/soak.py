@@ -1,11 +1,16 @@
-"""`make soak`: 130 requests in real time, through the program's own path to IB, judged by the simulated gateway.
+"""`make soak`: 130 requests in real time, through the program's own path to IB, judged by the simulated gateway; then classes.
 
 Several processes load bars through `IBHistory`, sockets and one ledger, on the machine's clock, with nothing injected: the
 trial of the pacing rules that no fast clock can replace. 60 requests fit into ten minutes, so the default takes about 20.
 The gateway counts what reaches it by its own rules (`simulator/judge.py`). Ends with 1 if a rule was broken, an answer was
 missing, or budget was left lying.
 
+With `--classes MINUTES` another trial runs instead, on the ledger file alone: a process with six threads loads a backfill without
+end, another one asks for the tails of twenty series every five minutes, a third for one tail at odd moments. Ends with 1 if a
+tail waited for a minute from the third time on, a rule was broken, or the backfill left more than a tenth of its share unused.
+
     python tools/soak.py [--requests 130] [--loaders 3]
+    python tools/soak.py --classes 40
 """
 
 from __future__ import annotations
@@ -127,13 +132,93 @@ def soak(requests: int, loaders: int) -> int:
     return int(bool(violations) or bool(wasted) or not is_complete)
 
 
+def send_class(name: str, state: Path, tails: int) -> None:
+    """One process of the trial of classes: acquire and stamp without end, printing each request as one line of JSON."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ktrdr_pipelines.domain.work_class import WorkClass
+    from ktrdr_pipelines.ib.pacing.ledger import open_ledger
+    from ktrdr_pipelines.ib.pacing.rules import Ask
+
+    work = WorkClass.BACKFILL if name == "backfill" else WorkClass.TAIL
+    ledger = open_ledger(state, "soak")
+
+    def send(contract: str, number: float) -> None:
+        wanted_s = time.time()
+        ask = Ask(f"{contract} {number}", contract)
+        with ledger.acquire(ask, work=work) as grant:
+            with grant.sending():
+                line = {"at": time.time(), "wanted": wanted_s, "work": name, "contract": contract, "what": ask.identity}
+                sys.stdout.write(json.dumps(line) + "\n")  # one write: threads share the pipe
+                sys.stdout.flush()
+            time.sleep(0.5)
+
+    def send_without_end(thread: int) -> None:
+        number = 0
+        while True:
+            number += 1
+            send(f"backfill {thread} {number % 5}", number)
+
+    with ThreadPoolExecutor(50) as threads:
+        if name == "backfill":
+            list(threads.map(send_without_end, range(6)))
+        time.sleep(45 if name == "tail" else 130)
+        while True:
+            for number in range(tails if name == "tail" else 1):
+                threads.submit(send, f"{name} {number}", time.time())
+            time.sleep(300 if name == "tail" else 430)
+
+
+def soak_classes(minutes: float, tails: int) -> int:
+    from ktrdr_pipelines.simulator.judge import PacingJudge
+
+    judge, sent = PacingJudge(), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--state", folder, "--tails", str(tails), "--work"]
+        names = ("backfill", "single", "tail") if tails else ("backfill", "single")
+        children = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names]
+        time.sleep(minutes * 60)
+        for child in children:
+            child.kill()
+            for line in child.communicate()[0].splitlines():
+                sent.append(json.loads(line))
+    sent.sort(key=lambda each: each["at"])
+    first_s = sent[0]["at"]
+    for each in sent:
+        judge.judge(each["at"], each["contract"], each["what"])
+    waits = {
+        name: [
+            each["at"] - each["wanted"] for each in sent if each["work"] == name and each["wanted"] >= first_s + since_s
+        ]
+        for name, since_s in (("tail", 630), ("single", 0 if not tails else 630))
+    }
+    for name, each_s in waits.items():
+        print(f"{name}: {len(each_s)} requests, longest wait {max(each_s, default=0):.1f} s")
+    backfill = [each["at"] for each in sent if each["work"] == "backfill"]
+    higher = len(sent) - len(backfill)
+    print(
+        f"backfill: {len(backfill)} requests, tails {higher}, in {minutes:.0f} min; {len(judge.violations)} violations"
+    )
+    share = (minutes / 10 * BUDGET - higher) * 0.9 - BUDGET
+    is_late = any(wait_s >= 60 for each_s in waits.values() for wait_s in each_s)
+    return int(bool(judge.violations) or is_late or len(backfill) < share)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=130)
     parser.add_argument("--loaders", type=int, default=3, help="processes that share the ledger")
+    parser.add_argument("--classes", type=float, metavar="MINUTES", help="the trial of the classes of work, this long")
+    parser.add_argument("--tails", type=int, default=20, help="series whose tails are asked for every five minutes")
+    parser.add_argument("--work", choices=("backfill", "tail", "single"), help=argparse.SUPPRESS)
     for hidden, kind in (("--load", int), ("--port", int), ("--state", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.work:
+        send_class(options.work, options.state, options.tails)
+        return 0
+    if options.classes:
+        return soak_classes(options.classes, options.tails)
     if options.load is not None:
         load(options.port, options.state, range(options.load, options.requests, options.loaders))
         return 0

@@ -252,12 +252,45 @@ class Gaps(Answer):
     missing: list[dict[str, Any]]
 
 
+class PacingClass(Answer):
+    """One class of work: tail, interactive or backfill."""
+
+    work: str
+    used: int = Field(description="Units used in the last ten minutes.")
+    waiting: int
+    kept_from: int = Field(description="Units that are free now and kept for higher classes.")
+
+
+class PacingWait(Answer):
+    """A request that waits for its place in the budget."""
+
+    work: str
+    symbol: str
+    since: str
+    until: str = Field(description="Expected time; requests to come may move it.")
+    pid: int
+    host: str = Field(description="Empty: the machine that answers.")
+
+
+class Pacing(Answer):
+    """The budget of the login, shared by all processes."""
+
+    used: int
+    limit: int
+    next_free_at: str
+    waiting: int
+    unanswered: int
+    pauses: list[dict[str, Any]]
+    classes: list[PacingClass]
+    queue: list[PacingWait] = Field(description="In the order of service.")
+
+
 class Status(Answer):
     """Connection, client ids, pacing, farms."""
 
     connection: dict[str, Any]
     client_ids_in_use: list[dict[str, Any]]
-    pacing: dict[str, Any] | None
+    pacing: Pacing | None
 
 
 class Health(Answer):

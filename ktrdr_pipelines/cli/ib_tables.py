@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from ktrdr_pipelines.services.gateway.config import GatewayConfig
     from ktrdr_pipelines.services.gateway.health import GatewayHealth
     from ktrdr_pipelines.services.gateway.ranges import DataRanges
-    from ktrdr_pipelines.services.gateway.status import GatewayStatus
+    from ktrdr_pipelines.services.gateway.status import GatewayStatus, PacingState, PacingWait
     from ktrdr_pipelines.services.gateway.symbols import Found
+
+_MOST_WAITS = 20
+"""Waiting requests shown; ``--json`` has all."""
 
 
 def describe_status(found: GatewayStatus) -> list[str]:
-    """Connection, client ids and pacing budget."""
+    """Connection, client ids and pacing budget, by class of work."""
     link, pacing = found.connection, found.pacing
     where = f"gateway {link.host}:{link.port}"
     if link.connected:
@@ -39,8 +42,30 @@ def describe_status(found: GatewayStatus) -> list[str]:
             f"  pacing        {pacing.used} of {pacing.limit} requests of the last ten minutes are used, {pacing.waiting} "
             f"waiting; next free {format_instant(pacing.next_free_at)}"
         )
+        lines += _describe_classes(pacing)
         lines += [f"  paused        until {format_instant(until)}: {reason}" for until, reason in pacing.pauses]
     return lines
+
+
+def _describe_classes(pacing: PacingState) -> list[str]:
+    """A line for each class of work, and one for each of the first waiting requests."""
+    rows: list[tuple[str, ...]] = [("class", "used", "waiting", "kept for higher classes")]
+    rows += [(each.work, str(each.used), str(each.waiting), str(each.kept_from)) for each in pacing.classes]
+    lines = lay_out(rows, indent=4)
+    if pacing.queue:
+        waits: list[tuple[str, ...]] = [("waits", "symbol", "since", "expected", "process")]
+        waits += [
+            (each.work, each.symbol, format_instant(each.since), format_instant(each.until), _process(each))
+            for each in pacing.queue[:_MOST_WAITS]
+        ]
+        lines += lay_out(waits, indent=4)
+    if len(pacing.queue) > _MOST_WAITS:
+        lines.append(f"    and {len(pacing.queue) - _MOST_WAITS} more")
+    return lines
+
+
+def _process(each: PacingWait) -> str:
+    return f"{each.pid} on {each.host}" if each.host else str(each.pid)
 
 
 def describe_health(found: GatewayHealth) -> list[str]:

@@ -43,6 +43,7 @@ def cli() -> None:
     ktrdr universe add TSLA 1h             add a series, also in the UI
     ktrdr ib health                        check what a load needs
     ktrdr simulator                        run a simulated gateway to try it with
+    ktrdr prune                            remove old runs and logs from Dagster's records
     ktrdr ui                               the Dagster UI and its daemon
     ktrdr serve                            the REST API
     """
@@ -249,6 +250,27 @@ def calendar(symbol: str, start: str | None, end: str | None, apply: bool, as_js
 
     check = check_calendar(symbol, start=start, end=end, apply=apply)
     show(check.as_dict(), describe_calendar_check(check), as_json=as_json)
+
+
+@cli.command("prune")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+@json_option
+def prune(dry_run: bool, as_json: bool) -> None:
+    """Remove runs, logs and ticks that nothing needs from Dagster's records. A daily job of `ktrdr ui` does the same.
+
+    Bars are not touched, and every partition keeps its status. Kept are runs in progress, jobs of your own, successful runs of
+    sensors and schedules for 3 days, failed ones for 30, yours for a year (KTRDR_KEEP_... in the settings), and as long as a
+    partition shows as failed the run that failed.
+
+    \b
+    $ ktrdr prune --dry-run
+    1,204 of 2,071 finished runs to remove
+    312 partitions recorded again without their run
+    """
+    from ktrdr_pipelines.services.prune import prune_records
+
+    found = prune_records(dry_run=dry_run, log=lambda text: None if as_json else click.echo(text, err=True))
+    show(found.as_dict(), found.describe(), as_json=as_json)
 
 
 @cli.command("ui")

@@ -146,8 +146,6 @@ def describe_adoption(adoption: Adoption) -> list[str]:
     lines.append(f"  {adoption.csv}")
     lines.append(f"  the original is kept as {taken.backup}" if taken.backup else f"  {adoption.source} is unchanged")
     lines.append(f"  {count(adoption.reported, 'complete partition')} reported to Dagster")
-    if adoption.unreported:
-        lines.append(f"  {adoption.unreported:,} more will be, by the reconcile sensor (`ktrdr ui` runs it)")
     return lines
 
 

@@ -55,7 +55,7 @@ def _are_pending(load: LoadContext, missing: ExpectedBars, unproven: ExpectedBar
     is_newest = np.ones(len(missing), np.bool_) if last_s is None else missing.opens > last_s
     is_late = bool((is_newest & (missing.closes > now_s - grace_s)).any())
     is_pending = is_newest & (missing.closes > now_s - run_s) & is_late
-    is_pending |= missing.closes > now_s
+    is_pending |= ~missing.is_complete_at(now_s)
     return is_pending | np.isin(missing.opens, unproven.opens)
 
 

@@ -107,7 +107,7 @@ class _Planner:
         # Bars that are not complete yet show what part of an answer is still forming; only complete ones are asked for.
         self._all_expected = expected_bars(series, widen(self._span))
         self._expected = expected_bars(series, self._span, complete_at_s=self._now_s)
-        self._complete = self._all_expected.take(self._all_expected.closes <= self._now_s)
+        self._complete = self._all_expected.complete_at(self._now_s)
 
     def plan(self) -> LoadPlan:
         held = self._known.held

@@ -190,7 +190,7 @@ class LoadMachine:
         """The end, also of a load that ``is_broken_off``: the last failure, and what the next load has to remember."""
         actions: list[Action] = []
         if self._everything is not None and not self._is_stopped and not is_broken_off:
-            forming = self._load.expected.take(self._load.expected.closes > self._load.clock.now_s)
+            forming = self._load.expected.take(~self._load.expected.is_complete_at(self._load.clock.now_s))
             held_back = self._load.clock.find_held_back(self._load.known.find_missing(forming))
             if held_back is not None:
                 last = self.plan.requests[-1].window

@@ -58,7 +58,7 @@ class MissingBars:
         first_s = self._load.known.held.first_s
         if first_s is not None:
             absent = episode.absent
-            wanted = episode.wanted.take(np.flatnonzero(episode.wanted.closes <= self._load.clock.now_s))
+            wanted = episode.wanted.complete_at(self._load.clock.now_s)
             traded = wanted.sessions[~np.isin(wanted.opens, absent.opens)]
             self._load.report.empty_sessions += len(np.setdiff1d(absent.sessions[absent.opens > first_s], traded))
 

@@ -56,7 +56,7 @@ class WholeEpisode(Episode):
         merged = merge_bars(self._bars, fresh)
         self._bars = merged.bars if merged.revised_to.empty else fresh  # else all was restated in between
         opens = opens_of(self._bars)
-        self._expected = self.wanted.take(np.flatnonzero(self.wanted.closes <= load.clock.now_s))
+        self._expected = self.wanted.complete_at(load.clock.now_s)
         self._missing = self._expected.take(np.flatnonzero(~match_held(self._expected, opens, timeframe)))
         self._lost = np.setdiff1d(self._held_s, opens, assume_unique=True)
         self._doubtful = self.seen.find_doubtful(self._missing)

@@ -80,7 +80,7 @@ class WindowEpisode(Episode):
         else:
             self._hold(answer)
         # By the gateway's clock some may not be complete: they are not there yet, whatever it answers.
-        self._expected = self.wanted.take(np.flatnonzero(self.wanted.closes <= self.load.clock.now_s))
+        self._expected = self.wanted.complete_at(self.load.clock.now_s)
         self._missing = self._doubtful = self.load.known.find_missing(self._expected)
         self._found = len(self._missing)
         return self.decide()
@@ -190,7 +190,7 @@ class WindowEpisode(Episode):
         # Forming bars, and those that were forming by a clock that the gateway's bars disproved since: nothing is known of them.
         late = np.isin(self.wanted.opens, self.load.known.find_missing(self.wanted).opens)
         late &= ~np.isin(self.wanted.opens, self._expected.opens)
-        late |= self.wanted.closes > self.load.clock.now_s
+        late |= ~self.wanted.is_complete_at(self.load.clock.now_s)
         missing = self.wanted.take(np.flatnonzero(np.isin(self.wanted.opens, self._missing.opens) | late))
         unproven = self.wanted.take(np.flatnonzero(np.isin(self.wanted.opens, self._unproven.opens) | late))
         return self.settle(make_claims(self, self._expected, missing, unproven))

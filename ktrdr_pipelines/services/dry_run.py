@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.load_request import LoadRequest, Mode
 from ktrdr_pipelines.domain.time import Window, format_instant
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.discovery import known_to_account
 from ktrdr_pipelines.ib.history import IBHistory, describe_bars
 from ktrdr_pipelines.ib.pacing.budget import Budget, PauseOfAll
@@ -123,7 +124,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
                 notices.append(_say_asked(series, history, now))
             if chosen.notice:
                 notices.append(chosen.notice)
-            gaps, requests = _plan(request, series, chosen.window, store, history, settings, now)
+            gaps, requests, work = _plan(request, series, chosen.window, store, history, settings, now)
         budget = read_budget(history)
     now_s = budget.now_s if budget else now.timestamp()
     past: Sequence[Entry] = budget.past if budget else ()
@@ -135,7 +136,7 @@ def plan_series(request: LoadRequest, *, settings: Settings | None = None) -> Dr
         now=datetime.fromtimestamp(now_s, UTC),
         gaps=gaps,
         requests=requests,
-        sendings=forecast(asks, past, now_s, pause_until_s=budget.pause_until_s if budget else None),
+        sendings=forecast(asks, past, now_s, work=work, pause_until_s=budget.pause_until_s if budget else None),
         used=budget.used if budget else 0,
         waiting=budget.waiting if budget else 0,
         pauses=budget.pauses if budget else (),
@@ -164,8 +165,8 @@ def _plan(
     history: IBHistory,
     settings: Settings,
     now: datetime,
-) -> tuple[Sequence[Gap], Sequence[Request]]:
-    """The gaps and requests of the load, from its machine's plan. ``store`` is settled for ``series``. Of a future that was
+) -> tuple[Sequence[Gap], Sequence[Request], WorkClass]:
+    """The gaps and requests of the load and their class, from its machine's plan. ``store`` is settled for ``series``. Of a future that was
     never loaded IB is asked when it expires, as the load does."""
     load = Load(
         series,
@@ -178,12 +179,12 @@ def _plan(
     )
     machine = load.open_machine()
     if machine is None:
-        return (), ()
+        return (), (), WorkClass.INTERACTIVE
     # The load looks at its window only; users want to know how a gap lies to all that is held.
     held = store.extent(series)
     first_s, last_s = (held.first_open_s, held.last_open_s) if held else (None, None)
     gaps = [replace(gap, reason=place(gap.window.start_s, first_s, last_s)) for gap in machine.plan.gaps]
-    return gaps, machine.plan.requests
+    return gaps, machine.plan.requests, machine.plan.work
 
 
 def read_budget(history: IBHistory) -> Budget | None:

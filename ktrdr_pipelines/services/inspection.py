@@ -58,8 +58,6 @@ class Adoption:
     rows_held: int
     reported: int
     """Partitions that were reported to Dagster as complete."""
-    unreported: int
-    """Complete partitions that the reconcile sensor will report."""
     notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
@@ -74,7 +72,7 @@ class Adoption:
             "dropped": [{"line": f.line, "reason": f.why, "text": f.text} for f in self.adopted.dropped],
             "notices": [*self.adopted.notices, *self.notices],
             "partitions_reported": self.reported,
-            "partitions_unreported": self.unreported,
+            "partitions_unreported": 0,
             "backup": str(self.adopted.backup) if self.adopted.backup else None,
         }
 
@@ -152,8 +150,8 @@ class _Inspector:
 def adopt_file(
     symbol: str, timeframe: str, path: Path, *, assume_utc: bool = False, settings: Settings | None = None
 ) -> Adoption:
-    """Add the bars of the CSV at ``path`` to the series; see `Store.adopt`. Complete partitions are reported to Dagster, as
-    many as a user waits for; the reconcile sensor reports the rest.
+    """Add the bars of the CSV at ``path`` to the series; see `Store.adopt`. Complete partitions are reported to
+    Dagster.
 
     Raises:
         KtrdrError: invalid input, ``path`` is not a file of bars, or the disk refuses.
@@ -169,11 +167,11 @@ def adopt_file(
     store = open_store(settings.data_dir)
     adopted = store.adopt(series, path, now=datetime.now(UTC), assume_utc=assume_utc)
     notices: tuple[str, ...] = ()
-    reported = unreported = 0
+    reported = 0
     try:
         with open_instance(settings) as instance:
-            reported, unreported = report_held(settings, instance, series, datetime.now(UTC))
+            reported = report_held(settings, instance, series, datetime.now(UTC))
     except KtrdrError as error:  # the bars are in the file; the sensor reports later
         notices = (f"complete partitions were not reported to Dagster: {error}",)
     rows = store.read_sidecar(series).rows
-    return Adoption(series, path, store.csv_path(series), adopted, rows, reported, unreported, notices)
+    return Adoption(series, path, store.csv_path(series), adopted, rows, reported, notices)

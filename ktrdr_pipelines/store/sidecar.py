@@ -8,7 +8,6 @@ Pure: `sidecar_cache.py` reads and writes the file. How claims change is in `sid
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -238,24 +237,6 @@ def render_sidecar(sidecar: Sidecar) -> bytes:
     values["partitions"] = _render_marks(sidecar.partitions)
     lines = [f"  {json.dumps(key)}: {values[key]}" for key in sorted(values)]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-TAIL_BYTES = 1024
-"""The last bytes of a sidecar include ``unfinished_from``: keys are sorted, and what grows comes before."""
-
-_UNFINISHED_FROM = re.compile(rb'^  "unfinished_from": (?:null|"([^"]+)"),$', re.MULTILINE)
-
-
-def peek_unfinished_from(tail: bytes) -> datetime | None:
-    """`Sidecar.unfinished_from` from the last `TAIL_BYTES` of a sidecar, without reading megabytes of windows.
-
-    Raises:
-        ValueError: it is not there, as in a file formatted by something else: parse the whole.
-    """
-    found = _UNFINISHED_FROM.search(tail)
-    if found is None:
-        raise ValueError("no unfinished_from at the end of the sidecar")
-    return datetime.fromisoformat(found[1].decode()) if found[1] else None
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)

@@ -12,12 +12,18 @@ from datetime import UTC, datetime
 
 import pytest
 
+from ktrdr_pipelines.api.models import Status
+from ktrdr_pipelines.cli.ib_tables import describe_status
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import InputError, PermanentError, TransientError
 from ktrdr_pipelines.ib.client_ids import ClientIds, lease_client_id
+from ktrdr_pipelines.ib.history import IBHistory
+from ktrdr_pipelines.ib.pacing.rules import Ask, Wait, contract_text, head_ask
 from ktrdr_pipelines.orchestration.resources import GatewayResource
 from ktrdr_pipelines.services.gateway.cleanup import cleanup
 from ktrdr_pipelines.services.gateway.config import gateway_config
 from ktrdr_pipelines.services.gateway.health import gateway_health
+from ktrdr_pipelines.services.gateway.question import quick_address
 from ktrdr_pipelines.services.gateway.ranges import data_ranges
 from ktrdr_pipelines.services.gateway.status import Farm, gateway_status, read_farms
 from ktrdr_pipelines.services.gateway.symbols import discover_symbol, look_up
@@ -78,6 +84,33 @@ def test_without_a_gateway_the_status_says_so_and_health_is_bad(make_settings: M
     assert {check.name: check.ok for check in health.checks} == {
         "connection": False, "pacing ledger": True, "data folder": True,
     }  # fmt: skip
+
+
+def test_the_status_shows_the_classes_and_who_waits(make_settings: MakeSettings, unused_port: int) -> None:
+    """After its first burst a backfill waits for the reserve: shown with its symbol, process and expected time."""
+    settings = make_settings(unused_port)
+    apple = head_ask(
+        contract=contract_text(sec_type="STK", ib_symbol="AAPL", currency="USD"), exchange="SMART", what_to_show="TRADES",
+        use_rth=True,
+    )  # fmt: skip
+    with IBHistory(quick_address(settings)) as history:
+        for number in range(50):
+            with history.ledger.acquire(Ask(f"{number}", f"{number}"), work=WorkClass.BACKFILL) as grant:
+                grant.sent()
+        with history.ledger.line_up(apple, work=WorkClass.BACKFILL) as place:
+            assert isinstance(place.look(), Wait)
+            status = gateway_status(settings)
+    assert status.pacing is not None
+    assert [(each.work, each.used, each.waiting, each.kept_from) for each in status.pacing.classes] == [
+        ("tail", 0, 0, 0), ("interactive", 0, 0, 3), ("backfill", 50, 1, 10),
+    ]  # fmt: skip
+    (waiting,) = status.pacing.queue
+    assert (waiting.work, waiting.symbol, waiting.pid, waiting.host) == ("backfill", "AAPL", os.getpid(), "")
+    assert 10 < (waiting.until - waiting.since).total_seconds() < 60
+    shown = Status.model_validate(status.as_dict())
+    assert shown.pacing is not None
+    assert shown.pacing.queue[0].symbol == "AAPL"
+    assert any("backfill" in line and "AAPL" in line for line in describe_status(status))
 
 
 def test_health_asks_the_gateway(start_gateway: StartGateway, make_settings: MakeSettings) -> None:

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.store.sidecar import (
-    TAIL_BYTES,
     PartitionMark,
     ProvenEmpty,
     Sidecar,
     Span,
     UnreadableSidecar,
     parse_sidecar,
-    peek_unfinished_from,
     render_sidecar,
 )
 from ktrdr_pipelines.store.sidecar_claims import (
@@ -154,20 +152,3 @@ def test_a_wider_range_replaces_those_it_covers() -> None:
     assert add_proven_empty(ranges, [make(3, 4)]) == ranges
     wide = add_proven_empty(ranges, [make(0, 10)])
     assert add_proven_empty(wide, [make(3, 4), make(0, 5), make(5, 10)]) == wide
-
-
-@pytest.mark.parametrize("since", [None, datetime(2024, 2, 5, 14, 30, tzinfo=UTC)])
-@pytest.mark.parametrize("until", [None, datetime(1999, 12, 31, 21, tzinfo=UTC)])
-@pytest.mark.parametrize("windows", [0, 500])  # 35 KB
-def test_unfinished_from_can_be_read_from_the_end_alone(
-    since: datetime | None, until: datetime | None, windows: int
-) -> None:
-    """However long the sidecar is; one without it there has to be parsed."""
-    spans = merge_all([(i * 10, i * 10 + 5) for i in range(windows)])
-    sidecar = Sidecar(
-        series="AAPL 1m", updated_at=END_OF_TIME, answered=spans, unfinished_from=since, unfinished_until=until
-    )
-    content = render_sidecar(sidecar)
-    assert parse_sidecar(content.decode(), "x").unfinished_from == peek_unfinished_from(content[-TAIL_BYTES:]) == since
-    with pytest.raises(ValueError, match="no unfinished_from"):
-        peek_unfinished_from(b'{"unfinished_from": "2024-02-05T14:30:00Z"}')

@@ -1,6 +1,6 @@
 """The state of the pacing budget, for display and for forecasts: what is used, by which class, who waits and until when.
 
-Measured inside a transaction of `ledger.py`; nothing is decided or written here.
+`ledger.py` reads the rows, in one transaction; nothing is decided or written here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.forecast import forecast_queue
-from ktrdr_pipelines.ib.pacing.ledger_rows import LedgerRows, Waiter
+from ktrdr_pipelines.ib.pacing.ledger_rows import Pause, Waiter
 from ktrdr_pipelines.ib.pacing.rules import (
     WINDOW_UNITS,
     Ask,
@@ -85,11 +85,10 @@ def order_of_service(waiters: Sequence[Waiter], past: Sequence[Entry], now_s: fl
     )
 
 
-def measure(rows: LedgerRows) -> Budget:
-    """The budget of the rows' login, at their time."""
-    past, now_s = rows.past(), rows.now.wall_s
-    waiters = order_of_service([waiter for waiter in rows.waiters() if waiter.is_fresh], past, now_s)
-    active = sorted((pause.left_s, pause.reason) for pause in rows.pauses() if pause.left_s > 0)
+def measure(past: Sequence[Entry], waiters: Sequence[Waiter], pauses_known: Sequence[Pause], now_s: float) -> Budget:
+    """The budget at ``now_s`` (seconds since 1970), from what `ledger_rows.py` read at that time."""
+    waiters = order_of_service([waiter for waiter in waiters if waiter.is_fresh], past, now_s)
+    active = sorted((pause.left_s, pause.reason) for pause in pauses_known if pause.left_s > 0)
     pauses = tuple(PauseOfAll(now_s + left_s, why) for left_s, why in active)
     pause_until_s = pauses[-1].until_s if pauses else None
     answer = decide(past, Ask("", ""), now_s, pause_until_s)
@@ -101,7 +100,7 @@ def measure(rows: LedgerRows) -> Budget:
         waiting=len(waiters),
         open=sum(entry.is_open for entry in past),
         pauses=pauses,
-        past=tuple(entry for entry in past),
+        past=tuple(past),
         classes=tuple(_measure_class(work, past, waiters, now_s) for work in WorkClass),
         queue=_describe(waiters, past, now_s, pause_until_s),
     )

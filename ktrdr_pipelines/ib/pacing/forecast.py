@@ -15,7 +15,7 @@ from operator import attrgetter
 from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import BugError
 from ktrdr_pipelines.ib.pacing.rules import Ask, Entry, Go, Rule
-from ktrdr_pipelines.ib.pacing.shares import MEMORY_S, decide_share
+from ktrdr_pipelines.ib.pacing.shares import REMEMBERED_S, decide_share
 
 _MOST_WAITS = 1000
 """A request waits for one rule after the other, at most for a few hundred times at which expected tails may come; more means
@@ -61,7 +61,7 @@ def forecast_queue(
         else:
             raise BugError("the forecast of a request does not end", advice="Report this: a fault of forecast.py.")
         # What is not remembered any more decides nothing; thousands of requests would take minutes.
-        del entries[: bisect_left(entries, at_s - MEMORY_S, key=attrgetter("at_s"))]
+        del entries[: bisect_left(entries, at_s - REMEMBERED_S, key=attrgetter("at_s"))]
         entries.append(Entry(at_s, ask, False, work, at_s - wanted_at_s))
         sendings.append(Sending(at_s, rule))
     return sendings

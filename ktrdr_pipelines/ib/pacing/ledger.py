@@ -25,7 +25,7 @@ from ktrdr_pipelines.errors import StoreError, TransientError
 from ktrdr_pipelines.ib.pacing.backends import LedgerStore, Transaction
 from ktrdr_pipelines.ib.pacing.budget import Budget, measure, order_of_service
 from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
-from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, LOOK_S, LedgerRows, Waiter
+from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, LOOK_S, LedgerRows, Pause, Waiter
 from ktrdr_pipelines.ib.pacing.postgres_backend import PostgresStore
 from ktrdr_pipelines.ib.pacing.rules import PENALTY_MEMORY_S, Ask, Entry, Go, Rule, Wait, penalty_s
 from ktrdr_pipelines.ib.pacing.shares import decide_share, is_starved
@@ -256,7 +256,11 @@ class Ledger:
     def snapshot(self) -> Budget:
         """The state of the budget now, for display and for forecasts."""
 
-        return self._store.run(lambda tx: measure(LedgerRows(tx, self._login)))
+        def body(tx: Transaction) -> tuple[list[Entry], list[Waiter], list[Pause], float]:
+            rows = LedgerRows(tx, self._login)
+            return rows.past(), rows.waiters(), rows.pauses(), rows.now.wall_s
+
+        return measure(*self._store.run(body))  # outside the transaction: no other process waits for the estimates
 
     def close(self) -> None:
         """Close the file or the database connections. The ledger may be used again afterwards."""

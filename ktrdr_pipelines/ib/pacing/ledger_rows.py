@@ -12,7 +12,7 @@ from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.backends import INSERT_PAUSE, Transaction, pause_parameters
 from ktrdr_pipelines.ib.pacing.clock import Reading, Stamp
 from ktrdr_pipelines.ib.pacing.rules import PENALTY_MEMORY_S, WINDOW_S, Ask, Entry
-from ktrdr_pipelines.ib.pacing.shares import MEMORY_S
+from ktrdr_pipelines.ib.pacing.shares import REMEMBERED_S
 from ktrdr_pipelines.ib.processes import Owner, current_owner
 
 GRANT_VALID_S = 10.0
@@ -107,7 +107,7 @@ class LedgerRows:
                 age_s = 0.0
             if not is_sent:
                 age_s = max(age_s - GRANT_VALID_S - LOOK_S, 0.0)
-            if age_s > MEMORY_S:
+            if age_s > REMEMBERED_S:
                 self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token", token=token)
                 continue
             is_open = not is_over and age_s <= OPEN_MAX_S and self._may_live(Owner(host, pid, started))

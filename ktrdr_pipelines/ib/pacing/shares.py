@@ -17,8 +17,10 @@ In the steady state of a long backfill a unit expires every nine seconds, so thi
 burst it leaves ten units, released one a minute. That state lasts because a long backfill spreads: `BURST_FREE_UNITS` of one run
 of requests go as fast as the rules allow, the others `SPREAD_S` apart, a little faster than the budget comes back.
 
-Interactive requests leave room for tails, but none for other questions. Tails leave nothing. A class that got nothing for
-`MEMORY_S` although a request of it has waited that long gets its next one before all others. No clock and no storage here.
+Interactive requests leave three units, and room for expected tails that came at least twice: a user waits for the answer, and
+tails that were started once must not delay it. They leave nothing for other questions. Tails leave nothing. A class that got
+nothing for `MEMORY_S` although a request of it has waited that long gets its next one before all others. No clock and no
+storage here.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from ktrdr_pipelines.ib.pacing.rules import (
 )
 
 MEMORY_S = 1200.0
-"""How long past requests are remembered for this decision: two windows, four ticks."""
+"""How long past requests matter for this decision: two windows, four ticks."""
 TAIL_PERIOD_S = 300.0
 """Tails come back after this long: the interval of the sensor that looks for them (`orchestration/automation/sensors.py`). With
 another interval the forecast is coarser and backfills get less, tails are still in time."""
@@ -63,8 +65,13 @@ SPREAD_S = 9.0
 RUN_BREAK_S = 120.0
 """A backfill request asked for this long after the last one begins a new run: no answer takes longer (the request times out)."""
 
+REMEMBERED_S = MEMORY_S + OVERDUE_S
+"""How long the ledger keeps a request: by then no tail is expected because of it."""
+
 _SPAN_S = WINDOW_S + WINDOW_MARGIN_S
 _PERIODS = int(MEMORY_S / TAIL_PERIOD_S)
+_TIMES_SEEN = {WorkClass.BACKFILL: 1, WorkClass.INTERACTIVE: 2}
+"""In how many of the last periods tails must have come, for a class to leave them room."""
 
 Step = tuple[float, int]
 """By when (seconds since 1970), and how many units in all from now on."""
@@ -76,8 +83,9 @@ def decide_share(
 ) -> Go | Wait:  # fmt: skip
     """May ``wanted`` of class ``work`` be sent at ``now_s``, by the rules and by what is kept for higher classes?
 
-    ``past``: the requests of the last `MEMORY_S`, and those that go first, as if sent now; in any order. ``waited_s``: how long
-    this one has waited. The answer is that of `rules.decide`; where the wait for a share takes longer, ``RESERVE`` or ``SPREAD``.
+    ``past``: the requests of the last `REMEMBERED_S`, and those that go first, as if sent now; in any order. ``waited_s``:
+    how long this one has waited. The answer is that of `rules.decide`; where the wait for a share takes longer, it is
+    ``RESERVE`` or ``SPREAD``.
     """
     answer = decide(past, wanted, now_s, pause_until_s)
     if work is WorkClass.TAIL or is_starved(past, work, now_s, waited_s):
@@ -100,6 +108,8 @@ def is_starved(past: Sequence[Entry], work: WorkClass, now_s: float, waited_s: f
 
 def kept_from(past: Sequence[Entry], work: WorkClass, now_s: float) -> int:
     """Of the units that are free now: how many ``work`` must leave to higher classes."""
+    if work is WorkClass.TAIL:
+        return 0
     expiries = _expiries(past, now_s)
     free = WINDOW_UNITS - sum(units for _, units in expiries)
     allowed = next((n for n in range(free, 0, -1) if not list(_unmet(expiries, past, n, now_s, work))), 0)
@@ -124,7 +134,7 @@ def _unmet(
         yield Wait(until_s - now_s, Rule.RESERVE)
     wanted = sorted((e.wanted_at_s, e.ask.weight) for e in past if e.work is WorkClass.TAIL)
     room, place = WINDOW_UNITS - weight - sum(units for _, units in expiries), 0
-    for at_s, units in expect_tails(wanted, now_s) if wanted else ():
+    for at_s, units in expect_tails(wanted, now_s, _TIMES_SEEN[work]) if wanted else ():
         by_s = max(at_s + TAIL_PATIENCE_S, now_s)
         if by_s > now_s + WINDOW_S:
             return
@@ -158,36 +168,41 @@ def _constant_reserve_until(expiries: list[tuple[float, int]], weight: int, now_
     return until_s
 
 
-def expect_tails(wanted: Sequence[Step], now_s: float) -> list[Step]:
+def expect_tails(wanted: Sequence[Step], now_s: float, times: int = 1) -> list[Step]:
     """What tails may need within ten minutes of ``now_s``, from what they asked for: units in all, at increasing times.
 
     ``wanted``: when each tail was asked for, and its units. Each is expected again at every whole number of periods after it. Of
-    what was expected a moment ago, what was asked for in the last minute has come already.
+    what was expected a moment ago, what was asked for in the last minute has come already. Only what came in ``times`` of the
+    periods is expected.
     """
     again = sorted(
         (at_s + TAIL_PERIOD_S * number, number, units) for at_s, units in wanted for number in range(1, _PERIODS + 1)
     )
     again = [each for each in again if now_s - OVERDUE_S < each[0] <= now_s + TAIL_PERIOD_S]
     came = sum(units for at_s, units in wanted if now_s - OVERDUE_S < at_s <= now_s)
-    due = _largest_of([each for each in again if each[0] <= now_s + EARLY_S])
+    due = _count([each for each in again if each[0] <= now_s + EARLY_S], times)
     total = max(0, due[-1][1] - came) if due else 0
     steps: list[Step] = [(due[0][0], total)] if total else []
     later = [each for each in again if each[0] > now_s + EARLY_S]
     after = [(again_s + TAIL_PERIOD_S, number, units) for again_s, number, units in again if again_s > now_s]
-    for expected in (_largest_of(later), _largest_of(after)):
+    for expected in (_count(later, times), _count(after, times)):
         steps += [(again_s, total + units) for again_s, units in expected]
         total = steps[-1][1] if expected else total
     return steps
 
 
-def _largest_of(again: list[tuple[float, int, int]]) -> list[Step]:
-    """The largest of the forecasts, each by its number of periods: units so far, at increasing times."""
+def _count(again: list[tuple[float, int, int]], times: int) -> list[Step]:
+    """Of the forecasts, one for each number of periods, the largest that ``times`` of them reach: units so far, at increasing
+    times."""
     counts, largest = [0] * (_PERIODS + 1), 0
     steps: list[Step] = []
     for again_s, number, units in again:
         counts[number] += units
-        if counts[number] > largest:
-            largest = counts[number]
+        reached = sorted(counts)[-times]
+        if reached > largest:
+            largest = reached
+            if steps and steps[-1][0] == again_s:
+                steps.pop()
             steps.append((again_s, largest))
     return steps
 
@@ -207,7 +222,8 @@ def _wait_for_spread(past: Sequence[Entry], weight: int, now_s: float, waited_s:
     backfills = sorted((e for e in past if e.work is WorkClass.BACKFILL), key=attrgetter("at_s"), reverse=True)
     units, began_s, wanted_s = weight, now_s, now_s - waited_s
     for entry in backfills:
-        if wanted_s - entry.at_s > RUN_BREAK_S:
+        is_long = units > BURST_FREE_UNITS or began_s <= now_s - WINDOW_S
+        if is_long or wanted_s - entry.at_s > RUN_BREAK_S:
             break
         units += entry.ask.weight
         began_s, wanted_s = entry.at_s, entry.wanted_at_s

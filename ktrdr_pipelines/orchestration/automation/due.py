@@ -6,9 +6,8 @@ done about it is decided in `tail.py`.
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from ktrdr_pipelines.domain.instruments import Hours, Series
 from ktrdr_pipelines.domain.partitions import Partition, partition_at
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import Timeframe
-from ktrdr_pipelines.errors import KtrdrError
+from ktrdr_pipelines.orchestration.automation.cancelled import Cancelled
+from ktrdr_pipelines.orchestration.automation.request_cost import Cost, cost_of, reach_s
 from ktrdr_pipelines.orchestration.partition_definitions import first_partition_start
 from ktrdr_pipelines.planning.coverage import missing_bars
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.atomic import state_of
-from ktrdr_pipelines.store.sidecar import TAIL_BYTES, peek_unfinished_from
 from ktrdr_pipelines.store.store import Store
 
 SETTLING_S = 10
@@ -46,13 +45,21 @@ def settling_s(timeframe: Timeframe, settings: Settings) -> int:
 @dataclass(frozen=True, slots=True)
 class Due:
     """A series that misses at least its newest bar. ``first``: the partition of its last held bar, which is requested again.
-    ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds."""
+    ``last_held_s`` (open) and ``newest_close_s`` are epoch seconds.
+
+    ``cancelled``: some of the missing bars are in a range whose load a user cancelled. Then only bars that closed since are due,
+    and ``first`` is the partition of the first of them; without such bars ``cost`` is zero. ``start``: where the load has to
+    begin so that it requests no cancelled bar; None: where a tail begins.
+    """
 
     series: Series
     first: Partition
     last: Partition
     last_held_s: int
     newest_close_s: int
+    cost: Cost
+    cancelled: bool = False
+    start: datetime | None = None
 
 
 class HeldEnds:
@@ -67,8 +74,8 @@ class HeldEnds:
         self._empty: dict[str, tuple[object, list[Window]]] = {}
 
     def last_held_s(self, series: Series, now: datetime) -> int | None:
-        """Open of the bar that a tail load continues from, epoch seconds, as in `modes.Held`: the newest, or the one before the
-        start of an unfinished load. None without a CSV or a row in it.
+        """Open of the newest held bar, epoch seconds; None without a CSV or a row in it. Older missing bars are gaps
+        (`inner_gaps.py`).
 
         Also None for another program's file that changed within `QUIET_S` before ``now``: it may still be written.
 
@@ -90,22 +97,8 @@ class HeldEnds:
             self.notices += [f"{series}: {text}" for text in self._store.prepare(series, now=now).describe()]
             mark = (state_of(path), state_of(sidecar_path))
         last_s = extent.last_open_s if extent else None
-        if last_s is not None and (unfinished := self._peek_unfinished(series)) is not None:
-            last_s = min(last_s, int(unfinished.timestamp()) - 1)
         self._last[series.name] = (mark, last_s)
         return last_s
-
-    def _peek_unfinished(self, series: Series) -> datetime | None:
-        try:
-            with self._store.sidecar_path(series).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-                return peek_unfinished_from(file.read())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            with suppress(KtrdrError):  # a later read of the whole sidecar raises
-                return Store(self._data_dir).read_sidecar(series).unfinished_from
-            return None
 
     def changed_s(self, series: Series) -> float:
         """When the sidecar was last written, epoch seconds; 0 without one. It has no evidence about bars that closed later."""
@@ -138,14 +131,15 @@ class Tails:
     def __init__(self, settings: Settings, held: HeldEnds, now: datetime) -> None:
         self._settings, self._held, self._now = settings, held, now
         self._newest: dict[_Key, int | None] = {}
-        self._after: dict[tuple[_Key, int], ExpectedBars] = {}
+        self._after: dict[tuple[_Key, Window], ExpectedBars] = {}
+        self._costs: dict[tuple[_Key, int, int, int], Cost] = {}
         self._next: dict[_Key, tuple[datetime, bool] | None] = {}
 
     def last_held_s(self, series: Series) -> int | None:
         """See `HeldEnds.last_held_s`."""
         return self._held.last_held_s(series, self._now)
 
-    def find_due(self, series: Series, last_held_s: int) -> Due | None:
+    def find_due(self, series: Series, last_held_s: int, cancelled: Sequence[Cancelled] = ()) -> Due | None:
         """The missing newest bars of ``series``; None if it is complete.
 
         A bar is due if it is complete and settled by the calendar, newer than the last held one, and not confirmed absent.
@@ -156,26 +150,79 @@ class Tails:
         newest = self._find_newest(series)
         if newest is not None and last_held_s >= newest:
             return None
-        after = self._bars_after(series, last_held_s)
-        timeframe = series.timeframe
-        earliest = first_partition_start(timeframe, self._settings)
-        earliest = max(earliest, timeframe.retained_from(self._now) or earliest)
-        wanted = after.take(slice(int(np.searchsorted(after.opens, int(earliest.timestamp()))), None))
-        if not len(wanted):
+        ahead = [each for each in cancelled if each.end_s > last_held_s]
+        far = None if ahead else self._judge_far(series, last_held_s)
+        due = far or self._judge(series, last_held_s, ahead)
+        if due is not None and due.start is None and any(each.end_s > due.first.window.start_s for each in cancelled):
+            # A load that was broken off would be continued where it stopped.
+            return replace(due, start=datetime.fromtimestamp(last_held_s, UTC))
+        return due
+
+    def _judge_far(self, series: Series, last_held_s: int) -> Due | None:
+        """A series so far behind that a sensor may not load it, from the first part of what is missing; else None. Twenty years
+        of one-second bars take long to count, and would be counted in every tick."""
+        reach = reach_s(series.timeframe, self._settings.history_limits, self._settings.auto_requests)
+        begin_s = max(last_held_s + 1, int(self._earliest(series.timeframe).timestamp()))
+        behind_s = int(self._now.timestamp()) - begin_s
+        if behind_s <= reach or series.instrument.ends_now:
             return None
-        newest_close_s = int(wanted.closes[-1])
+        wanted = self._wanted(series, Window.from_epoch(begin_s, begin_s + reach))
+        missing = self._missing(series, last_held_s, wanted)
+        cost = self._cost(series, missing)
+        if cost.requests <= self._settings.auto_requests:
+            return None
+        estimate = Cost(cost.requests * behind_s // reach, is_exact=False)
+        return self._make_due(series, last_held_s, missing, estimate)
+
+    def _judge(self, series: Series, last_held_s: int, cancelled: Sequence[Cancelled]) -> Due | None:
+        span = Window.from_epoch(last_held_s + 1, max(int(self._now.timestamp()) + 86400, last_held_s + 1))
+        missing = self._missing(series, last_held_s, self._wanted(series, span))
+        hit = [each for each in cancelled if ((missing.opens >= each.start_s) & (missing.opens < each.end_s)).any()]
+        if not hit:
+            return self._make_due(series, last_held_s, missing, self._cost(series, missing)) if len(missing) else None
+        fresh = missing.take(missing.closes > max(each.at_s for each in hit))
+        if not len(fresh):
+            return self._make_due(series, last_held_s, missing, Cost(0), cancelled=True)
+        return self._make_due(series, last_held_s, fresh, self._cost(series, fresh), cancelled=True)
+
+    def _wanted(self, series: Series, span: Window) -> ExpectedBars:
+        """The expected bars of ``span`` that partitions and IB's retention reach."""
+        earliest = self._earliest(series.timeframe)
+        after = self._bars_in(series, span)
+        return after.take(slice(int(np.searchsorted(after.opens, int(earliest.timestamp()))), None))
+
+    def _earliest(self, timeframe: Timeframe) -> datetime:
+        earliest = first_partition_start(timeframe, self._settings)
+        return max(earliest, timeframe.retained_from(self._now) or earliest)
+
+    def _missing(self, series: Series, last_held_s: int, wanted: ExpectedBars) -> ExpectedBars:
+        if not len(wanted):
+            return wanted
         # Reads no sidecar that is older than the newest bar: that would be most of a tick.
-        is_news = self._held.changed_s(series) < newest_close_s
+        is_news = self._held.changed_s(series) < int(wanted.closes[-1])
         # An expired contract has no new bars.
         is_news &= series.instrument.sec_type != "FUT"
         empty = [] if is_news else self._held.absent_windows(series, last_held_s)
-        missing = missing_bars(wanted, np.array([last_held_s], dtype=np.int64), empty, timeframe)
+        return missing_bars(wanted, np.array([last_held_s], dtype=np.int64), empty, series.timeframe)
+
+    def _cost(self, series: Series, missing: ExpectedBars) -> Cost:
         if not len(missing):
-            return None
-        last_held = datetime.fromtimestamp(last_held_s, UTC)
-        first = partition_at(timeframe, max(last_held, earliest))
-        last = partition_at(timeframe, datetime.fromtimestamp(int(missing.opens[-1]), UTC))
-        return Due(series, first, last, last_held_s, int(missing.closes[-1]))
+            return Cost(0)
+        key = (self._key(series), int(missing.opens[0]), int(missing.opens[-1]), len(missing))
+        if key not in self._costs:
+            settings = self._settings
+            self._costs[key] = cost_of(series, missing, settings.history_limits, settings.auto_requests)
+        return self._costs[key]
+
+    def _make_due(
+        self, series: Series, last_held_s: int, bars: ExpectedBars, cost: Cost, *, cancelled: bool = False
+    ) -> Due:
+        timeframe = series.timeframe
+        begin = max(datetime.fromtimestamp(last_held_s, UTC), self._earliest(timeframe))
+        start = datetime.fromtimestamp(int(bars.opens[0]), UTC) if cancelled and cost.requests else None
+        last = partition_at(timeframe, datetime.fromtimestamp(int(bars.opens[-1]), UTC))
+        first = partition_at(timeframe, start or begin)
+        return Due(series, first, last, last_held_s, int(bars.closes[-1]), cost, cancelled, start)
 
     def find_next(self, series: Series) -> tuple[datetime, bool] | None:
         """When the next bar of ``series`` will be due, and whether its market is open now; None if it has expired."""
@@ -204,10 +251,8 @@ class Tails:
             self._newest[key] = int(bars.opens[-1]) if len(bars) else None
         return self._newest[key]
 
-    def _bars_after(self, series: Series, last_held_s: int) -> ExpectedBars:
-        key = (self._key(series), last_held_s)
+    def _bars_in(self, series: Series, span: Window) -> ExpectedBars:
+        key = (self._key(series), span)
         if key not in self._after:
-            end = max(self._now + timedelta(days=1), datetime.fromtimestamp(last_held_s + 1, UTC))
-            window = Window(datetime.fromtimestamp(last_held_s + 1, UTC), end)
-            self._after[key] = expected_bars(series, window, complete_at_s=self._settled_s(series))
+            self._after[key] = expected_bars(series, span, complete_at_s=self._settled_s(series))
         return self._after[key]

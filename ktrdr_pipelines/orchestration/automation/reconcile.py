@@ -1,12 +1,14 @@
-"""Keeps Dagster's partition status equal to the files: a pure comparison, and the sensor tick that acts on it.
+"""Keeps Dagster's partition status equal to the files: a pure comparison, and the sensor tick that reports what differs.
 
-A complete partition without record (an adopted file, a load outside Dagster, windows before the start of history) is reported.
-A recorded partition that is incomplete now (rows deleted, a file removed) is loaded again: it becomes complete or shows as
-failed. `planning/coverage.py` decides what is complete, as for a load. Bars after the last held one are left to `tail.py`.
+A complete partition without record (an adopted file, a load outside Dagster, a new home, windows before the start of history) is
+reported. A recorded partition that is incomplete now (rows deleted, a file removed) is listed; `gap_fill` loads it again, and it
+becomes complete or shows as failed. `planning/coverage.py` decides what is complete, as for a load. Bars after the last held one
+are left to `tail.py`. Reports are stored in batches, so that the first round in a new home is one of a few ticks.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +18,15 @@ import dagster as dg
 import numpy as np
 
 from ktrdr_pipelines.domain.instruments import Series
-from ktrdr_pipelines.domain.load_request import Mode
 from ktrdr_pipelines.domain.partitions import Partition, partition_from_key, partitions_in
-from ktrdr_pipelines.domain.time import Window
+from ktrdr_pipelines.domain.time import Window, format_instant, parse_instant
 from ktrdr_pipelines.domain.timeframes import Timeframe
 from ktrdr_pipelines.errors import DataError, KtrdrError
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.automation.due import QUIET_S
-from ktrdr_pipelines.orchestration.automation.run_requests import request_run
+from ktrdr_pipelines.orchestration.bookkeeping import BATCH, report_partitions
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions, first_partition_start
-from ktrdr_pipelines.orchestration.runs.queries import ActiveRuns, find_active_runs
+from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions, known_span
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.atomic import state_of
@@ -34,17 +35,15 @@ from ktrdr_pipelines.store.sidecar import Sidecar
 from ktrdr_pipelines.store.store import Store
 
 MAX_BLOCK = 366
-"""Partitions in one run: Dagster needs about 10 ms for each before the run starts."""
-MAX_REQUESTS = 10
-"""Runs requested in one tick: each takes the daemon about a second (docs/dagster_facts.md, 4)."""
-REPORT_BUDGET_S = 20.0
-"""How long `ktrdr adopt` reports partitions; 10 ms each, so some 2,000."""
-
-MAX_REPORTS = 1000
-"""Partitions reported in one tick, at 10 to 15 ms each (docs/dagster_facts.md, 4)."""
+"""Lost partitions in one block, which is one run where they are loaded again: Dagster needs about 10 ms for each to start it."""
+ROUND_EVERY_S = 600.0
+"""From the end of one round over all series to the next one."""
+TICK_INTERVAL_S = 60
 TICK_BUDGET_S = 25.0
 """After this a tick stops and the next one continues; Dagster's time-out is 60 s."""
 _LOCK_TIMEOUT_S = 2.0
+_AFTER, _DONE = "after ", "done "
+"""Cursors: in a round after a series, or a round ended at an instant."""
 
 MATERIALIZED, FAILED, IN_PROGRESS = "MATERIALIZED", "FAILED", "IN_PROGRESS"
 """Dagster's names of a partition's status; a partition without one is missing."""
@@ -52,14 +51,11 @@ MATERIALIZED, FAILED, IN_PROGRESS = "MATERIALIZED", "FAILED", "IN_PROGRESS"
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """``to_report``: complete in the files, not recorded as complete. ``to_request``: recorded as complete, incomplete in the
-    files, as blocks of consecutive partitions, oldest first."""
+    """``to_report``: complete in the files, not recorded as complete. ``lost``: recorded as complete, incomplete in the files, as
+    blocks of consecutive partitions, oldest first."""
 
     to_report: tuple[PartitionState, ...]
-    to_request: tuple[tuple[Partition, ...], ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.to_report or self.to_request)
+    lost: tuple[tuple[Partition, ...], ...]
 
 
 def compare(states: Sequence[PartitionState], recorded: Mapping[str, str], max_block: int = MAX_BLOCK) -> Drift:
@@ -85,27 +81,32 @@ def compare(states: Sequence[PartitionState], recorded: Mapping[str, str], max_b
 
 @dataclass
 class ReconcileTick:
-    """One tick. ``looked_at`` series were compared, ``unchanged`` ones have not changed since they agreed."""
+    """One tick. ``looked_at`` series were compared, ``unchanged`` ones have not changed since they were. ``lost`` counts
+    partitions that are recorded as complete and are not, in all series."""
 
-    requests: list[dg.RunRequest] = field(default_factory=list)
     reported: int = 0
+    lost: int = 0
     looked_at: int = 0
     unchanged: int = 0
     in_runs: int = 0
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     cursor: str = ""
+    """The last series that was finished."""
+    is_round_over: bool = True
 
     def describe(self) -> str:
         """One line for the tick's page."""
         parts = [f"{self.looked_at} series compared with their files, {self.unchanged} unchanged since"]
-        parts.append(f"{self.reported} partitions reported" if self.reported else "nothing to load again")
+        parts.append(f"{self.reported} partitions reported" if self.reported else "nothing to report")
+        if self.lost:
+            parts.append(f"{self.lost} recorded partitions lost bars, see the log")
         if self.in_runs:
             parts.append(f"{self.in_runs} in an unfinished run")
         if self.problems:
             parts.append(f"{len(self.problems)} cannot be read, see the log")
-        if self.cursor:
-            parts.append(f"the next tick continues after {self.cursor}")
+        if not self.is_round_over:
+            parts.append(f"the next tick continues after {self.cursor}" if self.cursor else "the next tick continues")
         return "; ".join(parts)
 
 
@@ -115,7 +116,8 @@ class Reconciler:
     def __init__(self, settings: Settings, universe: Sequence[Series]) -> None:
         self._settings = settings
         self._universe = sorted(universe, key=lambda s: s.name)
-        self._agreed: dict[str, object] = {}
+        self._compared: dict[str, tuple[object, int]] = {}
+        """By name of the series the state in which there was nothing to report, and how many partitions were lost then."""
         self._corrections: object = None
         self._definitions: dict[Timeframe, dg.TimeWindowPartitionsDefinition] = {}
 
@@ -136,20 +138,26 @@ class Reconciler:
         corrections = refresh_calendars(self._settings.data_dir)
         if corrections != self._corrections:
             self._corrections = corrections
-            self._agreed.clear()
+            self._compared.clear()
         until = clock() + TICK_BUDGET_S
         active = find_active_runs(instance)
         todo = [s for s in self._universe if s.name > cursor]
         records = _read_records(instance, todo) if todo else {}
+        found: list[dg.AssetMaterialization] = []
         before = cursor
         for series in todo:
-            is_over = clock() > until or tick.reported >= MAX_REPORTS or len(tick.requests) >= MAX_REQUESTS
-            if is_over or not self._reconcile(
-                series, instance, records.get(asset_key(series)), active, now, tick, until, clock
-            ):
-                tick.cursor = before
+            if clock() > until:
+                tick.cursor, tick.is_round_over = before, False
                 break
+            if active.find(series):
+                tick.in_runs += 1
+            else:
+                found += self._reconcile(series, instance, records.get(asset_key(series)), now, tick)
+            if len(found) >= BATCH:
+                report_partitions(instance, found)
+                found = []
             before = series.name
+        report_partitions(instance, found)
         return tick
 
     def _reconcile(
@@ -157,64 +165,70 @@ class Reconciler:
         series: Series,
         instance: dg.DagsterInstance,
         record: object,
-        active: ActiveRuns,
         now: datetime,
         tick: ReconcileTick,
-        until: float,
-        clock: Callable[[], float],
-    ) -> bool:
-        """Compare one series, report and request. False if the tick ended before all of it was reported or requested."""
-        if active.find(series):
-            tick.in_runs += 1
-            return True
+    ) -> list[dg.AssetMaterialization]:
+        """Compare one series; returns what is to be reported of it."""
         # A new store, because a store caches every sidecar it reads.
         store = Store(self._settings.data_dir, lock_timeout_s=_LOCK_TIMEOUT_S)
-        marks = (_mark(store, series), record)
-        if self._agreed.get(series.name) == marks:
+        marks, lost = self._compared.get(series.name, (None, 0))
+        if marks == (_mark(store, series), record):
             tick.unchanged += 1
-            return True
+            tick.lost += lost
+            return []
         if _is_being_written(store, series, now):
-            return True
+            return []
         try:
-            drift, is_settled = self.find_drift(series, store, instance, now, tick)
+            drift, is_settled = self.find_drift(series, store, instance, now, tick, is_recorded=record is not None)
         except KtrdrError as error:
             tick.problems.append(f"{series}: {error}")
-            return True
+            return []
         tick.looked_at += 1
-        if not drift:
-            if is_settled:
-                self._agreed[series.name] = (_mark(store, series), record)
-            return True
-        return _act(series, drift, instance, now, tick, lambda: clock() > until)
+        lost = sum(map(len, drift.lost))
+        tick.lost += lost
+        tick.notices += [f"{series}: {block[0].key} to {block[-1].key} lost bars" for block in drift.lost]
+        if not drift.to_report and is_settled:
+            self._compared[series.name] = ((_mark(store, series), record), lost)
+        tick.reported += len(drift.to_report)
+        return [_describe(series, state) for state in drift.to_report]
 
     def find_drift(
-        self, series: Series, store: Store, instance: dg.DagsterInstance, now: datetime, tick: ReconcileTick
+        self,
+        series: Series,
+        store: Store,
+        instance: dg.DagsterInstance,
+        now: datetime,
+        tick: ReconcileTick,
+        *,
+        is_recorded: bool = True,
     ) -> tuple[Drift, bool]:
-        """The drift of one series, and whether none of its partitions is in progress."""
-        held = np.empty(0, dtype=np.int64)
-        sidecar = Sidecar()
+        """The drift of one series, and whether that is settled: its files can be read, none of its partitions is in progress.
+
+        ``is_recorded``: False if Dagster has no record of the series at all, so that the status of partitions need not be asked.
+        """
+        held, sidecar, is_readable = np.empty(0, dtype=np.int64), Sidecar(), True
         try:
             tick.notices += [f"{series}: {text}" for text in store.prepare(series, now=now).describe()]
             sidecar = store.read_sidecar(series)
             held = store.held_opens(series)
         except DataError as error:
-            # Treated as not held: recorded partitions are loaded again, and fail with this reason.
+            # Treated as not held: recorded partitions count as lost.
             tick.problems.append(f"{series}: {error}")
-            held, sidecar = np.empty(0, dtype=np.int64), Sidecar()
+            held, sidecar, is_readable = np.empty(0, dtype=np.int64), Sidecar(), False
         key, timeframe = asset_key(series), series.timeframe
         grid_start = first_partition_start(timeframe, self._settings)
         known = known_span(held, sidecar, grid_start)
         starts = [known.start] if known else []
-        if recorded := instance.get_materialized_partitions(key):
+        if is_recorded and (recorded := instance.get_materialized_partitions(key)):
             starts.append(partition_from_key(timeframe, min(recorded)).window.start)
         if not starts or max(min(starts), grid_start) >= now:
-            return Drift((), ()), True
+            return Drift((), ()), is_readable
         partitions = list(partitions_in(timeframe, Window(max(min(starts), grid_start), now)))
         states = judge_partitions(series, partitions, held, sidecar, grid_start=grid_start, now=now)
         keys = [p.key for p in partitions]
-        found = instance.get_status_by_partition(key, keys, self._definition(timeframe)) or {}
-        statuses = {k: status.value for k, status in found.items() if status is not None}
-        return compare(states, statuses), IN_PROGRESS not in statuses.values()
+        found = instance.get_status_by_partition(key, keys, self._definition(timeframe)) if is_recorded else None
+        statuses = {k: status.value for k, status in (found or {}).items() if status is not None}
+        return compare(states, statuses), is_readable and IN_PROGRESS not in statuses.values()
 
     def _definition(self, timeframe: Timeframe) -> dg.TimeWindowPartitionsDefinition:
         if timeframe not in self._definitions:
@@ -222,41 +236,8 @@ class Reconciler:
         return self._definitions[timeframe]
 
 
-def _act(
-    series: Series,
-    drift: Drift,
-    instance: dg.DagsterInstance,
-    now: datetime,
-    tick: ReconcileTick,
-    is_over: Callable[[], bool],
-) -> bool:
-    """Report and request. False if the tick ended before all of ``drift``."""
-    for state in drift.to_report:
-        if tick.reported >= MAX_REPORTS or is_over():
-            return False
-        instance.report_runless_asset_event(_describe(series, state))
-        tick.reported += 1
-    for block in drift.to_request:
-        if len(tick.requests) >= MAX_REQUESTS:
-            return False
-        first, last = block[0], block[-1]
-        key = f"reconcile:{first.key}:{last.key}:{int(now.timestamp()) // 60}"
-        tick.requests.append(request_run([series], first, last, Mode.FULL, origin="reconcile", run_key=key))
-        tick.notices.append(f"{series}: {first.key} to {last.key} lost bars and is loaded again")
-    return True
-
-
-def report_held(
-    settings: Settings,
-    instance: dg.DagsterInstance,
-    series: Series,
-    now: datetime,
-    *,
-    budget_s: float = REPORT_BUDGET_S,
-    clock: Callable[[], float] = time.monotonic,
-) -> tuple[int, int]:
-    """Report the complete partitions of ``series`` that Dagster has no record of. Returns how many were reported, and how many
-    are left to the sensor because ``budget_s`` seconds were over. Lost bars are left to the sensor.
+def report_held(settings: Settings, instance: dg.DagsterInstance, series: Series, now: datetime) -> int:
+    """Report the complete partitions of ``series`` that Dagster has no record of. Returns how many.
 
     Raises:
         KtrdrError: the files cannot be read.
@@ -264,12 +245,8 @@ def report_held(
     store = open_store(settings.data_dir)
     reconciler = Reconciler(settings, [series])
     drift, _ = reconciler.find_drift(series, store, instance, now, ReconcileTick())
-    until = clock() + budget_s
-    for done, state in enumerate(drift.to_report):
-        if clock() > until:
-            return done, len(drift.to_report) - done
-        instance.report_runless_asset_event(_describe(series, state))
-    return len(drift.to_report), 0
+    report_partitions(instance, [_describe(series, state) for state in drift.to_report])
+    return len(drift.to_report)
 
 
 def _describe(series: Series, state: PartitionState) -> dg.AssetMaterialization:
@@ -308,3 +285,39 @@ def _read_records(instance: dg.DagsterInstance, universe: Sequence[Series]) -> d
         )
         for record in instance.get_asset_records([asset_key(s) for s in universe])
     }
+
+
+def make_reconcile_sensor(
+    settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> dg.SensorDefinition:
+    """The sensor ``reconcile``: partitions that files have are reported, recorded ones that lost bars are listed."""
+    reconciler = Reconciler(settings, universe)
+
+    @dg.sensor(
+        name="reconcile",
+        asset_selection=dg.AssetSelection.all(),
+        minimum_interval_seconds=TICK_INTERVAL_S,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Keeps partition status equal to the files: every ten minutes it reports partitions that are complete and "
+        "not recorded, and lists recorded ones that lost bars.",
+    )
+    def reconcile(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        at = now()
+        if (rested_s := _seconds_since_round(context.cursor, at)) < ROUND_EVERY_S:
+            return dg.SensorResult(skip_reason=f"the next round begins in {ROUND_EVERY_S - rested_s:.0f} s")
+        tick = reconciler.run_tick(context.instance, (context.cursor or "").partition(_AFTER)[2], at)
+        for problem in tick.problems:
+            context.log.warning(problem)
+        for notice in tick.notices:
+            context.log.info(notice)
+        # Never empty: with an empty cursor Dagster keeps the old one.
+        cursor = _DONE + format_instant(at) if tick.is_round_over else _AFTER + tick.cursor
+        return dg.SensorResult(skip_reason=tick.describe(), cursor=cursor)
+
+    return reconcile
+
+
+def _seconds_since_round(cursor: str | None, now: datetime) -> float:
+    """Since the end of the last round; infinite while one goes on."""
+    done = (cursor or "").partition(_DONE)[2]
+    return (now - parse_instant(done, "cursor")).total_seconds() if done else math.inf

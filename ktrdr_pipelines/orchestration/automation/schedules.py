@@ -14,9 +14,11 @@ import dagster as dg
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.automation.cancelled import read_cancelled
 from ktrdr_pipelines.orchestration.automation.due import HeldEnds
 from ktrdr_pipelines.orchestration.automation.tail import decide_tail
 from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
+from ktrdr_pipelines.orchestration.runs.tags import Origin
 from ktrdr_pipelines.settings import Settings
 
 
@@ -69,7 +71,15 @@ def _make_schedule(
     )
     def tail(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
         at = now()
-        tick = decide_tail(settings, mine, held, find_active_runs(context.instance), at, origin="schedule")
+        tick = decide_tail(
+            settings,
+            mine,
+            held,
+            find_active_runs(context.instance),
+            at,
+            cancelled=read_cancelled(context.instance, at),
+            origin=Origin.SCHEDULE,
+        )
         for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)
         return tick.requests or dg.SkipReason("\n".join(tick.reasons))

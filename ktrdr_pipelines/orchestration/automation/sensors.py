@@ -1,7 +1,7 @@
-"""The sensors: ``tail_fill`` requests runs for new bars, ``reconcile`` keeps partition status equal to the files.
+"""The sensors that load: ``tail_fill`` requests runs for new bars, ``gap_fill`` for inner gaps.
 
-`tail.py` decides what to load, `reconcile.py` what differs. No sensor connects to the gateway: store, calendars and Dagster's
-runs are enough. Timeframes with a schedule (`schedules.py`) are not handled here.
+`tail.py` and `gap_fill.py` decide what to load. No sensor connects to the gateway: store, calendars
+and Dagster's runs are enough. The tails of timeframes with a schedule (`schedules.py`) are not handled here.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from ktrdr_pipelines.domain.instruments import Series
+from ktrdr_pipelines.orchestration.automation import gap_fill as gaps
+from ktrdr_pipelines.orchestration.automation.cancelled import read_cancelled
 from ktrdr_pipelines.orchestration.automation.due import HeldEnds
-from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler
 from ktrdr_pipelines.orchestration.automation.tail import TAIL_INTERVAL_S, decide_tail, read_cursor, write_cursor
 from ktrdr_pipelines.orchestration.runs.queries import find_active_runs
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.schedule_overrides import refresh_calendars
-
-RECONCILE_INTERVAL_S = 600
-_AFTER = "after "
 
 
 def make_tail_sensor(
@@ -45,8 +43,15 @@ def make_tail_sensor(
     def tail_fill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         at = now()
         refresh_calendars(settings.data_dir)
-        active = find_active_runs(context.instance)
-        tick = decide_tail(settings, mine, held, active, at, attempts=read_cursor(context.cursor))
+        tick = decide_tail(
+            settings,
+            mine,
+            held,
+            find_active_runs(context.instance),
+            at,
+            cancelled=read_cancelled(context.instance, at),
+            tried=read_cursor(context.cursor),
+        )
         for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)
         reasons = [*tick.reasons, *scheduled]
@@ -55,37 +60,43 @@ def make_tail_sensor(
         return dg.SensorResult(
             run_requests=tick.requests,
             skip_reason=None if tick.requests else "\n".join(reasons) or "the universe is empty",
-            cursor=write_cursor(tick.attempts),
+            cursor=write_cursor(tick),
         )
 
     return tail_fill
 
 
-def make_reconcile_sensor(
+def make_gap_sensor(
     settings: Settings, universe: Sequence[Series], *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> dg.SensorDefinition:
-    """The sensor ``reconcile``: partitions that files have are reported, bars that files lost are loaded again."""
-    reconciler = Reconciler(settings, universe)
+    """The sensor ``gap_fill``: every ten minutes runs for the newest inner gaps, if its last ones have ended."""
+    filler = gaps.GapFiller(settings, universe)
 
     @dg.sensor(
-        name="reconcile",
+        name="gap_fill",
         asset_selection=dg.AssetSelection.all(),
-        minimum_interval_seconds=RECONCILE_INTERVAL_S,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Keeps partition status equal to the files: reports partitions that are complete and not recorded, and "
-        "loads recorded ones again that lost bars.",
+        minimum_interval_seconds=gaps.GAP_INTERVAL_S,
+        default_status=(dg.DefaultSensorStatus.RUNNING if settings.gap_sensor else dg.DefaultSensorStatus.STOPPED),
+        description="Loads gaps inside of what is held (adopted files, failed windows, lost lines), the newest first.",
     )
-    def reconcile(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        # Never empty: with an empty cursor Dagster keeps the old one, and the next round would not begin.
-        tick = reconciler.run_tick(context.instance, (context.cursor or "").removeprefix(_AFTER), now())
-        for problem in tick.problems:
+    def fill(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        at = now()
+        tick = filler.run_tick(
+            context.instance,
+            find_active_runs(context.instance),
+            read_cancelled(context.instance, at),
+            gaps.GapState.from_cursor(context.cursor),
+            at,
+            corrections=refresh_calendars(settings.data_dir),
+        )
+        for problem in [*tick.problems, *tick.notices]:
             context.log.warning(problem)
-        for notice in tick.notices:
-            context.log.info(notice)
+        if tick.requests and tick.reasons:
+            context.log.info("\n".join(tick.reasons))
         return dg.SensorResult(
             run_requests=tick.requests,
-            skip_reason=None if tick.requests else tick.describe(),
-            cursor=_AFTER + tick.cursor,
+            skip_reason=None if tick.requests else "\n".join(tick.reasons),
+            cursor=gaps.write_cursor(tick),
         )
 
-    return reconcile
+    return fill

@@ -19,7 +19,7 @@ from ktrdr_pipelines.orchestration.runs.entry_points import EntryPoint, lend
 from ktrdr_pipelines.orchestration.runs.instance import explain_database
 from ktrdr_pipelines.orchestration.runs.liveness import executing
 from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
-from ktrdr_pipelines.orchestration.runs.tags import PARTITION_TAG
+from ktrdr_pipelines.orchestration.runs.tags import INTERRUPTED_TAG, NO_RETRY_TAGS, PARTITION_TAG
 from ktrdr_pipelines.settings import Settings
 
 _one_run_at_a_time = threading.Lock()
@@ -49,13 +49,14 @@ def execute_load(
                 asset_selection=[asset_key(run.series)],
                 raise_on_error=False,
                 partition_key=tags.pop(PARTITION_TAG, None),
-                tags=tags,
+                tags={**tags, **NO_RETRY_TAGS},
                 # Users see progress and the report; Dagster's own log is in the UI.
                 run_config={**run.run_config(), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
     except DBAPIError as error:
         raise explain_database(error, settings.dagster_home) from error
     if not result.success and any(_was_interrupted(e) for e in result.all_events):
+        instance.add_run_tags(run_id, {INTERRUPTED_TAG: "true"})
         raise KeyboardInterrupt
     if not entry_point.reports or (not result.success and not entry_point.reports[-1].failures):
         raise RuntimeError(f"run {result.run_id} failed:\n{_explain(result)}")

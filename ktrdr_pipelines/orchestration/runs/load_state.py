@@ -1,6 +1,6 @@
 """The state of a load that was submitted to Dagster's queue, read from Dagster's records: progress, result, problem.
 
-A load is one run, or two: where the process of the first was killed, Dagster runs it once more (`submission.RETRY_TAGS`), and
+A load is one run, or two: where the process of the first was killed, Dagster runs it once more (`tags.RETRY_TAGS`), and
 the load keeps the first run's id.
 """
 

@@ -24,7 +24,14 @@ from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.partition_definitions import define_partitions
 from ktrdr_pipelines.orchestration.runs.instance import has_home, open_instance
 from ktrdr_pipelines.orchestration.runs.liveness import reap_dead_runs
-from ktrdr_pipelines.orchestration.runs.tags import MODE_TAG, ORIGIN_TAG, RANGE_END_TAG, RANGE_START_TAG
+from ktrdr_pipelines.orchestration.runs.tags import (
+    MODE_TAG,
+    ORIGIN_TAG,
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    RETENTION_JOB,
+    Origin,
+)
 from ktrdr_pipelines.settings import Settings
 
 _Event = dg.DagsterEventType
@@ -48,6 +55,11 @@ class ActiveRuns:
 
     by_asset: dict[dg.AssetKey, str]
     of_all: str = ""
+    by_origin: Mapping[str, str] = field(default_factory=dict)
+
+    def find_origin(self, origin: Origin) -> str:
+        """The id of a run that ``origin`` started; empty when there is none."""
+        return self.by_origin.get(origin, "")
 
     def find(self, series: Series) -> str:
         """The id of a run that loads ``series``; empty when there is none."""
@@ -58,13 +70,17 @@ def find_active_runs(instance: dg.DagsterInstance) -> ActiveRuns:
     """The runs that have not ended, after runs of dead processes were ended."""
     reap_dead_runs(instance)
     by_asset: dict[dg.AssetKey, str] = {}
+    by_origin: dict[str, str] = {}
     of_all = ""
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
+        if run.job_name == RETENTION_JOB:
+            continue
+        by_origin[run.tags.get(ORIGIN_TAG, "")] = run.run_id
         if run.asset_selection is None:
             of_all = run.run_id
         else:
             by_asset |= dict.fromkeys(run.asset_selection, run.run_id)
-    return ActiveRuns(by_asset, of_all)
+    return ActiveRuns(by_asset, of_all, by_origin)
 
 
 class PartitionRecord:

@@ -8,18 +8,12 @@ from dagster_graphql import DagsterGraphQLClient, DagsterGraphQLClientError
 
 from ktrdr_pipelines.errors import TransientError
 from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
+from ktrdr_pipelines.orchestration.runs.tags import RETRY_TAGS
 
 LOCATION = "ktrdr_pipelines"
 """The code location, as `workspace.yaml` names it."""
 _REPOSITORY, _JOB = "__repository__", "__ASSET_JOB"
 """Dagster's names for all definitions of a location, and for the job that is made of its assets."""
-
-RETRY_TAGS = {
-    "dagster/max_retries": "1",
-    "dagster/retry_strategy": "ALL_STEPS",
-    "dagster/retry_on_asset_or_op_failure": "false",
-}
-"""A run whose process was killed is tried once more, one that failed with a reason is not (`run_retries` in dagster.yaml)."""
 
 
 def submit_run(url: str, run: LoadRun) -> str:

@@ -51,6 +51,29 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class PacingClass:
+    """One class of work (tail, interactive, backfill): units ``used`` in the last ten minutes, requests ``waiting``, and
+    the units ``kept_from`` it now, of those that are free, for higher classes."""
+
+    work: str
+    used: int
+    waiting: int
+    kept_from: int
+
+
+@dataclass(frozen=True, slots=True)
+class PacingWait:
+    """A request in a pacing wait: its class, symbol, since when, and its expected time. ``host`` is empty for this machine."""
+
+    work: str
+    symbol: str
+    since: datetime
+    until: datetime
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class PacingState:
     """The budget of this login, shared by all processes. ``used`` of ``limit`` units in the last ten minutes."""
 
@@ -62,6 +85,9 @@ class PacingState:
     unanswered: int
     pauses: tuple[tuple[datetime, str], ...]
     """Pauses of all requests: until when, and why."""
+    classes: tuple[PacingClass, ...] = ()
+    queue: tuple[PacingWait, ...] = ()
+    """The waiting requests, in the order of service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +165,18 @@ def pacing_state(history: IBHistory) -> PacingState:
         waiting=budget.waiting,
         unanswered=budget.open,
         pauses=tuple((datetime.fromtimestamp(pause.until_s, UTC), pause.reason) for pause in budget.pauses),
+        classes=tuple(PacingClass(str(c.work), c.used, c.waiting, c.kept_from) for c in budget.classes),
+        queue=tuple(
+            PacingWait(
+                work=str(each.work),
+                symbol=each.symbol,
+                since=datetime.fromtimestamp(each.since_s, UTC),
+                until=datetime.fromtimestamp(each.until_s, UTC),
+                pid=each.pid,
+                host=each.host,
+            )
+            for each in budget.queue
+        ),
     )
 
 
@@ -159,4 +197,9 @@ def _pacing_as_dict(state: PacingState) -> dict[str, object]:
         "waiting": state.waiting,
         "unanswered": state.unanswered,
         "pauses": [{"until": format_instant(until), "reason": reason} for until, reason in state.pauses],
+        "classes": [asdict(each) for each in state.classes],
+        "queue": [
+            {**asdict(each), "since": format_instant(each.since), "until": format_instant(each.until)}
+            for each in state.queue
+        ],
     }

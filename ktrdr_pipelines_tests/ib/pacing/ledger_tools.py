@@ -82,8 +82,8 @@ def fill(ledger: Ledger, count: int = 60) -> None:
         send(ledger)
 
 
-def wait_of(ledger: Ledger, ask: Ask | None = None) -> Wait:
-    answer = ledger.try_acquire(ask or wish(), work=RULES_ONLY)
+def wait_of(ledger: Ledger, ask: Ask | None = None, *, work: WorkClass = RULES_ONLY) -> Wait:
+    answer = ledger.try_acquire(ask or wish(), work=work)
     assert isinstance(answer, Wait), "granted too early"
     return answer
 

@@ -17,6 +17,7 @@ from ktrdr_pipelines.ib.pacing.ledger import (
     Grant,
     Ledger,
 )
+from ktrdr_pipelines.ib.pacing.rules import Rule
 from ktrdr_pipelines.ib.pacing.sqlite_backend import ledger_path
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     RULES_ONLY,
@@ -196,3 +197,62 @@ def test_odd_logins_neither_share_a_file_nor_leave_the_directory() -> None:
     paths = [ledger_path(Path("x"), login) for login in logins]
     assert len(set(paths)) == len(logins)
     assert all(path.parent == Path("x") and len(path.name) < 100 for path in paths)
+
+
+OLD_TABLES = """
+CREATE TABLE ib_pacing_requests (token TEXT PRIMARY KEY, login TEXT NOT NULL, wall_s DOUBLE PRECISION NOT NULL,
+    boot_s DOUBLE PRECISION NOT NULL, boot_id TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL,
+    identity TEXT NOT NULL, contract TEXT NOT NULL, weight INTEGER NOT NULL CHECK (weight > 0 AND weight < 6),
+    is_sent INTEGER NOT NULL CHECK (is_sent IN (0, 1)), is_finished INTEGER NOT NULL CHECK (is_finished IN (0, 1)));
+CREATE TABLE ib_pacing_tickets (token TEXT PRIMARY KEY, login TEXT NOT NULL, wall_s DOUBLE PRECISION NOT NULL,
+    boot_s DOUBLE PRECISION NOT NULL, boot_id TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL,
+    identity TEXT NOT NULL, contract TEXT NOT NULL, weight INTEGER NOT NULL CHECK (weight > 0 AND weight < 6),
+    seq INTEGER NOT NULL);
+CREATE TABLE ib_pacing_holds (token TEXT PRIMARY KEY, login TEXT NOT NULL, wall_s DOUBLE PRECISION NOT NULL,
+    boot_s DOUBLE PRECISION NOT NULL, boot_id TEXT NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL,
+    seconds DOUBLE PRECISION NOT NULL, is_penalty INTEGER NOT NULL CHECK (is_penalty IN (0, 1)), reason TEXT NOT NULL);
+"""
+OLD_INSERT = """INSERT INTO ib_pacing_requests
+    (token, login, wall_s, boot_s, boot_id, host, pid, started, identity, contract, weight, is_sent, is_finished)
+    VALUES (?, ?, ?, ?, ?, 'elsewhere', 1, '', ?, 'C', 1, 1, 1)"""
+
+
+def write_old(raw: sqlite3.Connection, clock: HandClock, count: int, prefix: str) -> None:
+    now = clock.read()
+    for number in range(count):
+        name = f"{prefix} {number}"
+        raw.execute(OLD_INSERT, (name, LOGIN, now.wall_s, now.boot_s, now.boot_id, name))
+    raw.commit()
+
+
+def test_a_file_of_the_version_without_classes_is_used_on(
+    open_here: OpenHere, tmp_path: Path, clock: HandClock
+) -> None:
+    """What it has counts, as of the middle class; a program of that version beside this one can go on writing."""
+    with sqlite3.connect(ledger_path(tmp_path, LOGIN)) as raw:
+        raw.executescript(OLD_TABLES)
+        write_old(raw, clock, 55, "before")
+        ledger = open_here(tmp_path, LOGIN, clock)
+        budget = ledger.snapshot()
+        assert (budget.used, [each.used for each in budget.classes]) == (55, [0, 55, 0])
+        write_old(raw, clock, 4, "beside")
+    raw.close()
+    send(ledger)
+    assert wait_of(ledger).rule is Rule.WINDOW
+    ledger.close()
+    assert wait_of(open_here(tmp_path, LOGIN, clock)).rule is Rule.WINDOW
+
+
+def test_a_file_of_a_newer_version_is_left_alone(open_here: OpenHere, tmp_path: Path, clock: HandClock) -> None:
+    """Nothing is granted and nothing is written: its rules are unknown here."""
+    send(open_here(tmp_path, LOGIN, clock))
+    with sqlite3.connect(ledger_path(tmp_path, LOGIN)) as raw:
+        raw.execute("INSERT INTO ib_pacing_schema VALUES (99)")
+        raw.commit()
+        before = list(raw.iterdump())
+        with pytest.raises(StoreError, match="99") as caught:
+            open_here(tmp_path, LOGIN, clock).try_acquire(wish())
+        assert "same version" in caught.value.advice
+        assert list(raw.iterdump()) == before
+    raw.close()
+    assert not list(tmp_path.glob("*.corrupt-*"))

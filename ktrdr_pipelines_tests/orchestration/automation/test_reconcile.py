@@ -1,4 +1,4 @@
-"""Promises of reconciling: Dagster's partition status is true to the files, both ways, and nothing is requested without need.
+"""Promises of reconciling: what files have is recorded, what a recorded partition lost is known, and a tick does little.
 
 The comparison as a table; the tick on real instances and files; the repair of a cut file really executed.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -19,21 +19,20 @@ from ktrdr_pipelines.bars.schema import empty_bars
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Series, forex, stock
 from ktrdr_pipelines.domain.load_request import Mode
-from ktrdr_pipelines.domain.partitions import partitions_in
+from ktrdr_pipelines.domain.partitions import partition_from_key, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.loading.series_load import Load
-from ktrdr_pipelines.orchestration.assets import asset_key, op_name
-from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler, ReconcileTick, compare
+from ktrdr_pipelines.orchestration.assets import asset_key
+from ktrdr_pipelines.orchestration.automation.reconcile import Reconciler, ReconcileTick, compare, make_reconcile_sensor
 from ktrdr_pipelines.orchestration.automation.run_requests import request_run
-from ktrdr_pipelines.orchestration.automation.sensors import make_reconcile_sensor
 from ktrdr_pipelines.planning.coverage import PartitionState, judge_partitions
 from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.store.sidecar import HistoryStart, ProvenEmpty
 from ktrdr_pipelines.store.store import Store
 from ktrdr_pipelines_tests.conftest import StartGateway
 from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
-from ktrdr_pipelines_tests.holding import execute, hold, partition_range, partition_statuses
+from ktrdr_pipelines_tests.holding import execute, hold, partition_statuses
 
 MakeSettings = Callable[..., Settings]
 
@@ -53,6 +52,21 @@ def settings(make_settings: MakeSettings, unused_port: int) -> Settings:
 
 def reconcile(settings: Settings, instance: dg.DagsterInstance, now: datetime = NOW, cursor: str = "") -> ReconcileTick:
     return Reconciler(settings, [AAPL_1H]).run_tick(instance, cursor, now)
+
+
+def find_lost(settings: Settings, instance: dg.DagsterInstance, now: datetime = NOW) -> list[tuple[str, str]]:
+    """First and last key of each block of recorded partitions that lost bars."""
+    found, _ = Reconciler(settings, [AAPL_1H]).find_drift(
+        AAPL_1H, Store(settings.data_dir), instance, now, ReconcileTick()
+    )
+    return [(block[0].key, block[-1].key) for block in found.lost]
+
+
+def load_again(settings: Settings, instance: dg.DagsterInstance, first: str, last: str) -> bool:
+    """Load partitions, as a sensor would. Returns whether that succeeded."""
+    ends = [partition_from_key(AAPL_1H.timeframe, key) for key in (first, last)]
+    request = request_run([AAPL_1H], ends[0], ends[1], Mode.FULL, origin="sensor", run_key="test")
+    return execute(settings, [AAPL_1H], instance, request).success
 
 
 def record(instance: dg.DagsterInstance, keys: list[str], series: Series = AAPL_1H) -> None:
@@ -79,9 +93,9 @@ STATES = {
     [
         ("full", None, "report"), ("full", "MATERIALIZED", ""), ("full", "FAILED", "report"), ("full", "IN_PROGRESS", ""),
         ("empty", None, "report"), ("empty", "MATERIALIZED", ""), ("empty", "FAILED", "report"), ("empty", "IN_PROGRESS", ""),
-        ("cut", None, ""), ("cut", "MATERIALIZED", "request"), ("cut", "FAILED", ""), ("cut", "IN_PROGRESS", ""),
+        ("cut", None, ""), ("cut", "MATERIALIZED", "lost"), ("cut", "FAILED", ""), ("cut", "IN_PROGRESS", ""),
         ("tail", None, ""), ("tail", "MATERIALIZED", ""), ("tail", "FAILED", ""), ("tail", "IN_PROGRESS", ""),
-        ("gone", None, ""), ("gone", "MATERIALIZED", "request"), ("gone", "FAILED", ""), ("gone", "IN_PROGRESS", ""),
+        ("gone", None, ""), ("gone", "MATERIALIZED", "lost"), ("gone", "FAILED", ""), ("gone", "IN_PROGRESS", ""),
         ("unknown", None, ""), ("unknown", "MATERIALIZED", ""), ("unknown", "FAILED", ""), ("unknown", "IN_PROGRESS", ""),
     ],
 )  # fmt: skip
@@ -92,16 +106,16 @@ def test_the_table_of_verdicts(state: str, status: str | None, verdict: str) -> 
     found = PartitionState(partition, rows, None, None, missing, inside, known)
     drift = compare([found], {partition.key: status} if status else {})
     assert [s.partition for s in drift.to_report] == ([partition] if verdict == "report" else [])
-    assert list(drift.to_request) == ([(partition,)] if verdict == "request" else [])
+    assert list(drift.lost) == ([(partition,)] if verdict == "lost" else [])
 
 
-def test_partitions_to_ask_for_are_gathered_in_blocks() -> None:
-    """One run per block of neighbours, and no block longer than allowed."""
+def test_lost_partitions_are_gathered_in_blocks() -> None:
+    """Blocks of neighbours, and no block longer than allowed."""
     partitions = list(partitions_in(AAPL_1H.timeframe, window("2023-01-01", "2024-01-01")))
     cut = {0, 1, 2, 5, 8, 9, 10, 11}
     states = [PartitionState(p, 0, None, None, int(i in cut), int(i in cut), True) for i, p in enumerate(partitions)]
     drift = compare(states, {p.key: "MATERIALIZED" for p in partitions}, max_block=3)
-    blocks = [[partitions.index(p) for p in block] for block in drift.to_request]
+    blocks = [[partitions.index(p) for p in block] for block in drift.lost]
     assert blocks == [[0, 1, 2], [5], [8, 9, 10], [11]]
 
 
@@ -143,7 +157,7 @@ def test_what_was_loaded_outside_dagster_is_reported(settings: Settings, instanc
     """Complete months become materialized with their rows; the month that begins in the middle stays missing."""
     hold(settings.data_dir, AAPL_1H, utc("2024-01-10"), NOW)
     tick = reconcile(settings, instance)
-    assert (tick.reported, tick.requests) == (5, [])
+    assert (tick.reported, tick.lost) == (5, 0)
     found = partition_statuses(instance, AAPL_1H, settings, MONTHS)
     assert found == {"2024-01-01": None, **dict.fromkeys(MONTHS[1:], "MATERIALIZED")}
     event = instance.get_latest_materialization_event(asset_key(AAPL_1H))
@@ -217,17 +231,17 @@ def test_a_series_without_a_file_and_without_a_record_is_left_missing(
 ) -> None:
     """Never asked is missing, also in a month in which no bar is expected yet."""
     tick = reconcile(settings, instance, utc("2024-06-01T12:00:00"))
-    assert (tick.reported, tick.requests) == (0, [])
+    assert (tick.reported, tick.lost) == (0, 0)
     assert instance.get_materialized_partitions(asset_key(AAPL_1H)) == set()
 
 
 # ---------------------------------------------------------------------------------------------------- recorded, gone
 
 
-def test_forty_deleted_lines_are_asked_for_again_and_repaired(
+def test_forty_deleted_lines_are_known_and_can_be_repaired(
     start_gateway: StartGateway, make_settings: MakeSettings, instance: dg.DagsterInstance
 ) -> None:
-    """Exactly the months that lost lines are requested; the run brings the same bars back; then nothing is left to do."""
+    """Exactly the months that lost lines are listed; a run brings the same bars back; then nothing is left to do."""
     gateway = start_gateway()
     settings = make_settings(gateway.port, partition_starts={"1h": "2024-01-01"})
     now = datetime.now(UTC)
@@ -242,31 +256,25 @@ def test_forty_deleted_lines_are_asked_for_again_and_repaired(
     os.utime(path, (now.timestamp() - 3600,) * 2)
     asked = len(gateway.requests)
     reconciler = Reconciler(settings, [AAPL_1H])
-    (request,) = reconciler.run_tick(instance, "", now).requests
-    assert partition_range(request) == ("2024-03-01", "2024-04-01")
-    assert request.run_config["ops"][op_name(AAPL_1H)]["config"]["mode"] == "full"
-    assert execute(settings, [AAPL_1H], instance, request).success
+    assert reconciler.run_tick(instance, "", now).lost == 2
+    assert find_lost(settings, instance, now) == [("2024-03-01", "2024-04-01")]
+    assert load_again(settings, instance, "2024-03-01", "2024-04-01")
     assert path.read_text() == before
     assert len(gateway.requests) == asked + 1
     assert set(partition_statuses(instance, AAPL_1H, settings, MONTHS).values()) == {"MATERIALIZED"}
     settled = reconciler.run_tick(instance, "", now + timedelta(minutes=10))
-    assert (settled.reported, settled.requests, settled.problems) == (0, [], [])
+    assert (settled.reported, settled.lost, settled.problems) == (0, 0, [])
 
 
-def test_what_cannot_be_brought_back_shows_as_failed_and_is_not_asked_for_for_ever(
-    settings: Settings, instance: dg.DagsterInstance
-) -> None:
-    """The run finds no gateway: the month turns from materialized to failed, and the next tick leaves it so."""
+def test_what_cannot_be_brought_back_shows_as_failed(settings: Settings, instance: dg.DagsterInstance) -> None:
+    """A run that finds no gateway: the month is failed instead of materialized, and no longer lost. A restored file ends it."""
     hold(settings.data_dir, AAPL_1H, utc("2024-01-01"), NOW, without=range(200, 210))
     record(instance, MONTHS)
-    (request,) = reconcile(settings, instance).requests
-    (key, last) = partition_range(request)
-    assert key == last == "2024-02-01"
-    assert not execute(settings, [AAPL_1H], instance, request).success
+    assert find_lost(settings, instance) == [("2024-02-01", "2024-02-01")]
+    assert not load_again(settings, instance, "2024-02-01", "2024-02-01")
     found = partition_statuses(instance, AAPL_1H, settings, MONTHS)
     assert found == {**dict.fromkeys(MONTHS, "MATERIALIZED"), "2024-02-01": "FAILED"}
-    assert reconcile(settings, instance).requests == []
-    # Somebody restores the file: the failure is history.
+    assert reconcile(settings, instance).lost == 0
     hold(settings.data_dir, AAPL_1H, utc("2024-01-01"), NOW)
     assert reconcile(settings, instance).reported == 1
     assert set(partition_statuses(instance, AAPL_1H, settings, MONTHS).values()) == {"MATERIALIZED"}
@@ -291,25 +299,28 @@ def test_a_series_that_shared_a_failed_run_is_put_right(settings: Settings, inst
     assert set(partition_statuses(instance, MSFT_1H, settings, keys).values()) == {"FAILED"}
 
 
-def test_a_deleted_file_is_asked_for_again_in_one_run(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_a_deleted_file_lost_all_its_partitions(settings: Settings, instance: dg.DagsterInstance) -> None:
     """Everything that was recorded, the unfinished month included, and nothing else."""
     record(instance, MONTHS)
-    (request,) = reconcile(settings, instance).requests
-    assert partition_range(request) == ("2024-01-01", "2024-06-01")
+    tick = reconcile(settings, instance)
+    assert (tick.reported, tick.lost) == (0, 6)
+    assert find_lost(settings, instance) == [("2024-01-01", "2024-06-01")]
 
 
-def test_a_file_that_is_none_any_more_makes_its_partitions_fail(
+def test_the_partitions_of_a_file_that_is_none_any_more_are_lost(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    """Overwritten with something else: listed, requested, and failed with the reason; the file is left alone."""
+    """Overwritten with something else: listed with the reason in every round; the file is left alone."""
     record(instance, MONTHS[2:4])
     settings.data_dir.mkdir()
     path = settings.data_dir / "AAPL_1h.csv"
     path.write_text("shopping list\nmilk\n")
-    tick = reconcile(settings, instance)
-    assert tick.problems[0].startswith("AAPL 1h: ")
-    (request,) = tick.requests
-    assert not execute(settings, [AAPL_1H], instance, request).success
+    reconciler = Reconciler(settings, [AAPL_1H])
+    for _ in range(2):
+        tick = reconciler.run_tick(instance, "", NOW)
+        assert tick.problems[0].startswith("AAPL 1h: ")
+        assert tick.lost == 2
+    assert not load_again(settings, instance, *MONTHS[2:4])
     assert set(partition_statuses(instance, AAPL_1H, settings, MONTHS[2:4]).values()) == {"FAILED"}
     assert path.read_text() == "shopping list\nmilk\n"
 
@@ -319,7 +330,7 @@ def test_bars_after_the_last_held_one_are_the_tails(settings: Settings, instance
     hold(settings.data_dir, AAPL_1H, utc("2024-01-01"), NOW - timedelta(days=21))
     record(instance, MONTHS)
     tick = reconcile(settings, instance)
-    assert (tick.reported, tick.requests) == (0, [])
+    assert (tick.reported, tick.lost) == (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- ticks
@@ -333,7 +344,7 @@ def test_a_series_in_a_run_is_left_to_it(settings: Settings, instance: dg.Dagste
         job, status=dg.DagsterRunStatus.STARTED, asset_selection=frozenset([asset_key(AAPL_1H)])
     )
     tick = reconcile(settings, instance)
-    assert (tick.in_runs, tick.looked_at, tick.requests) == (1, 0, [])
+    assert (tick.in_runs, tick.looked_at, tick.lost) == (1, 0, 0)
 
 
 def test_a_series_that_agrees_is_not_read_again_until_something_changes(
@@ -345,7 +356,9 @@ def test_a_series_that_agrees_is_not_read_again_until_something_changes(
     seen = [reconciler.run_tick(instance, "", NOW) for _ in range(3)]
     assert [(t.looked_at, t.reported, t.unchanged) for t in seen] == [(1, 6, 0), (1, 0, 0), (0, 0, 1)]
     record(instance, ["2023-11-01"])
-    assert [partition_range(r) for r in reconciler.run_tick(instance, "", NOW).requests] == [("2023-11-01",) * 2]
+    for unchanged in (0, 1, 1):
+        tick = reconciler.run_tick(instance, "", NOW)
+        assert (tick.lost, tick.unchanged) == (1, unchanged)
 
 
 def test_a_tick_that_takes_too_long_is_continued_by_the_next(settings: Settings, instance: dg.DagsterInstance) -> None:
@@ -353,7 +366,7 @@ def test_a_tick_that_takes_too_long_is_continued_by_the_next(settings: Settings,
     for series in (AAPL_1H, MSFT_1H):
         hold(settings.data_dir, series, utc("2024-04-01"), NOW)
     reconciler = Reconciler(settings, [MSFT_1H, AAPL_1H])
-    times = chain([0.0, 0.0, 1.0, 1.0, 1.0], repeat(1000.0))  # time is up after the first series
+    times = chain([0.0, 0.0], repeat(1000.0))  # time is up after the first series
     tick = reconciler.run_tick(instance, "", NOW, clock=lambda: next(times))
     assert (tick.reported, tick.cursor) == (3, "AAPL_1h")
     tick = reconciler.run_tick(instance, tick.cursor, NOW)
@@ -374,20 +387,35 @@ def test_an_instrument_that_cannot_be_judged_does_not_stop_the_others(
 
 
 def test_the_sensor_goes_round(settings: Settings, instance: dg.DagsterInstance) -> None:
-    """Dagster's own evaluation: reported, said so, and the next tick begins with the first series again."""
+    """Dagster's own evaluation: a round, a rest of ten minutes, and the next round begins with the first series again."""
     hold(settings.data_dir, AAPL_1H, utc("2024-04-01"), NOW)
-    sensor = make_reconcile_sensor(settings, [AAPL_1H], now=lambda: NOW)
+    times = iter([NOW, NOW + timedelta(minutes=9), NOW + timedelta(minutes=10), NOW + timedelta(minutes=20)])
+    sensor = make_reconcile_sensor(settings, [AAPL_1H], now=lambda: next(times))
     repository = build_defs(settings, [AAPL_1H]).get_repository_def()
     said, cursor = [], None
-    for _ in range(3):
+    for _ in range(4):
         data = sensor.evaluate_tick(
             dg.build_sensor_context(instance=instance, repository_def=repository, cursor=cursor)
         )
         said.append(data.skip_message or "")
-        cursor = data.cursor
+        cursor = data.cursor or cursor
     assert "3 partitions reported" in said[0]
-    assert "0 unchanged since" in said[1]
-    assert "1 unchanged since" in said[2]
+    assert "in 60 s" in said[1]
+    assert "0 unchanged since" in said[2]
+    assert "1 unchanged since" in said[3]
+
+
+def test_a_round_over_many_partitions_is_one_tick(settings: Settings, instance: dg.DagsterInstance) -> None:
+    """A thousand partitions of one series, whatever the clock says once it is begun."""
+    daily = Series(stock("AAPL"), TIMEFRAMES["1m"])
+    many = settings.model_copy(update={"partition_starts": {**settings.partition_starts, "1m": date(2020, 1, 1)}})
+    start = HistoryStart(open=utc("2024-06-01"), known_by="test")
+    hold(settings.data_dir, daily, utc("2024-06-01"), NOW)
+    Store(settings.data_dir).write(daily, empty_bars(), answered=None, source="simulator", now=NOW, history_start=start)
+    times = chain([0.0] * 2, repeat(1000.0))  # time is up after the first series
+    tick = Reconciler(many, [daily]).run_tick(instance, "", NOW, clock=lambda: next(times))
+    assert tick.is_round_over
+    assert tick.reported == len(instance.get_materialized_partitions(asset_key(daily))) > 1100
 
 
 def test_counts_do_not_depend_on_how_many_partitions_there_are() -> None:

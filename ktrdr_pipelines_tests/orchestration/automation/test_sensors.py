@@ -1,4 +1,4 @@
-"""Promises of the tail sensor and the schedules: what is due is asked for once, in one run, and each skip says why.
+"""Promises of the tail sensor and the schedules: what is due is requested once, in one run, and each skip has its reason.
 
 Real Dagster instances and files; the clock is passed in. Runs that a tick asks for are really executed at the end.
 """
@@ -17,17 +17,20 @@ import time_machine
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.definitions import build_defs
 from ktrdr_pipelines.domain.instruments import Instrument, Series, forex, stock
-from ktrdr_pipelines.domain.partitions import partition_at
+from ktrdr_pipelines.domain.partitions import partition_at, partition_from_key, partitions_in
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES
 from ktrdr_pipelines.errors import InputError
 from ktrdr_pipelines.orchestration.assets import asset_key, op_name
-from ktrdr_pipelines.orchestration.automation.due import Due, HeldEnds
+from ktrdr_pipelines.orchestration.automation.due import Due, HeldEnds, Tails
+from ktrdr_pipelines.orchestration.automation.request_cost import Cost
+from ktrdr_pipelines.orchestration.automation.run_requests import MAX_PARTITIONS
 from ktrdr_pipelines.orchestration.automation.schedules import make_tail_schedules
 from ktrdr_pipelines.orchestration.automation.sensors import make_tail_sensor
 from ktrdr_pipelines.orchestration.automation.tail import (
     Attempt,
     TailTick,
+    Tried,
     decide_tail,
     group_due,
     read_cursor,
@@ -138,22 +141,6 @@ def test_weeks_and_months_are_due_when_their_last_session_has_settled(
     assert len(tick(offline, [series], utc(after)).requests) == 1
 
 
-def test_what_an_earlier_load_could_not_finish_is_due_although_newer_bars_are_held(offline: Settings) -> None:
-    """A window in February failed and stays so, the bars after it arrived: the tick asks from there, until it is settled."""
-    hold(offline.data_dir, AAPL_1H, utc("2024-01-01"), TUESDAY)
-    store, held = Store(offline.data_dir), HeldEnds(offline.data_dir)
-
-    def tick_on() -> TailTick:
-        return decide_tail(offline, [AAPL_1H], held, NO_RUNS, TUESDAY)
-
-    assert tick_on().requests == []
-    store.note_unfinished(AAPL_1H, utc("2024-02-05T14:30:00"), None, now=TUESDAY)
-    (request,) = tick_on().requests
-    assert partition_range(request) == ("2024-02-01", "2024-03-01")
-    store.note_unfinished(AAPL_1H, None, None, now=TUESDAY)
-    assert tick_on().requests == []
-
-
 def test_a_bar_that_was_proven_empty_is_not_due(offline: Settings) -> None:
     """What IB showed not to exist is never asked for again."""
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY)
@@ -204,11 +191,12 @@ def test_a_hole_inside_the_file_is_not_the_tails_business(offline: Settings) -> 
     assert tick(offline, [AAPL_1H], TUESDAY + timedelta(seconds=30)).requests == []
 
 
-def test_short_bars_are_asked_for_within_six_months_only(offline: Settings) -> None:
+def test_short_bars_are_asked_for_within_six_months_only(make_settings: MakeSettings) -> None:
     """After a year away a series of 30-second bars begins where IB still has them."""
     series = Series(stock("AAPL"), TIMEFRAMES["30s"])
-    hold(offline.data_dir, series, utc("2024-01-02"), utc("2024-01-03"))
-    (request,) = tick(offline, [series], utc("2025-01-08T12:00:00")).requests
+    settings = make_settings(4001, auto_requests=300)
+    hold(settings.data_dir, series, utc("2024-01-02"), utc("2024-01-03"))
+    (request,) = tick(settings, [series], utc("2025-01-08T12:00:00")).requests
     assert partition_range(request) == ("2024-07-10", "2025-01-07")
 
 
@@ -278,21 +266,116 @@ def make_due(symbol: str, held: str) -> Due:
     series = Series(stock(symbol), TIMEFRAMES["1m"])
     last = partition_at(series.timeframe, utc("2024-03-05"))
     first = partition_at(series.timeframe, utc(held))
-    return Due(series, first, last, int(utc(held).timestamp()), int(TUESDAY.timestamp()))
+    return Due(series, first, last, int(utc(held).timestamp()), int(TUESDAY.timestamp()), Cost(1))
 
 
-def test_a_series_that_lags_by_years_does_not_drag_the_others_along() -> None:
+def test_a_series_that_is_behind_does_not_slow_the_others_down() -> None:
     """One run while that is cheap; a run of its own for what would make Dagster plan thousands of idle partitions."""
-    fresh = [make_due(f"S{i}", "2024-03-04") for i in range(50)]
+    fresh = [make_due(f"S{i:02d}", "2024-03-04") for i in range(50)]
     assert len(group_due([*fresh, make_due("LATE", "2024-02-05")])) == 1
     runs = group_due([*fresh, make_due("LATE", "2014-02-05")])
-    assert [len(run.series) for run in runs] == [50, 1]
+    assert [len(run.due) for run in runs] == [50, 1]
     assert [run.first.key for run in runs] == ["2024-03-04", "2014-02-05"]
 
 
-def test_a_year_away_is_one_run_for_all() -> None:
-    """All lag alike, so nothing is idle."""
-    assert len(group_due([make_due(f"S{i}", "2023-03-06") for i in range(50)])) == 1
+def test_runs_are_bounded_by_partitions_times_series() -> None:
+    """50 series that are 60 days behind: no run has more than 2,000 partitions × series, and none is left out."""
+    runs = group_due([make_due(f"S{i:02d}", "2023-12-12") for i in range(50)])
+    sizes = [len(list(partitions_in(TIMEFRAMES["1m"], Window(r.first.window.start, r.last.window.end)))) for r in runs]
+    assert [size * len(run.due) <= MAX_PARTITIONS for size, run in zip(sizes, runs, strict=True)] == [True, True]
+    assert sum(len(run.due) for run in runs) == 50
+
+
+def test_three_timeframes_of_forty_series_are_bounded(offline: Settings) -> None:
+    """Two months away: a bounded run, or two, per timeframe; all series are in one, with the tags that order the queue."""
+    universe = [Series(stock(f"S{i:02d}"), TIMEFRAMES[name]) for i in range(40) for name in ("1m", "1h", "1d")]
+    for series in universe:
+        hold(offline.data_dir, series, utc("2024-01-02"), utc("2024-01-04"))
+    found = tick(offline, universe, TUESDAY)
+    counts = [len(request.asset_selection or ()) for request in found.requests]
+    assert sum(counts) == 120
+    for request in found.requests:
+        series_timeframe = TIMEFRAMES[request.tags["ktrdr/timeframe"]]
+        first, last = (partition_from_key(series_timeframe, key).window for key in partition_range(request))
+        size = len(list(partitions_in(series_timeframe, Window(first.start, last.end))))
+        assert size * len(request.asset_selection or ()) <= MAX_PARTITIONS
+        assert int(request.tags["dagster/priority"]) > 0
+        assert request.tags["dagster/retry_on_asset_or_op_failure"] == "false"
+        assert float(request.tags["dagster/max_runtime"]) >= 6 * 3600
+
+
+# ---------------------------------------------------------------------------------------------------- what is too much
+
+
+def test_one_partition_of_2020_does_not_load_everything_since(offline: Settings) -> None:
+    """A user loaded one month in the UI. The tick starts nothing, and shows what is missing and the command that loads it."""
+    hold(offline.data_dir, AAPL_1M, utc("2020-02-03"), utc("2020-02-04"))
+    hold(offline.data_dir, AAPL_1H, utc("2018-02-01"), utc("2018-03-01"))
+    found = tick(offline, [AAPL_1M, AAPL_1H], TUESDAY)
+    assert found.requests == []
+    assert found.attempts == {}
+    minutes, hours = found.reasons
+    assert "`ktrdr ib-load AAPL 1m --mode tail`" in minutes
+    assert "2020-02-03T20:59:00Z" in minutes
+    assert "about 1,0" in minutes  # four years of sessions
+    assert "`ktrdr ib-load AAPL 1h --mode tail`" in hours
+    assert "70 requests" in hours
+
+
+@pytest.mark.parametrize(("bound", "requests"), [(69, 0), (70, 1)])
+def test_the_bound_of_a_tail_is_a_setting(make_settings: MakeSettings, bound: int, requests: int) -> None:
+    """Exactly as many requests as it allows are started."""
+    settings = make_settings(4001, auto_requests=bound)
+    hold(settings.data_dir, AAPL_1H, utc("2018-02-01"), utc("2018-03-01"))
+    assert len(tick(settings, [AAPL_1H], TUESDAY).requests) == requests
+
+
+def test_a_tail_that_is_too_long_is_shown_although_others_are_loaded(offline: Settings) -> None:
+    """A run for one series does not hide that another one needs the user."""
+    hold(offline.data_dir, AAPL_1H, utc("2010-02-01"), utc("2010-03-01"))
+    hold(offline.data_dir, MSFT_1H, MARCH, utc("2024-03-04T22:00:00"))
+    found = tick(offline, [AAPL_1H, MSFT_1H], TUESDAY)
+    assert [r.asset_selection for r in found.requests] == [[asset_key(MSFT_1H)]]
+    assert "`ktrdr ib-load AAPL 1h --mode tail`" in found.reasons[0]
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("1m", 4_500, 5_200), ("1s", 540, 620), ("1h", 215, 240)])
+def test_a_series_that_is_years_behind_is_judged_by_a_part(
+    offline: Settings, name: str, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first part of what is missing is planned: the arrays of a whole series would not fit into a tick. Partitions of
+    seconds begin with 2024."""
+    spans: list[Window] = []
+
+    def watch(series: Series, span: Window, **more: int) -> object:
+        spans.append(span)
+        return expected_bars(series, span, **more)
+
+    monkeypatch.setattr("ktrdr_pipelines.orchestration.automation.due.expected_bars", watch)
+    series = Series(stock("AAPL"), TIMEFRAMES[name])
+    tails = Tails(offline, HeldEnds(offline.data_dir), TUESDAY)
+    due = tails.find_due(series, int(utc("2005-02-03T20:59:00").timestamp()))
+    assert due is not None
+    assert not due.cost.is_exact
+    assert least < due.cost.requests < most
+    assert max(span.end - span.start for span in spans) < timedelta(days=130 if name != "1h" else 122 * 31)
+
+
+def test_a_tick_whose_time_is_up_is_continued_by_the_next(offline: Settings) -> None:
+    """Every series is judged once; what earlier ticks tried is kept for those that had no time."""
+    universe = [Series(stock(name), TIMEFRAMES["1h"]) for name in ("A", "B", "C", "D")]
+    for series in universe:
+        hold(offline.data_dir, series, MARCH, TUESDAY)
+    later = TUESDAY + timedelta(hours=2)
+    tried = Tried({"C_1h": Attempt(1, 7, 5), "D_1h": Attempt(1, 7, 5)})
+    times = iter([0.0, 0.0, 1000.0])
+    first = tick(offline, universe, later, tried=tried, clock=lambda: next(times))
+    assert [r.asset_selection for r in first.requests] == [[asset_key(universe[0]), asset_key(universe[1])]]
+    assert first.continue_at == "C_1h"
+    assert first.attempts["C_1h"].tries == 7
+    second = tick(offline, universe, later, tried=read_cursor(write_cursor(first)))
+    assert second.continue_at == ""
+    assert set(second.requests[0].asset_selection or ()) == {asset_key(series) for series in universe[2:]}
 
 
 # ---------------------------------------------------------------------------------------------------- once, and again
@@ -313,25 +396,27 @@ def test_what_brings_nothing_is_tried_again_after_growing_waits(offline: Setting
     """Ticks every five minutes while nothing arrives: tries after 5, 10, 20, 30, 30 minutes; progress starts anew."""
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY)
     began = TUESDAY + timedelta(hours=1, seconds=20)
-    attempts: dict[str, Attempt] = {}
+    left = Tried()
     tried = []
     for minutes in range(0, 150, 5):
-        found = tick(offline, [AAPL_1H], began + timedelta(minutes=minutes), attempts=attempts)
-        attempts = read_cursor(write_cursor(found.attempts))
+        found = tick(offline, [AAPL_1H], began + timedelta(minutes=minutes), tried=left)
+        left = read_cursor(write_cursor(found))
         if found.requests:
             tried.append(minutes)
         else:
             assert "brought nothing, the next one is at 2024-03-05T" in found.reasons[0]
     assert tried == [0, 5, 15, 35, 65, 95, 125]
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY + timedelta(hours=1))
-    found = tick(offline, [AAPL_1H], began + timedelta(minutes=150), attempts=attempts)
+    found = tick(offline, [AAPL_1H], began + timedelta(minutes=150), tried=left)
     assert found.attempts["AAPL_1h"].tries == 1
 
 
-@pytest.mark.parametrize("cursor", [None, "", "garbage", "[1]", '{"AAPL_1h": 3}', '{"AAPL_1h": [1, 2]}', "null"])
+@pytest.mark.parametrize(
+    "cursor", [None, "", "garbage", "[1]", '{"attempts": {"AAPL_1h": 3}}', '{"AAPL_1h": [1, 2]}', "null"]
+)
 def test_a_cursor_that_is_not_ours_is_no_obstacle(cursor: str | None) -> None:
     """It means that nothing was tried."""
-    assert read_cursor(cursor) == {}
+    assert read_cursor(cursor) == Tried()
 
 
 def test_a_series_in_a_run_that_is_still_going_is_left_out(offline: Settings, instance: dg.DagsterInstance) -> None:
@@ -375,13 +460,13 @@ def evaluate(settings: Settings, universe: list[Series], instance: dg.DagsterIns
 
 
 def test_the_sensors_are_part_of_the_definitions_and_run_by_default(offline: Settings) -> None:
-    """Nobody has to switch them on; the tail sensor ticks every five minutes."""
+    """Users do not have to switch them on; the tail sensor ticks every five minutes."""
     repository = build_defs(offline, [AAPL_1H, AAPL_1D]).get_repository_def()
     sensors = {s.name: s for s in repository.sensor_defs}
-    assert set(sensors) == {"tail_fill", "reconcile"}
+    assert set(sensors) == {"tail_fill", "gap_fill", "reconcile"}
     assert {s.default_status for s in sensors.values()} == {dg.DefaultSensorStatus.RUNNING}
     assert sensors["tail_fill"].minimum_interval_seconds == 300
-    assert repository.schedule_defs == []
+    assert [s.name for s in repository.schedule_defs] == ["retention"]
 
 
 def test_the_sensor_hands_over_requests_reasons_and_cursor(offline: Settings, instance: dg.DagsterInstance) -> None:
@@ -389,7 +474,7 @@ def test_the_sensor_hands_over_requests_reasons_and_cursor(offline: Settings, in
     hold(offline.data_dir, AAPL_1H, MARCH, TUESDAY)
     data = evaluate(offline, [AAPL_1H], instance, TUESDAY + timedelta(hours=2))
     assert len(data.run_requests) == 1  # type: ignore[attr-defined]
-    assert read_cursor(data.cursor)["AAPL_1h"].tries == 1  # type: ignore[attr-defined]
+    assert read_cursor(data.cursor).attempts["AAPL_1h"].tries == 1  # type: ignore[attr-defined]
     data = evaluate(offline, [AAPL_1H], instance, TUESDAY + timedelta(minutes=1))
     assert not data.run_requests  # type: ignore[attr-defined]
     assert "tail complete until" in data.skip_message  # type: ignore[attr-defined]
@@ -410,7 +495,8 @@ def test_a_timeframe_with_a_schedule_is_the_schedules_alone(
     assert not data.run_requests  # type: ignore[attr-defined]
     assert data.skip_message == "1d: on a schedule (30 22 * * 1-5)"  # type: ignore[attr-defined]
     repository = build_defs(settings, [AAPL_1D, AAPL_1H]).get_repository_def()
-    (listed,) = repository.schedule_defs
+    listed = repository.get_schedule_def("tail_1d")
+    assert len(repository.schedule_defs) == 2
     assert (listed.name, listed.cron_schedule, listed.execution_timezone) == ("tail_1d", "30 22 * * 1-5", "UTC")
     assert listed.default_status is dg.DefaultScheduleStatus.RUNNING
 
@@ -490,9 +576,9 @@ def test_a_run_that_finds_no_gateway_fails_and_is_asked_for_again_later(
     assert not result.success
     _, last = partition_range(first.requests[0])
     assert partition_statuses(instance, AAPL_1H, settings, [last]) == {last: "FAILED"}
-    soon = tick(settings, [AAPL_1H], now + timedelta(minutes=2), attempts=first.attempts)
+    soon = tick(settings, [AAPL_1H], now + timedelta(minutes=2), tried=Tried(first.attempts))
     assert soon.requests == []
-    again = tick(settings, [AAPL_1H], now + timedelta(minutes=5), attempts=first.attempts)
+    again = tick(settings, [AAPL_1H], now + timedelta(minutes=5), tried=Tried(first.attempts))
     assert again.requests[0].run_key != first.requests[0].run_key
 
 

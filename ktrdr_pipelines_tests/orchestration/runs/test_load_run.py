@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ktrdr_pipelines.domain.instruments import Series, stock
@@ -38,13 +40,21 @@ def test_a_run_without_a_request_loads_everything_missing_in_its_partitions() ->
 
 def test_tags_choose_the_partitions() -> None:
     """One partition, or the first and the last of a range."""
-    common = {"ktrdr/origin": "api", "ktrdr/mode": "backfill", "ktrdr/series": "BRK_B_1h"}
+    common = {"ktrdr/origin": "api", "ktrdr/mode": "backfill", "ktrdr/series": "BRK_B_1h", "ktrdr/work": "backfill"}
     assert make_run("2024-01-02", "2024-01-05").tags() == {**common, "dagster/partition": "2024-01-01"}
     assert make_run("2024-01-02", "2024-03-05").tags() == {
         **common,
         "dagster/asset_partition_range_start": "2024-01-01",
         "dagster/asset_partition_range_end": "2024-03-01",
     }
+
+
+def test_a_tail_goes_first_in_the_queue() -> None:
+    """And is not counted among the backfills, of which only some run at once."""
+    run = make_run("2024-01-02", "2024-01-05")
+    tags = replace(run, request=replace(run.request, mode=Mode.TAIL)).tags()
+    assert int(tags["dagster/priority"]) > 0
+    assert "ktrdr/work" not in tags
 
 
 def test_a_dagster_that_does_not_answer_is_transient(unused_port: int) -> None:
