@@ -1,8 +1,9 @@
 """One answer of 7,800 bars from the wire to the CSV, of the client library's decode rate: without Dagster, and with it.
 
-CPU of this process (the gateway has one of its own), in a process that has loaded before. Without Dagster: load machine, validation,
-ledger, store. With it: a whole run of Dagster in this process; and what the run of one answer of 20 days takes more than that of
-one day. The rival: the library's decoder alone, which makes an object of each bar and checks and keeps nothing.
+CPU of this process (the gateway has one of its own), in a process that has loaded before. Without Dagster: load machine,
+validation, ledger, store. With it: a whole run of Dagster in this process; and what the run of one answer of 20 days takes
+more than that of one day. The rival: the library's decoder alone, which makes an object of each bar and checks and keeps
+nothing.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def measure_runs(decode: Callable[[], None], port: int, folder: Path) -> None:
         assert not report.failures and report.ib_requests_made == 1
     decode_s, long_s, short_s = best(decode, 9), min(took[TWENTY_DAYS]), min(took[ONE_DAY])
     more_s = max(long_s - short_s, 1e-9)
-    print_rate("one answer of 7,800 bars with Dagster, beyond an answer of one day", BARS - DAY_BARS, more_s, decode_s, 25)
+    print_rate(
+        "one answer of 7,800 bars with Dagster, beyond an answer of one day", BARS - DAY_BARS, more_s, decode_s, 25
+    )
     print_rate("one answer of 7,800 bars with Dagster, the whole run in a warm process", BARS, long_s, decode_s)
 
 

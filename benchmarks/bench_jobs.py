@@ -73,8 +73,8 @@ WEEKS = Job("fourteen years of 1w", "AAPL", "1w", "2010-01-01", "2024-01-01", "1
 
 
 def least_s(requests: int, answer_s: float) -> float:
-    """The least seconds for ``requests`` of one contract, if each answer takes ``answer_s``: fewer than six in two seconds, and six
-    open at once (docs/ib_facts.md, 6)."""
+    """The least seconds for ``requests`` of one contract, if each answer takes ``answer_s``: fewer than six in two seconds
+    (docs/ib_facts.md, 6), and six open at once."""
     return max((requests - 1) // (BURST_UNITS - 1) * BURST_S + answer_s, ceil(requests / OPEN_REQUESTS) * answer_s)
 
 

@@ -1,8 +1,8 @@
 """Growth with the number of requests: loads of 10 to 5,000 requests of 390 minutes, from the wire to the CSV, without Dagster.
 
-CPU of this process and the bytes that it writes (CSV, sidecar, journal, ledger, socket), against the size of the file. The gateway has
-a process of its own and judges no pacing; the ledger decides every request as ever, but waits take no time.
-Run by `make bench`, or: ``python benchmarks/bench_requests.py [REQUESTS...]``.
+CPU of this process and the bytes that it writes (CSV, sidecar, journal, ledger, socket), against the size of the file. The
+gateway has a process of its own and judges no pacing; the ledger decides every request as ever, but waits take no time. Run
+by `make bench`, or: ``python benchmarks/bench_requests.py [REQUESTS...]``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gateway import run_gateway
 from loading import load_minutes, open_history
-from measuring import bytes_written
+from measuring import bytes_written, memory_folder
 from rows import print_point, print_row
 
 from ktrdr_pipelines.calendars import expected_bars
@@ -38,7 +38,7 @@ def first_day(requests: int) -> str:
 
 
 def main(sizes: tuple[int, ...] = SIZES) -> None:
-    with tempfile.TemporaryDirectory(prefix="bench_requests_") as scratch, run_gateway("--no-judge") as gateway:
+    with tempfile.TemporaryDirectory(prefix="bench_requests_", dir=memory_folder()) as scratch, run_gateway("--no-judge") as gateway:
         each_ms: dict[int, float] = {}
         with open_history(gateway.port, Path(scratch)) as history:
             load_minutes(history, Store(Path(scratch) / "warm"), "MSFT", "2024-02-27", END.isoformat())

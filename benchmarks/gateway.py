@@ -55,7 +55,7 @@ class User:
     """Folders of a new user: data, Dagster's home, state. Calendars are kept from one user to the next, as on any machine after
     the first load."""
 
-    def __init__(self, folder: Path, cache: Path, port: int = 0, **settings: object) -> None:
+    def __init__(self, folder: Path, cache: Path, port: int = 4001, **settings: object) -> None:
         self.folder, self.data, self.home = folder, folder / "data", folder / "home"
         for each in (self.data, self.home):
             each.mkdir(parents=True)
@@ -82,7 +82,7 @@ def new_users() -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="bench_users_") as folder:
         count = 0
 
-        def make(port: int = 0, **settings: object) -> User:
+        def make(port: int = 4001, **settings: object) -> User:
             nonlocal count
             count += 1
             return User(Path(folder) / f"user{count}", Path(folder) / "cache", port, **settings)

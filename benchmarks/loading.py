@@ -1,4 +1,4 @@
-"""Loads inside the process of a benchmark, through the project's own path to a gateway, with a ledger whose waits take no time."""
+"""Loads inside the process of a benchmark, by the project's own path to a gateway; waits of the ledger take no time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ktrdr_pipelines.store.store import Store
 
 
 class MovingClock:
-    """The real time plus what was waited for, which takes no time. For one request at a time: a jump would make the grants of others
-    expire."""
+    """The real time plus what was waited for, which takes no time. For one request at a time: a jump would make the grants of
+    others expire."""
 
     def __init__(self) -> None:
         self._waited_s = 0.0
