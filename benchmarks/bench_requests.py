@@ -38,7 +38,10 @@ def first_day(requests: int) -> str:
 
 
 def main(sizes: tuple[int, ...] = SIZES) -> None:
-    with tempfile.TemporaryDirectory(prefix="bench_requests_", dir=memory_folder()) as scratch, run_gateway("--no-judge") as gateway:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench_requests_", dir=memory_folder()) as scratch,
+        run_gateway("--no-judge") as gateway,
+    ):
         each_ms: dict[int, float] = {}
         with open_history(gateway.port, Path(scratch)) as history:
             load_minutes(history, Store(Path(scratch) / "warm"), "MSFT", "2024-02-27", END.isoformat())
