@@ -20,7 +20,7 @@ from ktrdr_pipelines.orchestration.bookkeeping import make_entry, store_entries
 from ktrdr_pipelines_tests.postgres_server import throw_away_cluster
 
 COUNTS = (50, 500, 5000)
-SLOW_COUNT = 500
+SLOW_COUNT = 50
 """More are not recorded one by one: it would take minutes."""
 KEY = dg.AssetKey(["ohlcv", "AAPL_1m"])
 DAYS = dg.DailyPartitionsDefinition("2004-01-01", end_date="2024-01-01").get_partition_keys()
