@@ -103,6 +103,11 @@ def check_counts(job: Job, user: User, gateway: Gateway) -> None:
     found[job.what] = (len(requests), user.held_bars(job.series))
 
 
+def print_cpu(what: str, ours: Spent, rival: Spent | None = None) -> None:
+    """For readers of wall times of a machine that had other work."""
+    print(f"{what}: CPU {ours.cpu_s:.1f} s" + (f", of the client library's {rival.cpu_s:.1f} s" if rival else ""))
+
+
 found: dict[str, tuple[int, int]] = {}
 """Requests and bars of the last load of each job."""
 
@@ -124,6 +129,7 @@ def measure_jobs(users: Users) -> None:
             f"{job.what}: bars in the file", bars, "bars", against=theirs["bars"], of="documented loop",
             at_least=1, reach_unit="times",
         )  # fmt: skip
+        print_cpu(job.what, ours, loop)
         print_row(
             f"{job.what}, 0.5 s an answer: wall time", ours.wall_s, "s", against=loop.wall_s, of="documented loop",
             at_most=1, reach_unit="times",
@@ -157,6 +163,7 @@ def measure_bounds(users: Users) -> None:
         least = least_s(job.requests, answer_s)
         what = f"{job.requests} requests of {job.timeframe}, {answer_s:g} s an answer: wall time"
         print_row(what, ours.wall_s, "s", against=least, of="least by the rules", at_most=reach)
+        print_cpu(what, ours)
         if job is MINUTES:
             measure_memory(users, ours)
 
@@ -190,6 +197,7 @@ def measure_ten(users: Users) -> None:
 
     mine, loop = alternate(ours, theirs)
     requests, bars = found["ten"]
+    print_cpu("ten series", mine, loop)
     print_row("ten series, one request each: requests", requests, "requests", at_most=10)
     print(f"ten series: {bars} bars held; {loop.output.strip()} by the client library")
     print_row(

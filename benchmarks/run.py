@@ -85,15 +85,19 @@ def main(chosen: list[str]) -> int:
         raise SystemExit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names())}")
     RESULTS.mkdir(exist_ok=True)
     failed = False
+    machine = describe_machine()
     for name in chosen or names():
         result = run(name)
         failed |= bool(result.exit_code)
         (RESULTS / f"{name}.json").write_text(json.dumps(result.as_dict(), indent=1))
-    kept = [RESULTS / f"{name}.json" for name in names()]
-    results = [Result.from_dict(json.loads(path.read_text())) for path in kept if path.exists()]
-    write_document(results, describe_machine(), ROOT / "docs")
-    print(f"{len(results)} results in docs/benchmarks.md")
+        write_document(kept_results(), machine, ROOT / "docs")
     return int(failed)
+
+
+def kept_results() -> list[Result]:
+    """The newest result of each script that there is."""
+    files = [RESULTS / f"{name}.json" for name in names()]
+    return [Result.from_dict(json.loads(path.read_text())) for path in files if path.exists()]
 
 
 if __name__ == "__main__":
