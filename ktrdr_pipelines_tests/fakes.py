@@ -18,7 +18,7 @@ from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.ib.pacing.clock import Reading
 from ktrdr_pipelines.loading.driver import drive
-from ktrdr_pipelines.loading.report import Ended, Event, Failure
+from ktrdr_pipelines.loading.report import Ended, Event, Failure, Planned
 from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.durations import reach_back
 from ktrdr_pipelines.planning.requests import Request
@@ -127,8 +127,10 @@ def run_load(load: Load) -> Iterator[Event]:
     Raises:
         KtrdrError: the load could not begin.
     """
+    has_begun = False
     for _, event in drive([load]):
-        if isinstance(event, Failure) and not load.report.requests_planned:
+        has_begun |= isinstance(event, Planned)
+        if isinstance(event, Failure) and not has_begun:
             raise event.error
         if not isinstance(event, Ended):
             yield event

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from math import inf
 
 from ktrdr_pipelines.domain.work_class import WorkClass
+
+QUIET_S = 1.5
+"""Waits up to this long are part of the work; longer ones are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,18 @@ class Waiting:
     seconds: float
     until: datetime | None
     """At the latest; None: unknown."""
+
+    @classmethod
+    def for_seconds(cls, reason: str, seconds: float) -> Waiting:
+        """A wait that begins now."""
+        return cls(reason, seconds, datetime.now(UTC) + timedelta(seconds=seconds) if seconds < inf else None)
+
+
+OnWait = Callable[[Waiting], None]
+
+
+def show_nothing(_waiting: Waiting) -> None:
+    """An `OnWait` for callers that show nothing."""
 
 
 @dataclass
@@ -48,12 +64,14 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a caller passes with a question to IB. ``on_wait`` is called in the thread that waits, ``on_sent`` when a request
-    was sent, with the seconds within which it has to be answered. ``costs`` are added to as they arise, and are final when the
-    call returns."""
+    """What a caller passes with a question to IB. ``on_wait`` is called in the thread that waits. ``on_step`` is called with each
+    thing that usually takes a moment and may take long (to connect, the ledger, an answer), and with the seconds within which it
+    ends: who shows waits shows it when it does take long. ``on_sent`` is called when a request was sent, with the seconds within
+    which it has to be answered. ``costs`` are added to as they arise, and are final when the call returns."""
 
     work: WorkClass = WorkClass.INTERACTIVE
-    on_wait: Callable[[Waiting], None] = lambda _: None
+    on_wait: OnWait = show_nothing
+    on_step: Callable[[str, float], None] = lambda _what, _seconds: None
     on_sent: Callable[[float], None] = lambda _: None
     costs: Costs = field(default_factory=Costs)
     raises_time_out: bool = False

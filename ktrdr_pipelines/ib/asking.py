@@ -7,6 +7,7 @@ transient errors only, after the waits of the address (the setting IB_RETRY_WAIT
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from ktrdr_pipelines.domain.calls import Call, Interrupted, Waiting
 from ktrdr_pipelines.errors import GatewayUnreachable, KtrdrError, RequestTimeout, TransientError
 from ktrdr_pipelines.ib.client import GatewayClient, Sending
 from ktrdr_pipelines.ib.codes import Outage, RequestLost
+from ktrdr_pipelines.ib.pacing.backends import LOCK_TIMEOUT_S
 from ktrdr_pipelines.ib.pacing.ledger import GrantExpired
 from ktrdr_pipelines.ib.pacing.rules import Ask, Rule
 
@@ -29,15 +31,26 @@ T = TypeVar("T")
 
 
 class Asking:
-    """One call of ``history``. Not to be shared between threads."""
+    """One call of ``history``. Not to be shared between threads. ``interrupted`` is set when the program ends: then its waits
+    raise `Interrupted`."""
 
-    def __init__(self, history: IBHistory, call: Call) -> None:
-        self._history, self._call = history, call
+    def __init__(self, history: IBHistory, call: Call, interrupted: threading.Event) -> None:
+        self._history, self._call, self._interrupted = history, call, interrupted
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the program ends."""
+        return self._interrupted.is_set()
 
     # -- one try ----------------------------------------------------------------------------------------------------
 
     def connect(self) -> GatewayClient:
         """The connection, checked; see `Connection.get`."""
+        address = self._history.address
+        # At most one round of connecting, and a probe before it.
+        self._call.on_step(
+            f"the gateway at {address.host}:{address.port}", 2 * address.connect_timeout_s + address.probe_timeout_s
+        )
         return self._history.connection.get(self.report_wait, self.wait)
 
     def paced(self, ask: Ask, send: Callable[[GatewayClient, Sending], T]) -> T:
@@ -54,7 +67,10 @@ class Asking:
                 reason = f"pacing: {rule}{self._explain_pause(rule)}"
                 self.report_wait(reason, seconds, datetime.fromtimestamp(until_s, UTC))
 
-        grant = history.ledger.acquire(ask, work=self._call.work, sleep=history.pause, on_wait=waiting)
+        self._call.on_step(
+            "the pacing ledger: another process keeps it locked, or its database does not answer", LOCK_TIMEOUT_S
+        )
+        grant = history.ledger.acquire(ask, work=self._call.work, sleep=self._pause, on_wait=waiting)
         with grant, self.watch(client):
             costs.pacing_wait_s += grant.waited_s
             try:
@@ -73,6 +89,10 @@ class Asking:
                 self._call.on_sent(client.request_timeout_s)
 
             return send(client, sending)
+
+    def expect_answer(self, what: str, seconds: float) -> None:
+        """Before a request that is no history request: ``what`` it asks for has to come within ``seconds``."""
+        self._call.on_step(what, seconds)
 
     @contextmanager
     def watch(self, client: GatewayClient) -> Iterator[None]:
@@ -108,7 +128,15 @@ class Asking:
             Interrupted: the program ends.
         """
         self._call.costs.retry_wait_s += seconds
-        self._history.pause(seconds)
+        self._pause(seconds)
+
+    def _pause(self, seconds: float) -> None:
+        if self._history.sleep is not None:
+            self._history.sleep(seconds)
+        else:
+            self._interrupted.wait(seconds)
+        if self.is_interrupted:
+            raise Interrupted
 
     def wait_for_outages(self, client: GatewayClient, needed: frozenset[Outage]) -> None:
         """Wait for the end of outages of what is ``needed``, at most as long as patience lasts.
@@ -132,7 +160,8 @@ class Asking:
                 self.report_wait(reason, patience.left_s)
             with patience.spending(1.0):
                 self.wait(1.0)
-        patience.renew()
+        if not client.outages.kinds:
+            patience.renew()
 
     # -- retries ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +203,7 @@ class _Retries:
         error = _error_of(state)
         if error is None or not error.is_transient:
             return False
-        if self._history.is_interrupted:
+        if self._asking.is_interrupted:
             raise Interrupted
         if self._call.raises_time_out and isinstance(error, RequestTimeout):
             return False

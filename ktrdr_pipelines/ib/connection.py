@@ -89,22 +89,31 @@ class Connection:
             idle_s = self.clock.read().age_of(self._used)
             # Negative: the clock was set back, so the idle time is unknown.
             if self._is_suspect or not 0 <= idle_s <= PROBE_AFTER_S:
-                client.probe()
-                self._is_suspect = False
+                self._is_suspect = False  # before: another request may fail meanwhile
+                try:
+                    client.probe()
+                except BaseException:
+                    self._is_suspect = True
+                    raise
                 self.note_use(client)
 
     def note_use(self, client: GatewayClient, error: KtrdrError | None = None) -> None:
-        """Note that a request was sent over ``client`` or has ended just now, with ``error`` if it failed."""
-        with self._mutex:
-            if client is not self._client:
-                return  # a request of a connection that was replaced meanwhile
-            self._used = self.clock.read()
-            if error is None:
-                return
-            if isinstance(error, GatewayUnreachable):
-                self.close()
-            # A dead connection shows as a request without an answer: probe before the next one waits as long.
-            self._is_suspect = error.is_transient and not error.pauses_login
+        """Note that a request was sent over ``client`` or has ended just now, with ``error`` if it failed.
+
+        It never waits for a probe or a connection attempt of another request: an answer would wait with it.
+        """
+        if client is not self._client:
+            return  # a request of a connection that was replaced meanwhile
+        self._used = self.clock.read()
+        if error is None:
+            return
+        if isinstance(error, GatewayUnreachable):
+            with self._mutex:
+                if client is self._client:
+                    self.close()
+        # A dead connection shows as a request without an answer: probe before the next one waits as long. The refusal of one
+        # request does not end the suspicion of another.
+        self._is_suspect = self._is_suspect or (error.is_transient and not error.pauses_login)
 
     def cancel_requests(self) -> None:
         """Cancel what is open, on the wire too; an attempt to connect ends. For another thread than the ones that ask."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
 from ktrdr_pipelines.calendars import Session
-from ktrdr_pipelines.domain.calls import Call, Costs, Interrupted, Waiting
+from ktrdr_pipelines.domain.calls import Call, Costs, Interrupted, OnWait, show_nothing
 from ktrdr_pipelines.domain.instruments import Instrument, Series
 from ktrdr_pipelines.domain.time import format_instant
 from ktrdr_pipelines.errors import BugError, GatewayUnreachable, KtrdrError, PermanentError, StoreError
@@ -28,6 +28,7 @@ from ktrdr_pipelines.ib.endpoint import GatewayAddress
 from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
 from ktrdr_pipelines.ib.pacing.ledger import Ledger, open_ledger
 from ktrdr_pipelines.ib.pacing.rules import Ask, bars_ask, contract_text, head_ask, schedule_ask
+from ktrdr_pipelines.ib.step_timer import StepTimer
 from ktrdr_pipelines.ib.wire.decoding import RawBars
 from ktrdr_pipelines.planning.requests import Request
 
@@ -39,14 +40,19 @@ class Patience:
 
     def __init__(self, whole_s: float) -> None:
         self._whole_s = self.left_s = whole_s
-        self._one_at_a_time = threading.Lock()
+        self._spender = threading.Lock()
 
     @contextmanager
     def spending(self, seconds: float) -> Iterator[None]:
-        """A block that waits ``seconds``."""
-        with self._one_at_a_time:
-            self.left_s -= seconds
+        """A block that waits ``seconds``. None waits for another: each has to notice the end of the outage."""
+        is_spender = self._spender.acquire(blocking=False)
+        try:
+            if is_spender:
+                self.left_s -= seconds
             yield
+        finally:
+            if is_spender:
+                self._spender.release()
 
     def renew(self) -> None:
         """There is no outage any more."""
@@ -59,7 +65,7 @@ class IBHistory:
     from several threads at once; the answers come over one connection."""
 
     address: GatewayAddress
-    on_wait: Callable[[Waiting], None] = lambda _: None
+    on_wait: OnWait = show_nothing
     """Of calls that bring none of their own."""
     sleep: Callable[[float], None] | None = None
     """For tests: instead of waiting in real time."""
@@ -76,6 +82,7 @@ class IBHistory:
         self._interrupted = threading.Event()
         self._ledger_opened: Ledger | None = None
         self._heads: dict[str, datetime | None] = {}  # asked once per object: each counts as a history request
+        self._asking_head: dict[str, threading.Lock] = {}
         self._pinned: dict[tuple[Instrument, int], Instrument] = {}
 
     def __enter__(self) -> IBHistory:
@@ -118,49 +125,36 @@ class IBHistory:
 
     def interrupt(self) -> None:
         """End all calls that are under way, in other threads: waits end, open requests are cancelled on the wire. Each raises
-        `Interrupted`, as later ones do, until `resume`."""
+        `Interrupted`, as later ones do, until `resume`. May be repeated, for a call that was between two waits."""
         self._interrupted.set()
+        if self._ledger_opened is not None:
+            self._ledger_opened.interrupt()
         self.connection.cancel_requests()
 
     def resume(self) -> None:
-        """Calls are possible again."""
-        self._interrupted.clear()
-
-    @property
-    def is_interrupted(self) -> bool:
-        """True between `interrupt` and `resume`."""
-        return self._interrupted.is_set()
-
-    def pause(self, seconds: float) -> None:
-        """Wait.
-
-        Raises:
-            Interrupted: the program ends.
-        """
-        if self.sleep is not None:
-            self.sleep(seconds)
-        else:
-            self._interrupted.wait(seconds)
-        if self.is_interrupted:
-            raise Interrupted
+        """Calls are possible again; those that were interrupted stay so, however late they notice."""
+        self._interrupted = threading.Event()
 
     @contextmanager
     def _asking(self, call: Call | None) -> Iterator[Asking]:
         """A block for one call; without ``call`` one whose waits are shown where those of the history are."""
-        if self.is_interrupted:
+        interrupted = self._interrupted
+        if interrupted.is_set():
             raise Interrupted
-        call = call or Call(on_wait=self.on_wait)
         before = Costs()
-        before.add(call.costs)
-        try:
-            yield Asking(self, call)
-        except KtrdrError:
-            if self.is_interrupted:  # the cancelled request shows as a lost one
-                raise Interrupted from None
-            raise
-        finally:
-            with self._mutex:
-                self.costs.add(call.costs.minus(before))
+        with ExitStack() as shown:
+            if call is None:
+                call = Call(on_wait=self.on_wait, on_step=shown.enter_context(closing(StepTimer(self.on_wait))).begin)
+            before.add(call.costs)
+            try:
+                yield Asking(self, call, interrupted)
+            except KtrdrError:
+                if interrupted.is_set():  # the cancelled request shows as a lost one
+                    raise Interrupted from None
+                raise
+            finally:
+                with self._mutex:
+                    self.costs.add(call.costs.minus(before))
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -224,17 +218,22 @@ class IBHistory:
             GatewayUnreachable, StoreError: no gateway, or no ledger; no other request would work either.
         """
         ask = describe_head(instrument)
-        if ask.identity not in self._heads:
-            try:
-                with self._asking(call) as asking:
-                    head = asking.paced(ask, lambda client, sending: client.head_timestamp(instrument, sending=sending))
-            except (GatewayUnreachable, StoreError):
-                raise
-            except KtrdrError as error:
-                log.warning("going on without the start of history of %s: %s", instrument.symbol, error)
-                head = None
-            self._heads[ask.identity] = head
+        with self._mutex:
+            one_at_a_time = self._asking_head.setdefault(ask.identity, threading.Lock())
+        with one_at_a_time:
+            if ask.identity not in self._heads:
+                self._heads[ask.identity] = self._ask_head(instrument, ask, call)
         return self._heads[ask.identity]
+
+    def _ask_head(self, instrument: Instrument, ask: Ask, call: Call | None) -> datetime | None:
+        try:
+            with self._asking(call) as asking:
+                return asking.paced(ask, lambda client, sending: client.head_timestamp(instrument, sending=sending))
+        except (GatewayUnreachable, StoreError):
+            raise
+        except KtrdrError as error:
+            log.warning("going on without the start of history of %s: %s", instrument.symbol, error)
+            return None
 
     def fetch_schedule(self, instrument: Instrument, *, end: datetime, days: int) -> list[Session]:
         """IB's own sessions of ``instrument``: those of ``days`` days (IB counts sessions) up to ``end``. A history request like
@@ -295,6 +294,7 @@ class IBHistory:
                 client = asking.connect()
                 asking.wait_for_outages(client, frozenset((Outage.LINK, Outage.DEFINITIONS)))
                 with asking.watch(client):
+                    asking.expect_answer(f"IB's answer about the contract of {instrument.symbol}", 30.0)
                     return client.contract_details(instrument)
 
             return asking.retry(doing, ask)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
 from math import inf
 
 from ktrdr_pipelines.domain.calls import Waiting
@@ -18,17 +17,15 @@ from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.actions import Action
 from ktrdr_pipelines.loading.history_source import History
-from ktrdr_pipelines.loading.in_flight import InFlight, InThreads, OneByOne, Question, Sent, Settled, Waits
+from ktrdr_pipelines.loading.in_flight import InFlight, InThreads, OneByOne, Question, Settled, Step, Waits
 from ktrdr_pipelines.loading.load_plan import FEW_REQUESTS
 from ktrdr_pipelines.loading.machine import LoadMachine
 from ktrdr_pipelines.loading.report import Ended, Event
 from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.loading.unanswered import Unanswered
 
-QUIET_S = 1.9
-"""Waits up to this long are part of the work; longer ones are shown."""
-
-LOCK_POLL_S = 0.2
-"""How often a load looks whether another load of its series is over."""
+POLL_S = 0.2
+"""How often it looks whether another load of a waiting series is over, and what has been silent for long."""
 
 IN_TURN = 6
 """So many loads take turns, even if only one question is out at a time."""
@@ -41,28 +38,30 @@ def drive(
     *,
     open_requests: int | None = None,
     on_wait: OnWait = lambda _load, _waiting: None,
+    on_idle: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Load, Event]]:
     """Run ``loads`` with ``open_requests`` questions out at most; each event with its load, `Ended` as the last one of each.
 
     None: one question at a time, in this thread. Loads that are broken off (the caller stops iterating, or is interrupted) end
     their open requests, keep what is in the files and remember what is unfinished. ``on_wait`` is called when a load waits for
-    longer than a moment, for another load of its series too: within two seconds.
+    longer than a moment, for another load of its series too: within two seconds. ``on_idle`` is called before each wait for an
+    answer, every two seconds at least.
     """
-    yield from _Drive(loads, open_requests, on_wait).run()
+    yield from _Drive(loads, open_requests, on_wait, on_idle).run()
 
 
 class _Drive:
-    def __init__(self, loads: Sequence[Load], open_requests: int | None, on_wait: OnWait) -> None:
+    def __init__(
+        self, loads: Sequence[Load], open_requests: int | None, on_wait: OnWait, on_idle: Callable[[], None]
+    ) -> None:
         self._waiting = deque(loads)
         self._active: deque[tuple[Load, LoadMachine]] = deque()
-        self._on_wait = on_wait
+        self._on_wait, self._on_idle = on_wait, on_idle
         self._reported: set[Load] = set()
         self._few_left = FEW_REQUESTS
         self._histories: dict[int, History] = {}
         """Those that were asked something."""
-        self._sent: dict[Question, tuple[float, float]] = {}
-        """When an unanswered request was sent, by the monotonic clock, and within how many seconds it has to be answered."""
-        self._quiet_since_s = time.monotonic()
+        self._unanswered: Unanswered[Load] = Unanswered(time.monotonic)
         self._in_flight: InFlight = OneByOne(self._show_wait) if open_requests is None else InThreads(open_requests)
 
     def run(self) -> Iterator[tuple[Load, Event]]:
@@ -154,40 +153,28 @@ class _Drive:
     def _take(self) -> Iterator[tuple[Load, Event]]:
         """Wait for the next result, and for the end of other loads of the waiting series."""
         is_blocked = bool(self._waiting) and self._has_room
+        self._on_idle()
         if not len(self._in_flight):
             if is_blocked and not self._active:
-                time.sleep(LOCK_POLL_S)
+                time.sleep(POLL_S)
             return
-        found = self._in_flight.take(LOCK_POLL_S if is_blocked else QUIET_S)
+        found = self._in_flight.take(POLL_S)
         if isinstance(found, Waits):
             self._show_wait(found.question, found.waiting)
-        elif isinstance(found, Sent):
-            self._sent[found.question] = (time.monotonic(), found.seconds)
+        elif isinstance(found, Step):
+            asker: Load = found.question.asker
+            self._unanswered.begin(found.question, asker, found.what, found.seconds, is_sent=found.is_sent)
         elif isinstance(found, Settled):
-            self._quiet_since_s = time.monotonic()
-            self._sent.pop(found.question, None)
             load: Load = found.question.asker
+            self._unanswered.end(found.question, load)
             if any(load is active for active, _ in self._active):
                 yield from self._step(load, load.answered(found.question, found.result))
-        else:
-            self._show_unanswered()
+        for silent, waiting in self._unanswered.silent():
+            self._on_wait(silent, waiting)
 
     def _show_wait(self, question: Question, waiting: Waiting) -> None:
-        self._sent.pop(question, None)  # it is asked again, if at all
-        if waiting.seconds > QUIET_S:
-            self._quiet_since_s = inf if waiting.seconds == inf else time.monotonic() + waiting.seconds
+        if self._unanswered.wait(question, question.asker, waiting):
             self._on_wait(question.asker, waiting)
-
-    def _show_unanswered(self) -> None:
-        """Nothing has come for a while: name the oldest request that is out. Once, until something comes."""
-        now_s = time.monotonic()
-        if not self._sent or now_s - self._quiet_since_s < QUIET_S:
-            return
-        question, (since_s, seconds) = next(iter(self._sent.items()))
-        self._quiet_since_s = since_s + seconds
-        left_s = max(0.0, since_s + seconds - now_s)
-        reason = f"IB's answer; {len(self._sent)} request{'s' * (len(self._sent) != 1)} open"
-        self._on_wait(question.asker, Waiting(reason, left_s, datetime.now(UTC) + timedelta(seconds=left_s)))
 
     def _break_off(self) -> None:
         """End what is still out, and remember what the loads owe. After a regular end nothing is left to do."""
@@ -196,6 +183,7 @@ class _Drive:
         for history in self._histories.values():
             history.resume()
         for load, machine in self._active:
+            load.hurry()
             deque(load.step(machine.finish(is_broken_off=True), lambda _question: None), maxlen=0)
             load.close()
 

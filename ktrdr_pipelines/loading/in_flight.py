@@ -20,8 +20,9 @@ from ktrdr_pipelines.domain.calls import Call, Waiting
 from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.actions import Refused
 
-ENDS_WITHIN_S = 1.5
+ENDS_WITHIN_S = 1.2
 """How long an interrupted program waits for its questions: they cancel their requests on the wire meanwhile."""
+INTERRUPT_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +52,16 @@ class Waits:
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
-    """A request of the question was sent and has to be answered within ``seconds``."""
+class Step:
+    """What a question does now, which ends within ``seconds``. ``is_sent``: IB has its request, and has to answer it."""
 
     question: Question
+    what: str
     seconds: float
+    is_sent: bool = False
 
 
-Found = Settled | Waits | Sent
+Found = Settled | Waits | Step
 
 
 class InFlight(Protocol):
@@ -80,7 +83,8 @@ class InFlight(Protocol):
         """
 
     def close(self, interrupt: Callable[[], None]) -> list[Question]:
-        """End what is still out, with ``interrupt``; returns those questions. Their costs are final then."""
+        """End what is still out, with ``interrupt``, which may be called several times; returns those questions. Their costs are
+        final then, but for a question that hangs in a database."""
 
 
 class OneByOne:
@@ -145,7 +149,8 @@ class InThreads:
         call = replace(
             question.call,
             on_wait=lambda waiting: self._inbox.put(Waits(question, waiting)),
-            on_sent=lambda seconds: self._inbox.put(Sent(question, seconds)),
+            on_step=lambda what, seconds: self._inbox.put(Step(question, what, seconds)),
+            on_sent=lambda seconds: self._inbox.put(Step(question, "IB's answer", seconds, is_sent=True)),
         )
         try:
             return question.ask(call)
@@ -167,12 +172,13 @@ class InThreads:
 
     def close(self, interrupt: Callable[[], None]) -> list[Question]:
         open_ones = list(self._open)
-        if open_ones:
-            interrupt()
-        until = time.monotonic() + ENDS_WITHIN_S
         for _ in self._threads:
             self._outbox.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
+        until = time.monotonic() + ENDS_WITHIN_S
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < until:
+            if open_ones:
+                interrupt()  # again and again: a question may have been between two waits
+            for thread in self._threads:
+                thread.join(INTERRUPT_EVERY_S / len(self._threads))
         self._open.clear()
         return open_ones

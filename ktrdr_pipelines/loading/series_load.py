@@ -53,6 +53,9 @@ from ktrdr_pipelines.store.sidecar import FileMark, Pinned, Sidecar
 from ktrdr_pipelines.store.splice import Comparison
 from ktrdr_pipelines.store.store import Store
 
+HURRIED_S = 0.1
+"""How long the end of an interrupted load waits for another process that writes its file."""
+
 
 class Load:
     """One load of one series. `driver.drive` drives it; ``report`` is true at every moment in between."""
@@ -137,6 +140,10 @@ class Load:
         with suppress(StoreError):  # the next load merges it
             self._store.merge_journal(self.series)
         self.lock.release()
+
+    def hurry(self) -> None:
+        """The program ends: nothing is worth a wait for another process any more."""
+        self._store.limit_waits(HURRIED_S)
 
     @property
     def history(self) -> History | None:

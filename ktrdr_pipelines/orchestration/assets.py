@@ -1,7 +1,7 @@
 """The asset factory: one partitioned asset per series, key ``ohlcv/AAPL_1h``; one step loads all selected series of a timeframe.
 
-The shape (a multi-asset with skippable outputs whose generator yields one materialization per finished partition and raises
-``Failure`` at the end) is the only one that marks exactly the right partitions of the right series (docs/dagster_facts.md, 3
+The shape (a multi-asset with skippable outputs that records one materialization per finished partition and raises ``Failure``
+at the end) is the only one that marks exactly the right partitions of the right series (docs/dagster_facts.md, 3
 and 12). The step: `load_step.py`; what the UI shows: `metadata.py` and `checks.py`.
 """
 
@@ -43,7 +43,7 @@ def make_assets(universe: Sequence[Series], partitions: dg.PartitionsDefinition)
     )
     def bars(
         context: dg.AssetExecutionContext, config: LoadConfig, gateway: GatewayResource, storage: StoreResource
-    ) -> Iterator[dg.AssetMaterialization | dg.AssetCheckResult]:
+    ) -> Iterator[dg.AssetCheckResult]:
         chosen = {key: by_key[key] for key in sorted(context.selected_asset_keys)}
         yield from LoadStep(context, config, gateway, storage, chosen).run()
 

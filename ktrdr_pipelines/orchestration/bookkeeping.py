@@ -108,7 +108,7 @@ def report_partitions(instance: dg.DagsterInstance, materializations: Sequence[d
 class FinishedPartitions:
     """Materializations of one step, stored in batches: when `BATCH` have gathered, or `PATIENCE_S` after the first.
 
-    `flush` stores the rest; a step calls it before it waits, and at its end. Not for use by several threads.
+    A step that waits calls `store_due` now and then, and `flush` at its end. Not for use by several threads.
     """
 
     def __init__(self, context: dg.AssetExecutionContext, clock: Callable[[], float] = time.monotonic) -> None:
@@ -126,7 +126,13 @@ class FinishedPartitions:
         run = self._run
         entry = make_entry(materialization, run_id=run.run_id, job_name=run.job_name, step_key=self._step_key)
         self._waiting.append(entry)
-        if len(self._waiting) >= BATCH or self._clock() - self._since >= PATIENCE_S:
+        if len(self._waiting) >= BATCH:
+            self.flush()
+        self.store_due()
+
+    def store_due(self) -> None:
+        """Store what waits if the first of it has waited for `PATIENCE_S`."""
+        if self._waiting and self._clock() - self._since >= PATIENCE_S:
             self.flush()
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -16,13 +17,15 @@ from ktrdr_pipelines.errors import KtrdrError
 from ktrdr_pipelines.loading.driver import drive
 from ktrdr_pipelines.loading.report import Completed, Ended, Event, Failure, Fetched, LoadReport, Planned
 from ktrdr_pipelines.loading.series_load import Load
+from ktrdr_pipelines.orchestration.bookkeeping import finished_partitions
 from ktrdr_pipelines.orchestration.checks import evaluate_checks
 from ktrdr_pipelines.orchestration.load_config import LoadConfig, resolve
 from ktrdr_pipelines.orchestration.metadata import REPORT, describe_partition, observe_load
 from ktrdr_pipelines.orchestration.resources import GatewayResource, StoreResource
 from ktrdr_pipelines.planning.modes import Held
 
-StepEvent = dg.AssetMaterialization | dg.AssetCheckResult
+LOG_EVERY_S = 2.0
+"""Every line of a run's log is an event in Dagster's database: requests share them."""
 
 
 class LoadStep:
@@ -38,8 +41,12 @@ class LoadStep:
     ) -> None:
         self._context, self._config, self._gateway = context, config, gateway
         self._limits = storage.history_limits
+        self._logged_at_s = 0.0
+        self._new_bars: dict[str, int] = {}
+        """Since the last line of the log, by series name."""
         self._keys = {series.name: key for key, series in chosen.items()}
         self._store = storage.store()
+        self._store.report_waits(self._show_wait_of_store)
         self._entry_point = gateway.entry_point(context.instance, context.run.run_id)
         span = context.partition_time_window
         window = Window(span.start.astimezone(UTC), span.end.astimezone(UTC))
@@ -48,8 +55,8 @@ class LoadStep:
         ]
         self._entry_point.reports += self._reports
 
-    def run(self) -> Iterator[StepEvent]:
-        """A materialization per finished partition, the checks of each series, and the failure of those that failed.
+    def run(self) -> Iterator[dg.AssetCheckResult]:
+        """The checks of each series; finished partitions are recorded as they finish.
 
         Raises:
             dagster.Failure: at the end, when anything failed.
@@ -62,13 +69,20 @@ class LoadStep:
                 report.failures.append(Failure(report.window, error.while_doing(f"loading {report.series}")))
                 report.status = "failed"
                 yield from self._sum_up(report)
-        for load, event in drive(loads, open_requests=self._gateway.open_requests, on_wait=self._show_wait):
-            self._entry_point.on_event(load.series, event)
-            self._log(load.series, event)
-            if isinstance(event, Completed):
-                yield self._materialize(event, load.report)
-            elif isinstance(event, Ended):
-                yield from self._sum_up(load.report)
+        with finished_partitions(self._context) as finished:
+            for load, event in drive(
+                loads,
+                open_requests=self._gateway.open_requests,
+                on_wait=self._show_wait,
+                on_idle=finished.store_due,
+            ):
+                self._entry_point.on_event(load.series, event)
+                self._log(load.series, event)
+                if isinstance(event, Completed):
+                    finished.add(self._materialize(event, load.report))
+                elif isinstance(event, Ended):
+                    finished.flush()  # checks are about what is recorded
+                    yield from self._sum_up(load.report)
         failed = [report for report in self._reports if report.failures]
         if failed:
             raise _failure(failed)
@@ -100,7 +114,7 @@ class LoadStep:
             metadata=describe_partition(event, report, closes, report.merged_file),
         )
 
-    def _sum_up(self, report: LoadReport) -> Iterator[StepEvent]:
+    def _sum_up(self, report: LoadReport) -> Iterator[dg.AssetCheckResult]:
         """The end of one series."""
         key = self._keys[report.series.name]
         if self._config.notice and self._config.notice not in report.notices:
@@ -111,8 +125,14 @@ class LoadStep:
         self._context.log_event(observe_load(key, report))
 
     def _show_wait(self, load: Load, waiting: Waiting) -> None:
+        self._show_wait_of(f"{load.series}: ", waiting)
+
+    def _show_wait_of_store(self, waiting: Waiting) -> None:
+        self._show_wait_of("", waiting)
+
+    def _show_wait_of(self, whose: str, waiting: Waiting) -> None:
         until = f" until {format_instant(waiting.until)} at the latest" if waiting.until else ""
-        self._context.log.info(f"{load.series}: waiting{until}: {waiting.reason}")
+        self._context.log.info(f"{whose}waiting{until}: {waiting.reason}")
         self._entry_point.on_wait(waiting)
 
     def _log(self, series: Series, event: Event) -> None:
@@ -120,7 +140,11 @@ class LoadStep:
         if isinstance(event, Planned):
             log.info(f"{series}: gaps found: {len(event.gaps)}, requests planned: {len(event.requests)}")
         elif isinstance(event, Fetched):
-            log.info(f"{series}: {event.done} of {event.planned}: {event.request}: {event.rows} new bars")
+            self._new_bars[series.name] = self._new_bars.get(series.name, 0) + event.rows
+            if event.done == event.planned or time.monotonic() - self._logged_at_s > LOG_EVERY_S:
+                self._logged_at_s = time.monotonic()
+                rows = self._new_bars.pop(series.name)
+                log.info(f"{series}: {event.done} of {event.planned} requests, up to {event.request}: {rows} new bars")
         elif isinstance(event, Failure):
             log.error(f"{event.window}: {event.error}")
 

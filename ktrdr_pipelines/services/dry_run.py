@@ -166,8 +166,8 @@ def _plan(
     settings: Settings,
     now: datetime,
 ) -> tuple[Sequence[Gap], Sequence[Request], WorkClass]:
-    """The gaps and requests of the load and their class, from its machine's plan. ``store`` is settled for ``series``. Of a future that was
-    never loaded IB is asked when it expires, as the load does."""
+    """The gaps and requests of the load and their class, from its machine's plan. ``store`` is settled for ``series``. Of a
+    future that was never loaded IB is asked when it expires, as the load does."""
     load = Load(
         series,
         window,

@@ -52,7 +52,7 @@ def load_series(
         if isinstance(found, LoadReport):
             return LoadResult(found)
         asked_before = history.costs.requests
-        with open_instance(settings) as instance:
+        with open_instance(settings, progress.show_wait) as instance:
             entry_point = EntryPoint(history=history, on_event=progress.show_event, on_wait=progress.show_wait)
             report, run_id = execute_load(settings, instance, found, entry_point=entry_point)
         report.ib_requests_made += asked_before

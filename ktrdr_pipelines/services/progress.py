@@ -5,6 +5,7 @@ rich draws; without a terminal (a pipe, CI) lines are printed instead of a progr
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +29,8 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._bars = 0
+        self._seen_s = time.monotonic()
+        """When something was last shown, or happened."""
 
     def __enter__(self) -> Self:
         if self._enabled and self._console.is_terminal:
@@ -46,6 +49,7 @@ class Progress:
 
     def show_event(self, series: Series, event: Event) -> None:
         """One event of a load."""
+        self._seen_s = time.monotonic()
         if isinstance(event, Planned):
             self._bars = 0
             if self._bar is not None:
@@ -67,10 +71,11 @@ class Progress:
         text = f"waiting{until} ({waiting.reason})"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, note=text)
-        elif waiting.seconds >= LONG_WAIT_S:
-            show_notice(text)  # even when quiet: minutes of silence look like a hang
-        else:
+        elif self._enabled:
             self._print(text)
+        elif waiting.seconds + time.monotonic() - self._seen_s >= LONG_WAIT_S:
+            self._seen_s = time.monotonic()
+            show_notice(text)  # even when quiet: minutes of silence look like a hang
 
     def _print(self, text: str) -> None:
         if self._enabled:

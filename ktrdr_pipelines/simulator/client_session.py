@@ -216,6 +216,7 @@ class Session:
             self._send(messages.build_managed_accounts(gateway.account)),
             self._send(messages.build_next_valid_id(1)),
             *(self._refuse(NO_REQUEST, notice) for notice in refusals.FARM_NOTICES),
+            *(self._refuse(NO_REQUEST, outage.begin) for outage in gateway.outages if outage.begin is not None),
             *(Begin(disturbance) for disturbance in planned.delivery.begins),
         ]
 

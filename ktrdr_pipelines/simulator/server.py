@@ -164,7 +164,7 @@ class SimulatedGateway:
 
     def _end_outage(self, disturbance: Disturbance) -> None:
         self.gateway.end(disturbance)
-        if disturbance.end is not None:
+        if disturbance.end is not None and all(other.kind != disturbance.kind for other in self.gateway.outages):
             self.broadcast(disturbance.end.code, disturbance.end.text)
         for connection in list(self._connections):
             connection.perform(connection.session.deliver_delayed())

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ktrdr_pipelines.domain.calls import QUIET_S, OnWait, Waiting, show_nothing
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.store.atomic import explained
@@ -65,19 +66,37 @@ class SeriesLock:
         self._lock.release()
 
 
+def acquire_showing(lock: FileLock, timeout_s: float, reason: str, on_wait: OnWait) -> None:
+    """Acquire ``lock``; ``on_wait`` is called when that takes longer than a moment.
+
+    Raises:
+        filelock.Timeout: another process keeps it for longer than ``timeout_s``.
+    """
+    try:
+        lock.acquire(timeout=min(QUIET_S, timeout_s))
+    except Timeout:
+        left_s = timeout_s - QUIET_S
+        if left_s <= 0:
+            raise
+        on_wait(Waiting.for_seconds(reason, left_s))
+        lock.acquire(timeout=left_s)
+
+
 @contextmanager
-def write_lock(data_dir: Path, series: Series, timeout_s: float, doing: str) -> Iterator[None]:
+def write_lock(
+    data_dir: Path, series: Series, timeout_s: float, doing: str, *, on_wait: OnWait = show_nothing
+) -> Iterator[None]:
     """The block may write the files of ``series``; ``data_dir`` is made when it is not there.
 
     Raises:
         StoreError: another process keeps the lock for longer than ``timeout_s``, or the disk refuses.
     """
     path = data_dir / f".{series.name}.lock"
-    lock = FileLock(path, timeout=timeout_s)
+    lock = FileLock(path)
     with explained(path, doing):
         _make_lock_file(path)
         try:
-            lock.acquire()
+            acquire_showing(lock, timeout_s, f"another process that writes {series.name}.csv", on_wait)
         except Timeout:
             raise StoreError(
                 f"another process has been writing {series.name}.csv for {timeout_s:g} s",

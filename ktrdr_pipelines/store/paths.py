@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from ktrdr_pipelines.domain.calls import OnWait, show_nothing
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.errors import DataError
 from ktrdr_pipelines.store.atomic import Disk, end_of_lines, explain_refusal, explained
@@ -27,6 +28,7 @@ class SeriesFiles:
     def __init__(self, data_dir: Path, lock_timeout_s: float, disk: Disk) -> None:
         self.data_dir = data_dir
         self.lock_timeout_s = lock_timeout_s
+        self.on_wait: OnWait = show_nothing
         self.disk = disk
 
     def csv(self, series: Series) -> Path:
@@ -50,7 +52,8 @@ class SeriesFiles:
         Raises:
             StoreError: another process keeps the lock for longer than the time-out, or the disk refuses, in the block too.
         """
-        with write_lock(self.data_dir, series, self.lock_timeout_s, doing), explained(self.csv(series), doing):
+        lock = write_lock(self.data_dir, series, self.lock_timeout_s, doing, on_wait=self.on_wait)
+        with lock, explained(self.csv(series), doing):
             yield
 
 

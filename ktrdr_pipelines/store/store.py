@@ -19,6 +19,7 @@ import pandas as pd
 
 from ktrdr_pipelines.bars.schema import empty_bars, latest_complete_open_s, opens_of, rules_for, validate_bars
 from ktrdr_pipelines.domain.arrays import IntArray
+from ktrdr_pipelines.domain.calls import OnWait
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window, require_utc
 from ktrdr_pipelines.errors import DataError
@@ -82,6 +83,14 @@ class Store:
         self._sidecars = SidecarCache(self._files)
         self._unreported: dict[Path, Prepared] = {}
         """What reads corrected since the last `prepare`, which reports it."""
+
+    def report_waits(self, on_wait: OnWait) -> None:
+        """Call ``on_wait`` when another process writes the files of a series for longer than a moment."""
+        self._files.on_wait = on_wait
+
+    def limit_waits(self, seconds: float) -> None:
+        """Wait no longer than this for another process that writes, from now on."""
+        self._files.lock_timeout_s = min(seconds, self._files.lock_timeout_s)
 
     def csv_path(self, series: Series) -> Path:
         """``AAPL_1h.csv`` in the data directory; where a link leads, if it is one."""

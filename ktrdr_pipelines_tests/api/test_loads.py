@@ -311,6 +311,7 @@ def test_the_records_of_a_load_have_its_progress_its_retry_and_its_end(open_api:
         assert state_of(run_id)["status"] == "queued"
         retry = accept()
         instance.add_run_tags(run_id, {"dagster/auto_retry_run_id": retry})
+        instance.add_run_tags(retry, {"dagster/max_retries": "0"})  # as the retry of a run has it in effect
         assert (state_of(run_id)["status"], state_of(run_id)["run_id"]) == ("queued", run_id)
         instance.report_run_failed(run_of(retry))
         assert (state_of(run_id)["status"], state_of(run_id)["problem"]["kind"]) == ("failed", "transient")

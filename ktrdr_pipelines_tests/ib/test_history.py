@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -209,9 +210,9 @@ def test_every_wait_is_in_the_log(bench: Bench, start_gateway: Any, caplog: pyte
     history.fetch(SERIES, REQUEST)
     assert "(history service error): odd" in caplog.text
     assert "try 2 of 2 in 3 s" in caplog.text
-    assert "waiting up to 12 s: pacing: no identical request within 15 seconds" in caplog.text
+    assert re.search("waiting up to 1[123] s: pacing: no identical request within 15 seconds", caplog.text)
     assert history.costs.retry_wait_s == 3.0
-    assert history.costs.pacing_wait_s == pytest.approx(12.1, abs=0.2)
+    assert 10 < history.costs.pacing_wait_s < 13
 
 
 def test_no_gateway_at_the_first_call_fails_at_once(bench: Bench, unused_port: int) -> None:

@@ -17,12 +17,12 @@ import pytest
 
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
-from ktrdr_pipelines.domain.calls import Call, Interrupted, Waiting
+from ktrdr_pipelines.domain.calls import QUIET_S, Call, Interrupted, Waiting
 from ktrdr_pipelines.domain.instruments import Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.errors import GatewayUnreachable, RequestTimeout
-from ktrdr_pipelines.loading.driver import QUIET_S, drive
+from ktrdr_pipelines.loading.driver import drive
 from ktrdr_pipelines.loading.report import Ended, Event, Failure, Fetched
 from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.planning.requests import Request

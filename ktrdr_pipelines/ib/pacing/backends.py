@@ -93,6 +93,9 @@ class LedgerStore(Protocol):
 
     def run(self, body: Callable[[Transaction], T]) -> T: ...
 
+    def interrupt(self) -> None:
+        """Let `run`, in other threads, not wait any longer for another process; where that is possible."""
+
     def close(self) -> None: ...
 
 

@@ -262,6 +262,10 @@ class Ledger:
 
         return measure(*self._store.run(body))  # outside the transaction: no other process waits for the estimates
 
+    def interrupt(self) -> None:
+        """End the waits of this process for another one that keeps the ledger locked; they raise StoreError."""
+        self._store.interrupt()
+
     def close(self) -> None:
         """Close the file or the database connections. The ledger may be used again afterwards."""
         self._store.close()

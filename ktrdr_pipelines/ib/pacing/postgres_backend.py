@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 
+class DatabaseAway(StoreError):
+    """The database is away, restarts, or does not answer: a later try may succeed."""
+
+    is_transient = True
+
+
 class _PostgresTransaction:
     def __init__(self, connection: Connection, clock: Clock | None) -> None:
         self._connection = connection
@@ -79,7 +85,7 @@ class PostgresStore:
 
     def run(self, body: Callable[[Transaction], T]) -> T:
         from sqlalchemy import text
-        from sqlalchemy.exc import SQLAlchemyError
+        from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
         try:
             with self._engine.begin() as connection:
@@ -93,11 +99,16 @@ class PostgresStore:
                 result = body(_PostgresTransaction(connection, self._clock))
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            raise StoreError(
-                cause, doing="pacing ledger in PostgreSQL", advice="Check the database; no request was sent."
+            kind = DatabaseAway if isinstance(error, OperationalError | InterfaceError) else StoreError
+            raise kind(
+                f"the pacing ledger in PostgreSQL cannot be used: {cause}",
+                advice="Check the database; no request was sent.",
             ) from error
         self._has_tables = True
         return result
+
+    def interrupt(self) -> None:
+        """A call of the driver cannot be ended from outside."""
 
     def close(self) -> None:
         self._engine.dispose()

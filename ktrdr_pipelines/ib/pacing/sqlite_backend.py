@@ -129,6 +129,7 @@ class SqliteStore:
         self._inode: tuple[int, int] | None = None
         self._pid = os.getpid()
         self._mutex = threading.Lock()
+        self._interruptions = 0
         self._abandoned: list[sqlite3.Connection] = []
 
     def run(self, body: Callable[[Transaction], T]) -> T:
@@ -137,10 +138,11 @@ class SqliteStore:
             if self._connection is not None:
                 self._abandoned.append(self._connection)
             self._pid, self._mutex, self._connection = os.getpid(), threading.Lock(), None
+        interruptions = self._interruptions
         with self._mutex:
             for _ in range(8):
                 try:
-                    connection = self._begin()
+                    connection = self._begin(lambda: self._interruptions != interruptions)
                     if connection is None:
                         continue
                     return self._finish(connection, body)
@@ -155,12 +157,16 @@ class SqliteStore:
             advice="Find out what keeps deleting or overwriting the file.",
         )
 
+    def interrupt(self) -> None:
+        self._interruptions += 1
+
     def close(self) -> None:
+        self.interrupt()
         with self._mutex:
             if self._pid == os.getpid():
                 self._disconnect()
 
-    def _begin(self) -> sqlite3.Connection | None:
+    def _begin(self, is_interrupted: Callable[[], bool]) -> sqlite3.Connection | None:
         """A connection inside a transaction on the file that bears the ledger's name now; None to try again."""
         connection = self._connection or self._open()
         deadline_s = time.monotonic() + LOCK_TIMEOUT_S
@@ -171,7 +177,7 @@ class SqliteStore:
             except sqlite3.Error as error:
                 _raise_if_damaged(error)
                 is_busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-                if not is_busy or time.monotonic() > deadline_s:
+                if not is_busy or time.monotonic() > deadline_s or is_interrupted():
                     raise
             # Not SQLite's own waiting: it backs off to a tenth of a second, so that the longest waiter tries least often.
             time.sleep(random.uniform(0.0005, 0.002))

@@ -12,15 +12,19 @@ import dagster as dg
 from filelock import FileLock, Timeout
 from sqlalchemy.exc import DBAPIError
 
+from ktrdr_pipelines.domain.calls import OnWait, show_nothing
 from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.settings import PROJECT_ROOT, Settings
+from ktrdr_pipelines.store.locks import acquire_showing
 
 _PACKAGED = Path(__file__).parents[1] / "home"
 _CONFIG = "dagster.yaml"
+_INITIALISED_WITHIN_S = 120.0
 
 
-def open_instance(settings: Settings) -> dg.DagsterInstance:
-    """The instance in the settings' Dagster home; a new home gets the project's `dagster.yaml`.
+def open_instance(settings: Settings, on_wait: OnWait = show_nothing) -> dg.DagsterInstance:
+    """The instance in the settings' Dagster home; a new home gets the project's `dagster.yaml`. ``on_wait`` is called when
+    another process initialises the home for longer than a moment.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -28,10 +32,14 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
     home = settings.dagster_home
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".initialising.lock", timeout=120):
+        lock = FileLock(home / ".initialising.lock")
+        acquire_showing(lock, _INITIALISED_WITHIN_S, f"another process that initialises {home}", on_wait)
+        try:
             _provide_config(home)
             instance = dg.DagsterInstance.from_config(str(home))
             instance.get_runs(limit=1)
+        finally:
+            lock.release()
     except Timeout:
         raise StoreError(f"{home} is being initialised by another process", advice="Try again in a moment.") from None
     except OSError as error:

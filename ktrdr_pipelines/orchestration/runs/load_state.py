@@ -132,6 +132,10 @@ def _describe(instance: dg.DagsterInstance, request: LoadRequest, attempts: Sequ
     result, problem = _outcome(instance, run) if run.is_finished else (None, None)
     status = _status_of(run, result)
     is_over = status not in ("queued", "running")
+    before = _count_before(instance, last) if run.status in _WAITING else None
+    progress = dict(_progress_of(run, result))
+    if before is not None:
+        progress["waiting_for"] = f"Dagster's queue; {before} run{'s' * (before != 1)} before it"
     return LoadState(
         run_id=first.dagster_run.run_id,
         run_ids=[record.dagster_run.run_id for record in attempts],
@@ -140,8 +144,8 @@ def _describe(instance: dg.DagsterInstance, request: LoadRequest, attempts: Sequ
         accepted_at=first.create_timestamp.astimezone(UTC),
         started_at=_instant(first.start_time),
         ended_at=_instant(last.end_time) if is_over else None,
-        loads_before=_count_before(instance, last) if run.status in _WAITING else None,
-        progress=_progress_of(run, result),
+        loads_before=before,
+        progress=progress,
         result=result if is_over else None,
         problem=problem if is_over else None,
     )

@@ -46,10 +46,10 @@ def follow_in_tag(instance: dg.DagsterInstance, run_id: str) -> EntryPoint:
         written_s = time.monotonic()
 
     def on_event(_series: Series, event: Event) -> None:
+        counts.update(waiting_for=None, waiting_until=None)
         if isinstance(event, Planned):
             counts["requests_planned"] += len(event.requests)
         elif isinstance(event, Fetched):
-            counts.update(waiting_for=None, waiting_until=None)
             counts["requests_done"] += 1
             counts["bars"] += event.rows
         elif isinstance(event, Failure):

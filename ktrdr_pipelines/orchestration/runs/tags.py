@@ -1,8 +1,8 @@
 """Tags of runs: our own, and Dagster's that it exports no names for; and the name of our only job that loads nothing."""
 
-RETENTION_JOB = "retention"
-
 from enum import StrEnum
+
+RETENTION_JOB = "retention"
 
 ORIGIN_TAG = "ktrdr/origin"
 """The entry point that launched the run: cli, api, or an `Origin`. Without it: the UI or a command of Dagster's."""
