@@ -1,9 +1,9 @@
-"""Whole loads from the command line against the simulated gateway: requests, wall time, CPU, memory, each beside its rival.
+"""Whole loads from the command line against the simulated gateway: requests, bars, wall time, CPU, each beside its rival.
 
 Every load is that of a new user (folders of its own, judged pacing), in a process of its own, alternately with the rival; the
 medians of three. Rivals: the loop of the client library's documentation (`client_loop.py`), the same requests sent by it all
-at once, the least time that the rules of IB and the answers allow, and a process that imports the libraries and opens the
-Dagster instance. Start-up is part of every time.
+at once, and the least time that the rules of IB and the answers allow. Start-up is part of every time; `bench_startup.py` looks
+at it alone.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ LOOP = Path(__file__).with_name("client_loop.py")
 OPEN_REQUESTS = 6
 """The default of KTRDR_OPEN_REQUESTS."""
 STOCKS = ("AAPL", "MSFT", "SPY", "GOOG", "AMZN", "NVDA", "IBM", "QQQ", "TSLA", "META")
-BARE = """import dagster, pandas, pandera.pandas, {library}, os
-with dagster.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance: instance.get_runs_count()"""
-LOCATION = "from ktrdr_pipelines.definitions import defs; getattr(defs, 'get_repository_def', lambda: None)()"
 Users = Callable[..., User]
 
 
@@ -164,17 +161,6 @@ def measure_bounds(users: Users) -> None:
         what = f"{job.requests} requests of {job.timeframe}, {answer_s:g} s an answer: wall time"
         print_row(what, ours.wall_s, "s", against=least, of="least by the rules", at_most=reach)
         print_cpu(what, ours)
-        if job is MINUTES:
-            measure_memory(users, ours)
-
-
-def measure_memory(users: Users, load: Spent) -> None:
-    user = users()
-    (location,) = alternate(lambda: run([sys.executable, "-c", LOCATION], user.environment, user.folder))
-    print_row(
-        f"{MINUTES.requests} requests of 1m: peak memory", load.memory_mb, "MB", against=location.memory_mb,
-        of="the code location", at_most=1.3, reach_unit="times",
-    )  # fmt: skip
 
 
 def measure_ten(users: Users) -> None:
@@ -224,33 +210,11 @@ def measure_current(users: Users) -> None:
             with run_gateway() as gateway:
                 return job.loop(users(), gateway.port, asked)
 
-        mine, loop, bare = alternate(ours, theirs, lambda: import_bare(users()))
+        mine, loop = alternate(ours, theirs)
         what = f"{job.what}, current limits, {len(asked)} requests"
-        print_row(
-            f"{what}: CPU", mine.cpu_s, "s", against=bare.cpu_s, of="imports and instance", at_most=1.3,
-            reach_unit="times",
-        )  # fmt: skip
+        print_cpu(what, mine, loop)
         print_row(f"{what}: wall time", mine.wall_s, "s", against=loop.wall_s, of="client library, all at once")
 
-
-def import_bare(user: User) -> Spent:
-    """A process that imports what any Dagster program with these libraries does, and opens the instance."""
-    return run([sys.executable, "-c", BARE.format(library="ib_insync")], user.environment, user.folder)
-
-
-def measure_nothing(users: Users) -> None:
-    """A load with nothing to do."""
-    with run_gateway() as gateway:
-        user = users(gateway.port)
-        HOURS_BRIEF.load(user)
-        mine, bare = alternate(lambda: HOURS_BRIEF.load(user), lambda: import_bare(user))
-        print_row(
-            "load with nothing to do: CPU", mine.cpu_s, "s", against=bare.cpu_s, of="imports and instance", at_most=1.3,
-            reach_unit="times",
-        )  # fmt: skip
-
-
-HOURS_BRIEF = Job("", "AAPL", "1h", "2023-01-01", "2023-02-01", "1 hour", "1 M", 1)
 
 # ------------------------------------------------------------------------------------------------ each further request
 
@@ -279,7 +243,6 @@ def measure_further(users: Users) -> None:
 
 def main() -> None:
     parts: dict[str, Callable[[Any], None]] = {
-        "nothing": measure_nothing,
         "current": measure_current,
         "counts": measure_counts,
         "ten": measure_ten,
