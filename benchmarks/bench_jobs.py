@@ -2,8 +2,7 @@
 
 Every load is that of a new user (folders of its own, judged pacing), in a process of its own, alternately with the rival; the
 medians of three. Rivals: the loop of the client library's documentation (`client_loop.py`), the same requests sent by it all
-at once, and the least time that the rules of IB and the answers allow. Start-up is part of every time; `bench_startup.py` looks
-at it alone.
+at once, and the least time that the rules of IB and the answers allow. Start-up is part of every time.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/run.py [NAME...]
 
-A benchmark is a script ``bench_NAME.py`` that prints rows and points (`rows.py`), or anything else, which is kept as it is.
-The newest result of each is in ``.bench/``, so that ``make bench BENCH=jobs`` renews one section of the document. Ends with 1
-if a script failed.
+A benchmark is a script whose name begins with ``bench_`` and that prints rows and points (`rows.py`), or anything else, which
+is kept as it is. The newest result of each is in ``.bench/``, so that ``make bench BENCH=jobs`` renews one section of the
+document. Ends with 1 if a script failed.
 """
 
 from __future__ import annotations
