@@ -3,7 +3,7 @@
 # make test-ib-async  the tests of the gateway client, with ib_async in place of ib_insync (part of make test)
 # make test-all   the same on every Python this project supports, each in an environment of its own
 # make ui     the Dagster UI on the demo's data, with the simulated gateway behind it
-# make bench  measurements, as ratios within one run
+# make bench  measurements beside their rivals, into docs/benchmarks.md (25 minutes; some: make bench BENCH="jobs rows")
 # make soak   130 requests and a backfill beside tails in real time, paced and judged: an hour
 # make matrix every fault in every mode and timeframe, as a table (minutes)
 # make kills  two hundred loads killed at random instants (the tests kill a few)
@@ -59,7 +59,8 @@ quick-lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; PYTHONPATH=$(CURDIR) $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python tools/make_venvs.py polars || echo "Leaving out polars."
+	@PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/run.py $(BENCH)
 
 soak: $(READY)
 	@PYTHONPATH=$(CURDIR) $(BIN)/python tools/soak.py && PYTHONPATH=$(CURDIR) $(BIN)/python tools/soak.py --classes 40
@@ -78,7 +79,7 @@ reference: $(READY)
 
 # Environments of the client libraries that prove the simulated gateway: they cannot share one with ib_insync.
 clients: $(READY)
-	@$(BIN)/python tools/make_client_envs.py
+	@$(BIN)/python tools/make_venvs.py ib_async ibapi
 
 lock: $(READY)
 	$(BIN)/python -m uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \

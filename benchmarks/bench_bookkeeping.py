@@ -7,7 +7,6 @@ The events are those of a run's step. All three in the same run, so that only ra
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
+from rows import print_point, print_row
 
 from ktrdr_pipelines.orchestration.bookkeeping import make_entry, store_entries
 from ktrdr_pipelines_tests.postgres_server import throw_away_cluster
 
 COUNTS = (50, 500, 5000)
-SLOW_COUNT = 500
+SLOW_COUNT = 50
 """More are not recorded one by one: it would take minutes."""
 KEY = dg.AssetKey(["ohlcv", "AAPL_1m"])
 DAYS = dg.DailyPartitionsDefinition("2004-01-01", end_date="2024-01-01").get_partition_keys()
@@ -82,7 +82,7 @@ def measure(name: str, opened: Callable[[], object]) -> None:
     with opened() as instance:  # type: ignore[attr-defined]
         made = 0
         for count in COUNTS:
-            line = f"{name:10s} {count:5d} partitions  "
+            took_ms = {}
             for way, record in WAYS.items():
                 if count > SLOW_COUNT and record is not store_entries:
                     continue
@@ -94,9 +94,14 @@ def measure(name: str, opened: Callable[[], object]) -> None:
                 record(instance, entries[:1])  # creates the run's database
                 began = time.perf_counter()
                 record(instance, entries)
-                line += f"  {way} {1000 * (time.perf_counter() - began) / count:6.2f} ms"
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+                took_ms[way] = 1e3 * (time.perf_counter() - began) / count
+            print_point(f"bookkeeping, {name}: wall time", count, "partitions", took_ms["our batch"] * count / 1e3, "s")
+            for way in ("one by one", "Dagster's batch"):
+                if way in took_ms:
+                    print_row(
+                        f"recording a finished partition of {count}, {name}: wall time", took_ms["our batch"], "ms",
+                        against=took_ms[way], of=way, at_most=1, reach_unit="times",
+                    )  # fmt: skip
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rows import print_row
+
 from ktrdr_pipelines.calendars import count_expected, expected_bars, match_held
 from ktrdr_pipelines.calendars.session_tables import build_table
 from ktrdr_pipelines.calendars.table_cache import find_table
@@ -43,12 +45,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         find_table("NYSE", extended=False, folder=Path(folder))
         kept_s = measure("table of New York, kept", lambda: find_table("NYSE", extended=False, folder=Path(folder)))
-    sys.stdout.write(f"  kept against computed {kept_s / computed_s:.3f}\n")
+    print_row("session table of New York, kept", 1e3 * kept_s, "ms", against=1e3 * computed_s, of="computed")
     expected_bars(minutes, DAY)
     listed_s = measure("20 years of 1m, listed", lambda: expected_bars(minutes, YEARS))
     counted_s = measure("20 years of 1m, counted", lambda: count_expected(minutes, YEARS))
     day_s = measure("one day of 1m, counted", lambda: count_expected(minutes, DAY))
-    sys.stdout.write(f"  counted against listed {counted_s / listed_s:.4f}, against one day {counted_s / day_s:.2f}\n")
+    what = "bars of twenty years of 1m, counted"
+    print_row(what, 1e3 * counted_s, "ms", against=1e3 * listed_s, of="listed")
+    print_row(what, 1e3 * counted_s, "ms", against=1e3 * day_s, of="one day counted")
     for label, instrument in (("extended hours", stock("AAPL", hours=Hours.EXTENDED)), ("forex", forex("EURUSD"))):
         series = Series(instrument, TIMEFRAMES["1m"])
         measure(f"20 years of 1m, {label}, listed", lambda s=series: expected_bars(s, YEARS))  # type: ignore[misc]

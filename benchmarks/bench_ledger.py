@@ -11,13 +11,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.synchronize
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from rows import print_row
 
 from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.ledger import Grant, open_ledger
@@ -97,9 +96,11 @@ def measure_full(waiters: int) -> dict[WorkClass, float]:
 
 def main() -> None:
     alone, together = measure(1), measure(PROCESSES)
-    for name, (rate, median_ms, longest_ms) in (("alone", alone), (f"{PROCESSES} processes", together)):
-        print(f"{name:>12}: {rate:7.0f} acquires/s, median {median_ms:.2f} ms, longest {longest_ms:.1f} ms")
-    print(f"{'ratio':>12}: {together[0] / alone[0]:.2f} of the rate, {together[1] / alone[1]:.1f} times the median")
+    print_row(
+        f"decisions of the ledger a second, {PROCESSES} processes", together[0], "decisions", against=alone[0], of="alone"
+    )  # fmt: skip
+    for name, (_, median_ms, longest_ms) in (("alone", alone), (f"{PROCESSES} processes", together)):
+        print(f"{name:>12}: median {median_ms:.2f} ms, longest {longest_ms:.1f} ms")
     for waiters in (0, 50):
         shown = ", ".join(f"{work} {median_ms:.2f} ms" for work, median_ms in measure_full(waiters).items())
         print(f"{waiters:>2} waiters, 60 requests: {shown}")

@@ -20,11 +20,13 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
 import numpy as np
+from rows import print_row
 
 from ktrdr_pipelines.bars.schema import bars_from_columns
 from ktrdr_pipelines.calendars import expected_bars
@@ -187,8 +189,16 @@ def took_s(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(label: str, settings: Settings, universe: Sequence[Series], instance: dg.DagsterInstance) -> list[object]:
-    """Print one line; returns what the UI shows of every twentieth series."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A home as its user meets it: what things cost, and what the UI shows of every twentieth series."""
+
+    figures: dict[str, float]
+    shown: list[object]
+
+
+def measure(label: str, settings: Settings, universe: Sequence[Series], instance: dg.DagsterInstance) -> Look:
+    """Look at the home, and print one line."""
     files, size = measure_home(instance)
     with webserver(settings) as url:
         keys = [s.name for s in universe]
@@ -211,7 +221,8 @@ def measure(label: str, settings: Settings, universe: Sequence[Series], instance
         f"tick of tail_fill {tail:5.2f} s, of reconcile {first:5.2f} s, unchanged {idle:5.2f} s\n"
     )
     sys.stdout.flush()
-    return [{k: v for k, v in each.items() if k != "assetMaterializations"} for each in shown]
+    figures = {"size": size / 1e6, "partition page": warm, "tick of tail_fill": tail}
+    return Look(figures, [{k: v for k, v in each.items() if k != "assetMaterializations"} for each in shown])
 
 
 def main() -> None:
@@ -225,9 +236,8 @@ def main() -> None:
             empty = measure_home(instance)
             run_id = run_once(settings, universe, instance, now)
             files, size = measure_home(instance)
-            sys.stdout.write(
-                f"one run of {SERIES} series: {(size - empty[1]) / 1e6:.2f} MB, {files - empty[0]} files\n"
-            )
+            print_row(f"records of one tail run of {SERIES} series", (size - empty[1]) / 1e6, "MB")
+            print(f"one run of {SERIES} series: {files - empty[0]} files")
             ends = [now - timedelta(days=365 * (count - i) / count) for i in range(count)]
             copy_run(settings.dagster_home, run_id, ends, universe)
             before = measure("before", settings, universe, instance)
@@ -238,10 +248,16 @@ def main() -> None:
                     + "\n"
                 )
             )
-            sys.stdout.write(f"pruned in {pruning:.1f} s, {1000 * pruning / count:.0f} ms a run\n")
+            print(f"pruned in {pruning:.1f} s, {1000 * pruning / count:.0f} ms a run")
             after = measure("after", settings, universe, instance)
-    sys.stdout.write(f"{count} runs; what the UI shows is the same: {before == after}\n")
-    sys.exit(before != after)
+    if before.shown != after.shown:
+        raise SystemExit("after pruning the UI shows something else than before")
+    print(f"{count} runs; what the UI shows is the same")
+    for what, unit in (("size", "MB"), ("partition page", "s"), ("tick of tail_fill", "s")):
+        print_row(
+            f"after pruning {count:,} runs of {SERIES} series: {what}", after.figures[what], unit,
+            against=before.figures[what], of="before", at_most=1, reach_unit="times",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import dagster as dg
 import numpy as np
+from rows import print_row
 
 from ktrdr_pipelines.bars.schema import bars_from_columns
 from ktrdr_pipelines.calendars import expected_bars
@@ -130,9 +131,9 @@ def main() -> None:
         make_files(settings.data_dir, universe)
         worst = measure(settings, universe, instance)
         worst_of_gaps = measure_gaps(settings, universe, instance)
-    sys.stdout.write(f"worst tick of the gap sensor: {worst_of_gaps:.2f} s (its time-out: {GAP_TIME_OUT_S:g} s)\n")
-    sys.stdout.write(f"worst tick of the tail sensor: {worst:.2f} s (promised: {PROMISE_S:g} s)\n")
-    sys.exit(worst > PROMISE_S or worst_of_gaps > GAP_TIME_OUT_S)
+    what = f"{len(universe):,} series: longest tick of"
+    print_row(f"{what} gap_fill, CPU", worst_of_gaps, "s", at_most=GAP_TIME_OUT_S)
+    print_row(f"{what} tail_fill, CPU", worst, "s", at_most=PROMISE_S)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """How many bars a second the simulated gateway serves over loopback: it must never be what another benchmark measures.
 
-Run it by hand: ``python -m benchmarks.bench_simulator``. The gateway runs in a process of its own; the reader is a bare
-socket that only counts, because the Python client libraries decode about 125,000 bars a second at best.
+Run by `make bench`, or: ``python benchmarks/bench_simulator.py``. The gateway runs in a process of its own; the reader is a bare
+socket that only counts. Beside it the rate at which the client library decodes, in CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import asyncio
 import socket
-import subprocess
-import sys
 import time
+
+from bench_answer import BARS, decode_with_library, payload_of
+from gateway import run_gateway
+from measuring import best
+from rows import print_row
 
 from ktrdr_pipelines.simulator.wire import HANDSHAKE_PREFIX, encode, frame
 
-SERVER = "from ktrdr_pipelines.simulator.command import simulator_command; simulator_command()"
 ANSWER_ID = b"17"
 
 
@@ -77,34 +79,24 @@ def measure(port: int, rounds: int) -> None:
             bars += client.ask(1000 + i, "AAPL", f"202402{1 + i % 28:02d}-23:59:59", "1 D", "1 hour")
             time.sleep(0.021)  # more than 50 messages a second would be refused
         elapsed = time.perf_counter() - started - 200 * 0.021
-        _say(f"1 hour, 1 D: {200 / elapsed:,.0f} answers a second ({bars} bars)")
+        print(f"1 hour, 1 D: {200 / elapsed:,.0f} answers a second ({bars} bars)")
     finally:
         client.close()
 
 
 def _report(label: str, bars: int, elapsed_s: float, size: int) -> None:
-    _say(f"{label}: {bars / elapsed_s:,.0f} bars a second ({bars:,} bars, {size / 1e6:.0f} MB, {elapsed_s:.2f} s)")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    decode_s = best(decode_with_library(payload_of(BARS)), 9)
+    what = f"simulated gateway, {label} ({bars:,} bars, {size / 1e6:.0f} MB): bars a second of wall time"
+    print_row(what, bars / elapsed_s, "bars", against=BARS / decode_s, of="client library decodes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12, help="large answers in each of the two passes")
     rounds = parser.parse_args().rounds
-    command = [sys.executable, "-c", SERVER, "--port", "0", "--no-judge"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            found = re.search(r":(\d+),", server.stdout.readline())
-            if found is None:
-                raise SystemExit("the simulated gateway did not start")
-            measure(int(found.group(1)), rounds)
-        finally:
-            server.terminate()
+    asyncio.set_event_loop(asyncio.new_event_loop())  # the library asks for one when it is imported
+    with run_gateway("--no-judge") as gateway:
+        measure(gateway.port, rounds)
 
 
 if __name__ == "__main__":

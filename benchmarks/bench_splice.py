@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -17,45 +16,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from market import DAY_ROWS, NOW, SERIES, NoSync, even_opens, make_market
+from measuring import memory_mb
+from rows import print_row
 
-from ktrdr_pipelines.bars.schema import COLUMNS, bars_from_columns, empty_bars, opens_of, validate_bars
-from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.bars.schema import COLUMNS, empty_bars, opens_of, validate_bars
 from ktrdr_pipelines.domain.time import Window
-from ktrdr_pipelines.domain.timeframes import parse_timeframe
 from ktrdr_pipelines.store.atomic import Disk
 from ktrdr_pipelines.store.csv_format import HEADER, render_rows
 from ktrdr_pipelines.store.store import Store
 
-SERIES = Series(stock("BENCH"), parse_timeframe("1m"))
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-DAY_ROWS = 390
 REPEATS = 5
-
-
-class NoSync(Disk):
-    """For the share of the time that is spent waiting for the disk."""
-
-    def sync(self, fd: int) -> None:
-        pass
-
-
-def make_market(rows: int) -> pd.DataFrame:
-    """A seeded walk in cents, 390 minutes a day, like twenty years of one stock."""
-    chance = np.random.default_rng(7)
-    index = np.arange(rows)
-    opens_s = 946_909_800 + (index // DAY_ROWS) * 86400 + (index % DAY_ROWS) * 60
-    cents = 10_000 + np.abs(np.cumsum(chance.integers(-3, 4, rows)))
-    open_, close = cents / 100, (cents + chance.integers(-5, 6, rows)) / 100
-    high = np.maximum(open_, close) + chance.integers(0, 5, rows) / 100
-    low = np.minimum(open_, close) - chance.integers(0, 5, rows) / 100
-    return bars_from_columns(
-        opens_s, open_, np.round(high, 2), np.round(low, 2), close, chance.integers(0, 90_000, rows)
-    )
 
 
 def splice_day(directory: Path, disk: Disk | None = None) -> None:
@@ -86,18 +60,6 @@ WAYS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def memory_mb(field: str) -> float:
-    """Resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak.
-
-    Read from /proc, because getrusage reports a forked child's peak as at least its parent's; where there is no /proc
-    both are getrusage's peak.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(field))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
-
-
 def measure(way: str, directory: Path) -> dict[str, float]:
     """Run ``way`` once, here; used in the child process."""
     validate_bars(empty_bars(), SERIES)  # pandera imports its backends at the first validation
@@ -108,14 +70,14 @@ def measure(way: str, directory: Path) -> dict[str, float]:
 
 def prepare_files(directory: Path, rows: int) -> bytes:
     """The file without its middle day, known to the store, and that day; returns the checksum of the whole file."""
-    market = make_market(rows)
+    market = make_market(even_opens(rows))
     middle = rows // 2 // DAY_ROWS * DAY_ROWS
     day = market.iloc[middle : middle + DAY_ROWS].reset_index(drop=True)
     whole = render_rows(market)
-    hole = render_rows(day)
-    at = whole.index(hole)
+    missing = render_rows(day)
+    at = whole.index(missing)
     path = directory / f"{SERIES.name}.csv"
-    path.write_bytes(HEADER + whole[:at] + whole[at + len(hole) :])
+    path.write_bytes(HEADER + whole[:at] + whole[at + len(missing) :])
     (directory / "whole.csv").write_bytes(HEADER + whole)
     day.to_pickle(directory / "day.pickle")
     Store(directory).prepare(SERIES, now=NOW)
@@ -139,27 +101,26 @@ def run_way(way: str, prepared: Path, whole: bytes) -> dict[str, float]:
     return {key: statistics.median(result[key] for result in results) for key in ("seconds", "mb", "same")}
 
 
-def tell(line: str) -> None:
-    sys.stdout.write(line + "\n")
-
-
 def main(rows: int) -> None:
-    """Write the table."""
     with tempfile.TemporaryDirectory(prefix="bench_splice_") as scratch:
         prepared = Path(scratch) / "prepared"
         prepared.mkdir()
         whole = prepare_files(prepared, rows)
-        tell(f"one day of {DAY_ROWS} rows into the middle of {rows:,} rows ({len(whole) / 1e6:.0f} MB)\n")
-        tell(f"{'way':<28}{'seconds':>10}{'peak MB above':>16}{'ratio':>9}   same bytes as the whole file")
         results = {way: run_way(way, prepared, whole) for way in WAYS}
-        ours = results["splice (ours)"]["seconds"]
-        for way, result in results.items():
-            same = "yes" if result["same"] == 1 else "NO"
-            tell(f"{way:<28}{result['seconds']:>10.3f}{result['mb']:>16.0f}{result['seconds'] / ours:>8.1f}x   {same}")
+    if different := [way for way, result in results.items() if not result["same"]]:
+        raise SystemExit(f"not the bytes of the whole file: {different}")
+    ours, bare, pandas = results.values()
+    what = f"one day into the middle of {rows:,} rows ({len(whole) / 1e6:.0f} MB)"
+    of = "pandas: read, concat, sort, write"
+    print_row(
+        f"{what}: wall time", ours["seconds"], "s", against=pandas["seconds"], of=of, at_most=1, reach_unit="times"
+    )
+    print_row(f"{what}, without fsync: wall time", bare["seconds"], "s", against=pandas["seconds"], of=of)
+    print_row(f"{what}: memory", ours["mb"], "MB", against=pandas["mb"], of=of, at_most=1, reach_unit="times")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        tell(json.dumps(measure(sys.argv[2], Path(sys.argv[3]))))
+        print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]))))
     else:
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 2_000_000)

@@ -3,7 +3,7 @@
 All of them, the ledger and the judge go by one clock (`SkippingClock`) that leaves out the time in which all of them sleep,
 so that hours of waiting take seconds while what happens at once still happens at once. The workers' pipes lead here, as
 sockets would to a gateway: a request counts from the moment of its write. Used by a test, and at full size by
-`benchmarks/bench_ledger_trial.py`.
+`tools/ledger_trial.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Create the environments of the client libraries: ``.venvs/ib_async``, ``.venvs/ibapi``.
+"""Create the environments of packages that are not the project's own: ``.venvs/ib_async``, ``.venvs/ibapi``, ``.venvs/polars``.
 
-Run by ``make clients``; standard library only. Each environment is installed from a lock with hashes beside the client
-scripts and is left alone while that lock is unchanged. Both libraries need environments of their own: ib_async and
-ib_insync own the same package ``eventkit``, and the tests want ``ibapi`` as IBKR ships it.
+Run by ``make clients`` and ``make bench``, with the names of the wanted ones; standard library only. Each environment is
+installed from a lock with hashes and is left alone while that lock is unchanged. The client libraries need environments of
+their own: ib_async and ib_insync own the same package ``eventkit``, and the tests want ``ibapi`` as IBKR ships it. polars is
+a rival of the benchmarks.
 
 The environment of ib_async also sees the packages of the environment that runs this, behind its own: the tests of the gateway
 client run there with ``IB_LIBRARY=ib_async`` (``make test-ib-async``).
@@ -20,8 +21,11 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = ROOT / "ktrdr_pipelines_tests" / "clients"
-CLIENTS = ("ib_async", "ibapi")
+LOCKS = {
+    "ib_async": ROOT / "ktrdr_pipelines_tests" / "clients" / "ib_async.lock",
+    "ibapi": ROOT / "ktrdr_pipelines_tests" / "clients" / "ibapi.lock",
+    "polars": ROOT / "benchmarks" / "polars.lock",
+}
 SEES_PROJECT = ("ib_async",)
 STAMP = "installed.sha256"
 
@@ -47,13 +51,13 @@ def see_packages(environment: Path, packages: str) -> None:
     (own / "project_packages.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
 
 
-def install_client(name: str) -> bool:
+def install(name: str) -> bool:
     """Create or renew the environment called ``name``. False if it was up to date.
 
     Raises:
         subprocess.CalledProcessError: the installation failed; what was half made is removed.
     """
-    lock, environment = LOCKS / f"{name}.lock", ROOT / ".venvs" / name
+    lock, environment = LOCKS[name], ROOT / ".venvs" / name
     packages = sysconfig.get_path("purelib") if name in SEES_PROJECT else ""
     stamp, wanted = environment / STAMP, describe_wanted(lock, packages)
     if stamp.exists() and stamp.read_text() == wanted and find_python(environment).exists():
@@ -92,16 +96,16 @@ def install_client(name: str) -> bool:
     return True
 
 
-def main() -> int:
-    for name in CLIENTS:
+def main(names: list[str]) -> int:
+    for name in names or LOCKS:
         try:
-            made = install_client(name)
+            made = install(name)
         except subprocess.CalledProcessError as error:
-            sys.stderr.write(f"cannot install the client {name}: the installer ended with {error.returncode}\n")
+            sys.stderr.write(f"cannot install the environment {name}: the installer ended with {error.returncode}\n")
             return 1
-        sys.stdout.write(f"client {name}: {'installed' if made else 'up to date'}\n")
+        sys.stdout.write(f"environment {name}: {'installed' if made else 'up to date'}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """10,000 requests of eight processes on one ledger, sixty of them killed and sixty stopped, judged by the simulator's judge.
 
-    python benchmarks/bench_ledger_trial.py [GRANTS] [INCIDENTS] [SEED]
+    python tools/ledger_trial.py [GRANTS] [INCIDENTS] [SEED]
 
 The trial of `ktrdr_pipelines_tests/ib/pacing/ledger_trial.py` at full size: 28 hours of pacing in minutes. What matters is
 not the time it takes but the counts. Ends with 1 if a pacing rule was broken, budget was left lying, or the waiting order
