@@ -8,6 +8,7 @@ busy machine does not matter. Figures are printed as ``row: ...`` lines.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,8 +89,9 @@ class Commands:
         return spend(command, self._environment | settings)
 
     def run_fresh(self, command: Sequence[str], **settings: str) -> Spent:
-        """One run in a new folder of bars, with an empty ledger: no wait for pacing that others caused."""
+        """One run in a new folder of bars, with an empty ledger: no wait for what other runs requested."""
         self._made += 1
+        shutil.rmtree(self._folder / "home" / "ib", ignore_errors=True)
         return self.run(command, KTRDR_DATA_DIR=str(self._folder / f"data{self._made}"), **settings)
 
     def least(self, command: Sequence[str]) -> tuple[Spent, Spent]:

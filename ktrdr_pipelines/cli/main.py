@@ -325,7 +325,7 @@ _add_commands()
 def main() -> NoReturn:
     """Entry point: known failures become one line and an exit code."""
     # A start makes a million objects that stay. Looking through them for garbage again and again is a fifth of its time.
-    gc.set_threshold(300_000)
+    gc.set_threshold(50_000)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as with Ctrl-C: open requests are cancelled
     try:
         code = cli.main(prog_name="ktrdr", standalone_mode=False)
