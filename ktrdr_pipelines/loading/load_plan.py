@@ -158,7 +158,7 @@ class _Planner:
         if self._series.instrument.sec_type not in RESTATED_KINDS or last_s is None or not len(asked):
             return requests, None
         if any(r.window.start_s <= last_s < r.window.end_s for r in requests[:1]):
-            return requests, None  # the last held bar is asked for again anyway
+            return requests, last_s  # it is asked for again anyway
         written_at = self._known.sidecar.updated_at
         is_old = written_at is not None and self._now - written_at > SCALE_TRUSTED
         found = []

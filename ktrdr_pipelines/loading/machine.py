@@ -227,10 +227,7 @@ class LoadMachine:
         if first_s is None or self._waiting[0].window.start_s < first_s:
             return True
         open_windows = [episode.request.window for episode in self._open.values()]
-        return any(
-            window.start_s < first_s or any(window.start_s <= s < window.end_s for s in self._compared_s)
-            for window in open_windows
-        )
+        return any(window.start_s < first_s or self._find_compared(window) for window in open_windows)
 
     def _prepare_second_look(self) -> None:
         """Bars that were the newest when they were asked for and are not any more: those after them can show now whether they
@@ -260,13 +257,27 @@ class LoadMachine:
             request,
             self._load,
             may_put_off=bool(self._waiting),
-            may_shrink=not self._is_second_look and self._sizes.may_shrink(self._missing.inside(request.window)),
+            may_shrink=not self._is_second_look and self._sizes.may_shrink(self._bars_of(request)),
         )
 
     def _divide(self, request: Request) -> list[Request]:
-        parts = self._sizes.divide(request, self._missing.inside(request.window), self._load.expected)
+        """``request`` in parts of the present size; first the one that compares price scales, since it decides about the others."""
+        complete = self._load.all_expected.complete_at(self._load.own_now_s)
+        parts = self._sizes.divide(request, self._bars_of(request), complete)
         self._planned += len(parts) - 1
-        return parts
+        return sorted(parts, key=lambda part: not self._find_compared(part.window))
+
+    def _bars_of(self, request: Request) -> ExpectedBars:
+        """What ``request`` is for: the missing bars of its window, and held ones that are compared."""
+        missing, compared = self._missing.inside(request.window), self._find_compared(request.window)
+        if not compared:
+            return missing
+        bars = self._load.all_expected
+        return bars.take(np.flatnonzero(np.isin(bars.opens, [*missing.opens.tolist(), *compared])))
+
+    def _find_compared(self, window: Window) -> list[int]:
+        """The held bars in ``window`` that are asked for again."""
+        return [s for s in self._compared_s if window.start_s <= s < window.end_s]
 
     def _is_needed(self, request: Request) -> bool:
         """False if what ``request`` was planned for is known by now (it lies before the start of history)."""
@@ -306,7 +317,7 @@ class LoadMachine:
 
     def _shrink_after_time_out(self, episode: Episode) -> bool:
         """Ask for the parts of a request that was too long to be answered in time; False when it cannot be smaller."""
-        bars = self._missing.inside(episode.request.window)
+        bars = self._bars_of(episode.request)
         if self._is_second_look or len(episode.asked) > 1 or not self._sizes.may_shrink(bars):
             return False
         self._sizes.note_time_out(len(bars))

@@ -6,6 +6,8 @@ IB's present limits allow a year of hours or a month of minutes in one request, 
 
 from __future__ import annotations
 
+from functools import partial
+
 from ktrdr_pipelines.calendars import ExpectedBars
 from ktrdr_pipelines.domain.timeframes import HistoryLimits, Timeframe
 from ktrdr_pipelines.planning.requests import Request, plan_requests
@@ -28,8 +30,9 @@ class RequestSizes:
         return len(bars) > 1 and len(plan_requests(self._timeframe, bars, HistoryLimits.CLASSIC)) > 1
 
     def note_answer(self, bars: int, seconds: float | None) -> bool:
-        """An answer of ``bars`` took ``seconds``. True when requests have to be smaller from now on."""
-        if self._limits is HistoryLimits.CLASSIC or seconds is None or seconds <= GOOD_ANSWER_S:
+        """An answer of ``bars`` took ``seconds``. True when requests have to be smaller from now on; an empty one shows nothing
+        about that."""
+        if self._limits is HistoryLimits.CLASSIC or not bars or seconds is None or seconds <= GOOD_ANSWER_S:
             return False
         return self._shrink(max(1, int(bars * GOOD_ANSWER_S / seconds)))
 
@@ -44,10 +47,10 @@ class RequestSizes:
         return True
 
     def divide(self, request: Request, bars: ExpectedBars, expected: ExpectedBars) -> list[Request]:
-        """``request`` for ``bars`` in parts of the present size, oldest first; itself when it is small enough. ``expected``: all
-        bars of the load."""
+        """``request`` for ``bars`` in parts of the present size, oldest first; itself when it is small enough. None is smaller than
+        the classic limits allow: an answer of few bars may be slow for other reasons than its size. ``expected``: all bars
+        around, of which ``bars`` are a part."""
         if self.most_bars is None or len(bars) <= self.most_bars:
             return [request]
-        return plan_requests(
-            self._timeframe, bars, self._limits, expected=expected, within=request.window, most_bars=self.most_bars
-        )
+        plan = partial(plan_requests, self._timeframe, bars, expected=expected, within=request.window)
+        return min(plan(self._limits, most_bars=self.most_bars), plan(HistoryLimits.CLASSIC), key=len)
