@@ -261,7 +261,7 @@ class LoadMachine:
         )
 
     def _divide(self, request: Request) -> list[Request]:
-        """``request`` in parts of the present size; first the one that compares price scales, since it decides about the others."""
+        """``request`` in parts of the present size; the one that compares price scales first: it decides about the others."""
         complete = self._load.all_expected.complete_at(self._load.own_now_s)
         parts = self._sizes.divide(request, self._bars_of(request), complete)
         self._planned += len(parts) - 1

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import TracebackType
 
@@ -27,7 +28,7 @@ from ktrdr_pipelines.ib.pacing.budget import Budget, measure, order_of_service
 from ktrdr_pipelines.ib.pacing.clock import Clock, SystemClock
 from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, LOOK_S, LedgerRows, Pause, Waiter
 from ktrdr_pipelines.ib.pacing.postgres_backend import PostgresStore
-from ktrdr_pipelines.ib.pacing.rules import PENALTY_MEMORY_S, Ask, Entry, Go, Rule, Wait, penalty_s
+from ktrdr_pipelines.ib.pacing.rules import MOST_DELAY_S, PENALTY_MEMORY_S, Ask, Entry, Go, Rule, Wait, penalty_s
 from ktrdr_pipelines.ib.pacing.shares import decide_share, is_starved
 from ktrdr_pipelines.ib.pacing.sqlite_backend import SqliteStore, ledger_path
 
@@ -105,7 +106,7 @@ class Grant:
         """The request is not open any more: answered, failed, or cancelled. Harmless when repeated."""
         if not self._is_over:
             self._is_over = True
-            self._ledger.mark_finished(self.token)
+            self._ledger.mark_finished(self.token, self.sent_at_s)
 
     def give_back(self) -> None:
         """Return the unit: nothing was sent, nor will be. Does nothing once `sending` was entered."""
@@ -177,6 +178,8 @@ class Ledger:
         self._store = store
         self._login = login
         self._clock = clock
+        self._fastest_s = inf
+        """The shortest time from the stamp of a request of this process to its end."""
 
     def __enter__(self) -> Ledger:
         return self
@@ -332,9 +335,18 @@ class Ledger:
 
         return self._store.run(body)
 
-    def mark_finished(self, token: str) -> None:
-        """The request is not open any more."""
-        self._store.run(lambda tx: LedgerRows(tx, self._login).mark_finished(token))
+    def mark_finished(self, token: str, sent_at_s: float | None = None) -> None:
+        """The request, stamped at ``sent_at_s``, is not open any more. If its answer took longer than the fastest one, the
+        gateway may have read it so much later: it counts from then on, `MOST_DELAY_S` later at most."""
+
+        def body(tx: Transaction) -> None:
+            rows = LedgerRows(tx, self._login)
+            took_s = 0.0 if sent_at_s is None else max(0.0, rows.now.wall_s - sent_at_s)
+            if sent_at_s is not None:
+                self._fastest_s = min(self._fastest_s, took_s)
+            rows.mark_finished(token, min(MOST_DELAY_S, max(0.0, took_s - self._fastest_s)))
+
+        self._store.run(body)
 
     def delete_unsent(self, token: str) -> None:
         """Delete a grant, unless its request was sent."""

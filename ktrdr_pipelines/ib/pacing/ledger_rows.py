@@ -146,8 +146,14 @@ class LedgerRows:
         else:  # the ledger was replaced, or the process stopped for very long, in the middle of the write
             self.add_request(token, ask, work, is_sent=True)
 
-    def mark_finished(self, token: str) -> None:
-        self._tx.run("UPDATE ib_pacing_requests SET is_finished = 1 WHERE token = :token", token=token)
+    def mark_finished(self, token: str, delay_s: float = 0.0) -> None:
+        """The request is not open any more, and counts as sent ``delay_s`` later than its stamp."""
+        self._tx.run(
+            "UPDATE ib_pacing_requests SET is_finished = 1, wall_s = wall_s + :delay, boot_s = boot_s + :delay"
+            " WHERE token = :token",
+            token=token,
+            delay=delay_s,
+        )
 
     def delete_unsent(self, token: str) -> None:
         self._tx.run("DELETE FROM ib_pacing_requests WHERE token = :token AND is_sent = 0", token=token)

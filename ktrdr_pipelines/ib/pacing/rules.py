@@ -31,13 +31,17 @@ OPEN_REQUESTS = 50
 
 WINDOW_MARGIN_S = 0.5
 IDENTICAL_MARGIN_S = 0.1
-BURST_MARGIN_S = 0.05
+BURST_MARGIN_S = 0.08
 """Every rule's time is this much longer than IB's. We stamp when we write to the socket, IB counts when it reads: of two requests
 the first may travel slower than the second, which brings them closer together at IB's end. On one connection they stay in
-order and differ by milliseconds; several processes have several connections, which a busy gateway may serve in turn. The
-margin follows the rule: half a second of ten minutes costs a tenth of a percent of the budget, of two seconds it would be a
-quarter. The short rules are broken by a delay of one message alone, and the answer to it is a pause of 15 s; a wrong
-ten minutes could cost the login."""
+order and differ by milliseconds; several processes have several connections, which a busy gateway may serve in turn. What it
+reads late is counted late once its answer shows that (`MOST_DELAY_S`). The margin follows the rule: half a second of ten
+minutes costs a tenth of a percent of the budget, of two seconds it would be a quarter. The short rules are broken by a delay
+of one message alone, and the answer to it is a pause of 15 s; a wrong ten minutes could cost the login."""
+
+MOST_DELAY_S = 0.35
+"""A request whose answer takes longer than the fastest one may have been read so much later than it was stamped, at most: in a
+burst of five a gateway that computes each answer before it reads on was seen to date the last ones a third of a second late."""
 
 OPEN_POLL_S = 1.0
 """The end of an open request cannot be computed; look again after this long."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ktrdr_pipelines.domain.work_class import WorkClass
 from ktrdr_pipelines.ib.pacing.clock import Reading, Stamp, SystemClock
 from ktrdr_pipelines.ib.pacing.ledger import (
     Grant,
@@ -18,7 +19,7 @@ from ktrdr_pipelines.ib.pacing.ledger import (
     WaitCancelled,
 )
 from ktrdr_pipelines.ib.pacing.ledger_rows import GRANT_VALID_S, TICKET_FRESH_S
-from ktrdr_pipelines.ib.pacing.rules import PENALTIES_S, Ask, Rule
+from ktrdr_pipelines.ib.pacing.rules import BURST_MARGIN_S, BURST_S, MOST_DELAY_S, PENALTIES_S, Ask, Rule, Wait
 from ktrdr_pipelines_tests.ib.pacing.ledger_tools import (
     FULL_S,
     RULES_ONLY,
@@ -440,3 +441,25 @@ def test_the_real_clock_moves_and_knows_its_boot() -> None:
     assert abs(clock.now_s() - time.time()) < 5
     assert first.boot_id == second.boot_id
     assert second.age_of(Stamp(first.wall_s - 100, 0.0, "another boot")) <= 100 + 5
+
+
+def test_what_a_busy_gateway_may_have_read_late_counts_as_late(ledger: Ledger, clock: HandClock) -> None:
+    """Five at once for one contract. The first is answered soon, so that shows no delay; the others a second later: each of them
+    may have been read a third of a second after its stamp, and the next but one waits for that."""
+    grants = [ledger.acquire(wish("A"), work=WorkClass.TAIL) for _ in range(5)]
+    for grant in grants:
+        grant.sent()
+    clock.sleep(0.5)
+    grants[0].finished()
+    clock.sleep(1.0)
+    for grant in grants[1:]:
+        grant.finished()
+    free_at_s = BURST_S + BURST_MARGIN_S - 1.5
+    answer = ledger.try_acquire(wish("A"), work=WorkClass.TAIL)
+    assert isinstance(answer, Wait)
+    assert answer.seconds == pytest.approx(free_at_s, abs=0.01)
+    clock.sleep(answer.seconds)
+    ledger.acquire(wish("A"), work=WorkClass.TAIL).sent()
+    answer = ledger.try_acquire(wish("A"), work=WorkClass.TAIL)
+    assert isinstance(answer, Wait)
+    assert answer.seconds == pytest.approx(MOST_DELAY_S, abs=0.01)
