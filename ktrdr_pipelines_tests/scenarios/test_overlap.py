@@ -359,11 +359,8 @@ def test_a_dagster_home_that_is_removed_meanwhile_costs_no_bar(slow_load: SlowLo
 
 
 @pytest.mark.postgres
-@pytest.mark.parametrize("comes_back", [True, False])
-def test_a_database_of_dagster_that_goes_away_in_the_middle_costs_no_bar(
-    slow_load: SlowLoad, tmp_path: Path, comes_back: bool
-) -> None:
-    """For a moment: Dagster tries again. For longer: one line."""
+def test_a_database_of_dagster_that_goes_away_for_a_moment_costs_nothing(slow_load: SlowLoad, tmp_path: Path) -> None:
+    """Dagster tries again. (For longer than a minute: one line, as for the home.)"""
     with switched_database() as (switch, _):
         (tmp_path / "home").mkdir()
         url = f"postgresql+psycopg2://ktrdr@127.0.0.1:{switch.port}/ledger"
@@ -373,14 +370,9 @@ def test_a_database_of_dagster_that_goes_away_in_the_middle_costs_no_bar(
 
         def go_away() -> None:
             switch.switch_off()
-            if comes_back:
-                time.sleep(0.3)
-                switch.switch_on()
+            time.sleep(0.3)
+            switch.switch_on()
 
         ended = slow_load.disturb(go_away)
-        if comes_back:
-            assert ended.returncode == 0, ended
-        else:
-            assert_one_clear_line(ended)
-            switch.switch_on()
+        assert ended.returncode == 0, ended
         slow_load.complete()
