@@ -1,7 +1,7 @@
 """Whatever a load waits for, it says so within two seconds and ends within two seconds on SIGINT and SIGTERM.
 
-Real processes in every state that a load can wait in. The times are measured by the test; the limits here are generous, since
-test machines are slow (`benchmarks/` has the figures). What was loaded is kept, the run is over in Dagster, locks and client ids
+Real processes in every state that a load can wait in. The end has a generous limit here, since test machines are slow; the two
+seconds to the line are checked with a moved clock in `loading/test_unanswered.py`. What was loaded is kept, the run is over in Dagster, locks and client ids
 are free, open requests are cancelled on the wire.
 """
 
