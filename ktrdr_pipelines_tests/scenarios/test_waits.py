@@ -1,8 +1,8 @@
 """Whatever a load waits for, it says so within two seconds and ends within two seconds on SIGINT and SIGTERM.
 
-Real processes in every state that a load can wait in. The end has a generous limit here, since test machines are slow; the two
-seconds to the line are checked with a moved clock in `loading/test_unanswered.py`. What was loaded is kept, the run is over in Dagster, locks and client ids
-are free, open requests are cancelled on the wire.
+Real processes in every state that a load can wait in. The end has a generous limit here, since test machines are slow; the
+two seconds to the line are checked with a moved clock in `loading/test_unanswered.py`. What was loaded is kept, the run is over
+in Dagster, locks and client ids are free.
 """
 
 from __future__ import annotations
