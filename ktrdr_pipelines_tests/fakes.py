@@ -61,6 +61,7 @@ class FakeHistory:
     requests: list[Request] = field(default_factory=list)
     heads_asked: int = 0
     clock_lag_s: float = 0.0
+    outage: str = ""
     reaches_back_s: int = 86400
     """How much further back than its window an answer reaches at least; its duration may lead further."""
 

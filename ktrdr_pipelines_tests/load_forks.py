@@ -132,10 +132,16 @@ class CommandForks:
     def start(self, *arguments: str, environment: Mapping[str, str]) -> int:
         """Begin it; the pid of its process."""
         outputs = [self._server.folder / f"{name}{len(self._outputs)}" for name in ("out", "err")]
+        for path in outputs:
+            path.unlink(missing_ok=True)  # of another test
         command = {"arguments": arguments, "environment": dict(environment), "folder": str(self._folder)}
         pid = self._server.ask({"command": command | {"outputs": [str(path) for path in outputs]}})
         self._outputs[pid] = outputs
         return pid
+
+    def stderr_of(self, pid: int) -> str:
+        """What it has printed on stderr so far."""
+        return self._outputs[pid][1].read_text() if self._outputs[pid][1].exists() else ""
 
     def wait(self, pid: int) -> Ended:
         """What it came to."""

@@ -56,6 +56,12 @@ class Connection:
         """How many seconds the gateway's time is behind this machine's; 0 if it is not, or without a connection."""
         return self._client.clock_lag_s if self._client is not None else 0.0
 
+    @property
+    def outage(self) -> str:
+        """What the gateway reports as out now; empty when it reports nothing, or without a connection."""
+        client = self._client
+        return client.outages.describe() if client is not None and client.outages.kinds else ""
+
     def get(
         self,
         on_wait: Callable[[str, float], None] = lambda _reason, _seconds: None,

@@ -121,6 +121,11 @@ class IBHistory:
         """How many seconds the gateway's time is behind this machine's; 0 if it is not, or before the first connection."""
         return self.connection.clock_lag_s
 
+    @property
+    def outage(self) -> str:
+        """What the gateway reports as out now; empty when it reports nothing, or is not connected."""
+        return self.connection.outage
+
     # -- life cycle of calls ------------------------------------------------------------------------------------------
 
     def interrupt(self) -> None:

@@ -169,7 +169,7 @@ class _Drive:
             self._unanswered.end(found.question, load)
             if any(load is active for active, _ in self._active):
                 yield from self._step(load, load.answered(found.question, found.result))
-        for silent, waiting in self._unanswered.silent():
+        for silent, waiting in self._unanswered.silent(_outage_of):
             self._on_wait(silent, waiting)
 
     def _show_wait(self, question: Question, waiting: Waiting) -> None:
@@ -190,3 +190,7 @@ class _Drive:
     def _interrupt(self) -> None:
         for history in self._histories.values():
             history.interrupt()
+
+
+def _outage_of(load: Load) -> str:
+    return load.history.outage if load.history is not None else ""

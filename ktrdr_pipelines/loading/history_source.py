@@ -27,6 +27,10 @@ class History(Protocol):
     def clock_lag_s(self) -> float:
         """How many seconds the gateway's time is behind this machine's (0: it is not); known once `pin` was called."""
 
+    @property
+    def outage(self) -> str:
+        """What the gateway reports as out now; empty when it reports nothing."""
+
     def pin(self, instrument: Instrument, call: Call | None = None) -> Instrument:
         """The instrument with IB's conId and time zone."""
 

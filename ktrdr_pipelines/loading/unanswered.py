@@ -66,21 +66,26 @@ class Unanswered(Generic[L]):
         self._settled_s = self._clock()
         self._shown.pop(load, None)
 
-    def silent(self) -> Iterator[tuple[L, Waiting]]:
-        """The loads that have been silent for too long, each with what its oldest question waits for. Each once."""
+    def silent(self, outage_of: Callable[[L], str]) -> Iterator[tuple[L, Waiting]]:
+        """The loads that have been silent for too long, each with what its oldest question waits for. Each once, and again when
+        what the gateway reports as out changes: ``outage_of`` a load, empty when nothing is."""
         now_s = self._clock()
         if now_s - self._settled_s < QUIET_S:
             return
         for state in sorted(self._states.values(), key=lambda each: each.since_s):
             load = state.load
-            if now_s - state.since_s < QUIET_S or self._shown.get(load, ("", 0.0))[1] > now_s:
+            outage = outage_of(load) if state.is_sent else ""
+            reason = f"{state.what}{outage and ', during an outage that the gateway reports: '}{outage}"
+            shown, shown_until_s = self._shown.get(load, ("", 0.0))
+            is_news = bool(outage) and shown != reason
+            if now_s - state.since_s < QUIET_S or (shown_until_s > now_s and not is_news):
                 continue
             left_s = state.until_s - now_s
-            self._shown[load] = state.what, state.until_s if left_s > 0 else now_s + AGAIN_AFTER_S
-            yield load, Waiting.for_seconds(self._describe(state), left_s if left_s > 0 else inf)
+            self._shown[load] = reason, state.until_s if left_s > 0 else now_s + AGAIN_AFTER_S
+            yield load, Waiting.for_seconds(reason + self._count_open(state), left_s if left_s > 0 else inf)
 
-    def _describe(self, state: _State[L]) -> str:
+    def _count_open(self, state: _State[L]) -> str:
         if not state.is_sent:
-            return state.what
+            return ""
         count = sum(each.is_sent for each in self._states.values())
-        return f"{state.what}; {count} request{'s' * (count != 1)} open"
+        return f"; {count} request{'s' * (count != 1)} open"

@@ -213,7 +213,7 @@ def test_loads_that_are_broken_off_end_their_requests_and_keep_what_was_answered
             with pytest.raises(KeyboardInterrupt):
                 events.throw(KeyboardInterrupt)
     assert time.monotonic() - begun_s < 20
-    assert history.interruptions == 1
+    assert history.interruptions >= 1
     history.wait_until_open(0)
     store = Store(tmp_path)
     assert len(store.read_bars(loads[0].series)) > 400

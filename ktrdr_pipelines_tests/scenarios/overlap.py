@@ -83,8 +83,8 @@ class OverlapBench:
         unknown: str = "",
         **address: Any,
     ) -> Result:
-        """Load `START` to `NOW` of ``symbols`` side by side, and check what has to be true after every load. ``unknown``: a
-        series that does not exist."""
+        """Load `START` to `NOW` of ``symbols`` side by side, and check what has to be true after every load. ``unknown``: one
+        that does not exist."""
         options = {"connect_timeout_s": 5.0, "request_timeout_s": 20.0, "probe_timeout_s": 5.0,
                    "retry_waits_s": (15.0, 30.0, 60.0), "library": "ib_insync", "state_dir": self.folder}  # fmt: skip
         where = GatewayAddress("127.0.0.1", port, **{**options, **address})
@@ -273,7 +273,8 @@ class Trial:
         rules, permanent = [], set()
         for _ in range(chance.randint(1, 3)):
             kind = chance.choice(sorted(_AMOUNTS))
-            nth = tuple(sorted(chance.sample(range(1, most + 1), chance.choice((1, 1, 2, min(5, most))))))
+            hits = 1 if kind == "no_data_lie" else chance.choice((1, 1, 2, min(5, most)))  # two agree, and are believed
+            nth = tuple(sorted(chance.sample(range(1, most + 1), hits)))
             amounts = dict(_AMOUNTS[kind])
             if kind == "no permission":
                 permanent.add(symbol := chance.choice(symbols))

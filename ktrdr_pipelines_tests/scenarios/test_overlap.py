@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -18,12 +18,19 @@ from typing import Any
 
 import pytest
 
+from ktrdr_pipelines.calendars import expected_bars
+from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.ib.pacing.ledger import open_ledger
 from ktrdr_pipelines.loading.report import Fetched
+from ktrdr_pipelines.orchestration.runs.instance import open_instance, provided_file
+from ktrdr_pipelines.settings import Settings
 from ktrdr_pipelines.simulator.faults import FaultRule
 from ktrdr_pipelines.store.atomic import Disk
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.conftest import StartGateway
+from ktrdr_pipelines_tests.conftest import CommandEnvironment, StartGateway
+from ktrdr_pipelines_tests.fakes import window
+from ktrdr_pipelines_tests.ib.pacing.ledger_tools import poll
+from ktrdr_pipelines_tests.load_forks import CommandForks, Ended
 from ktrdr_pipelines_tests.postgres_server import throw_away_cluster
 from ktrdr_pipelines_tests.scenarios.overlap import (
     NOW,
@@ -37,6 +44,7 @@ from ktrdr_pipelines_tests.scenarios.overlap import (
     count_sent,
     error_about,
     id_of,
+    series_of,
 )
 
 pytestmark = pytest.mark.slow
@@ -288,3 +296,83 @@ def test_a_ledger_in_postgresql_that_stays_away_costs_windows_and_sends_nothing(
         for symbol in FOUR:
             assert all("ledger" in error for error in result.errors_of(symbol))
     complete(bench, start_gateway)
+
+
+# ---------------------------------------------------------------------------------------------------- Dagster's records
+
+
+SLOW = ("ib-load", "AAPL", "1h", "--mode", "full", "--start", "2023-01-01", "--end", "2023-06-01")
+
+
+class SlowLoad:
+    """`ktrdr ib-load` of five months from a slow gateway."""
+
+    def __init__(self, forks: CommandForks, environment: dict[str, str], folder: Path) -> None:
+        self._forks, self._environment = forks, environment
+        self.csv = folder / "data" / "AAPL_1h.csv"
+        self._expected = len(expected_bars(series_of("AAPL"), window("2023-01-01", "2023-06-01")))
+
+    def disturb(self, disturb: Callable[[], object]) -> Ended:
+        """Load, and call ``disturb`` once the first bars are in the file."""
+        pid = self._forks.start(*SLOW, environment=self._environment)
+        poll(self.csv.exists, 60)
+        disturb()
+        return self._forks.wait(pid)
+
+    def complete(self) -> None:
+        """Load again: every bar is there then."""
+        ended = self._forks.run(*SLOW, environment=self._environment)
+        assert ended.returncode == 0, ended
+        assert len(self.csv.read_text().splitlines()) == 1 + self._expected
+
+
+@pytest.fixture
+def slow_load(
+    start_gateway: StartGateway, command_forks: CommandForks, command_environment: CommandEnvironment, tmp_path: Path
+) -> SlowLoad:
+    port = start_gateway([FaultRule("slow", seconds=0.5)]).port
+    return SlowLoad(command_forks, command_environment(port), tmp_path)
+
+
+def assert_one_clear_line(ended: Ended) -> None:
+    """About Dagster's records, with what to do; no traceback."""
+    assert ended.returncode == StoreError.exit_code, ended
+    assert "Traceback" not in ended.stderr
+    assert "Bars in the CSV are kept" in ended.stderr.splitlines()[-1]
+
+
+def test_a_run_whose_record_is_deleted_meanwhile_keeps_its_bars(
+    slow_load: SlowLoad, make_settings: Callable[..., Settings]
+) -> None:
+    def delete_runs() -> None:
+        with open_instance(make_settings(1)) as instance:
+            for run in instance.get_runs():
+                instance.delete_run(run.run_id)
+
+    assert_one_clear_line(slow_load.disturb(delete_runs))
+    slow_load.complete()
+
+
+def test_a_dagster_home_that_is_removed_meanwhile_costs_no_bar(slow_load: SlowLoad, tmp_path: Path) -> None:
+    assert_one_clear_line(slow_load.disturb(lambda: (tmp_path / "home").rename(tmp_path / "gone")))
+    slow_load.complete()
+
+
+@pytest.mark.postgres
+def test_a_database_of_dagster_that_goes_away_for_a_moment_costs_nothing(slow_load: SlowLoad, tmp_path: Path) -> None:
+    """Dagster tries again. (For longer than a minute: one line, as for the home.)"""
+    with switched_database() as (switch, _):
+        (tmp_path / "home").mkdir()
+        url = f"postgresql+psycopg2://ktrdr@127.0.0.1:{switch.port}/ledger"
+        config = provided_file("dagster_home/dagster.yaml").read_text()
+        storage = f"\nstorage:\n  postgres:\n    postgres_url: {url}\n"
+        (tmp_path / "home" / "dagster.yaml").write_text(config + storage)
+
+        def go_away() -> None:
+            switch.switch_off()
+            time.sleep(0.3)
+            switch.switch_on()
+
+        ended = slow_load.disturb(go_away)
+        assert ended.returncode == 0, ended
+        slow_load.complete()

@@ -48,7 +48,7 @@ def open_instance(settings: Settings, on_wait: OnWait = show_nothing) -> dg.Dags
             advice="Make it writable, or set DAGSTER_HOME to another folder.",
         ) from None
     except DBAPIError as error:
-        raise explain_database(error, home) from error
+        raise explain_database(str(error.orig), home) from error
     return instance
 
 
@@ -57,12 +57,12 @@ def has_home(settings: Settings) -> bool:
     return (settings.dagster_home / _CONFIG).exists()
 
 
-def explain_database(error: DBAPIError, home: Path) -> StoreError:
-    """The error for a failure of Dagster's database (a full disk, a read-only or damaged file)."""
+def explain_database(cause: str, home: Path) -> StoreError:
+    """The error for a failure of Dagster's database (a full disk, a read-only or damaged file, a server that is away)."""
     return StoreError(
-        f"Dagster's records in DAGSTER_HOME {home} cannot be used: {error.orig}",
-        advice="Is the disk full or read-only? Free some space or set DAGSTER_HOME to another folder, and try again. "
-        "Bars in the CSV are kept.",
+        f"Dagster's records of DAGSTER_HOME {home} cannot be used: {' '.join(cause.split())[:500]}",
+        advice="Is the disk full or read-only, or the database server away? Mend that, or set DAGSTER_HOME to another folder, "
+        "and try again. Bars in the CSV are kept.",
     )
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 import traceback
 import uuid
+from collections.abc import Collection
 
 import dagster as dg
 from sqlalchemy.exc import DBAPIError
 
+from ktrdr_pipelines.errors import StoreError
 from ktrdr_pipelines.loading.report import LoadReport
 from ktrdr_pipelines.orchestration.assets import asset_key
 from ktrdr_pipelines.orchestration.build import build_definitions
@@ -21,6 +23,12 @@ from ktrdr_pipelines.orchestration.runs.liveness import executing
 from ktrdr_pipelines.orchestration.runs.load_run import LoadRun
 from ktrdr_pipelines.orchestration.runs.tags import INTERRUPTED_TAG, NO_RETRY_TAGS, PARTITION_TAG
 from ktrdr_pipelines.settings import Settings
+
+_INTERRUPTS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
+"""What Ctrl-C makes of a step."""
+_DATABASE_ERRORS = ("OperationalError", "InterfaceError", "DagsterPostgresException")
+"""What Dagster's database makes of a step while it is away. A load itself uses no database but the ledger, whose errors are its
+own."""
 
 _one_run_at_a_time = threading.Lock()
 """Concurrent in-process runs in threads of one process deadlock on SQLite (docs/dagster_facts.md, 8)."""
@@ -53,24 +61,49 @@ def execute_load(
                 # Users see progress and the report; Dagster's own log is in the UI.
                 run_config={**run.run_config(), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
-    except DBAPIError as error:
-        raise explain_database(error, settings.dagster_home) from error
-    if not result.success and any(_was_interrupted(e) for e in result.all_events):
+    except Exception as error:
+        # Dagster wraps what its database raises, in one exception or another.
+        refusal = _find_refusal(error)
+        if refusal is None:
+            raise
+        raise explain_database(str(refusal.orig), settings.dagster_home) from error
+    if not instance.has_run(run_id):
+        raise _explain_deleted(settings, run)
+    if not result.success and _find_cause(result, _INTERRUPTS):
         instance.add_run_tags(run_id, {INTERRUPTED_TAG: "true"})
         raise KeyboardInterrupt
+    if not result.success and (refused := _find_cause(result, _DATABASE_ERRORS)):
+        raise explain_database(refused, settings.dagster_home)
     if not entry_point.reports or (not result.success and not entry_point.reports[-1].failures):
         raise RuntimeError(f"run {result.run_id} failed:\n{_explain(result)}")
     return entry_point.reports[-1], result.run_id
 
 
-def _was_interrupted(event: dg.DagsterEvent) -> bool:
-    """True for the failure that Ctrl-C makes of a step."""
-    error = getattr(event.event_specific_data, "error", None)
-    while error is not None:
-        if error.cls_name in ("DagsterExecutionInterruptedError", "KeyboardInterrupt"):
-            return True
-        error = error.cause
-    return False
+def _find_refusal(error: BaseException) -> DBAPIError | None:
+    """The refusal of a database that caused ``error``, or came before it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, DBAPIError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def _explain_deleted(settings: Settings, run: LoadRun) -> StoreError:
+    return StoreError(
+        f"the record of its run in {settings.dagster_home} was deleted by another program",
+        doing=f"loading {run.series} {run.window}",
+        advice="Bars in the CSV are kept. Load again: what is held is not requested again, and is recorded then.",
+    )
+
+
+def _find_cause(result: dg.ExecuteInProcessResult, names: Collection[str]) -> str:
+    """The text of the error of one of these classes that made a step or the run fail; empty when none did."""
+    for event in result.all_events:
+        error = getattr(event.event_specific_data, "error", None)
+        while error is not None:
+            if error.cls_name in names:
+                return str(error.message)
+            error = error.cause
+    return ""
 
 
 def _explain(result: dg.ExecuteInProcessResult) -> str:
