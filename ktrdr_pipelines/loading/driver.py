@@ -90,6 +90,9 @@ class _Drive:
             except KtrdrError as error:
                 yield load, load.fail(error)
                 machine = None
+            except BaseException:  # interrupted: a notebook keeps the load in its traceback, and the lock with it
+                load.close()
+                raise
             if machine is None:
                 load.close()
                 yield load, Ended()

@@ -257,11 +257,20 @@ class LoadMachine:
             request,
             self._load,
             may_put_off=bool(self._waiting),
-            may_shrink=not self._is_second_look and self._sizes.may_shrink(self._bars_of(request)),
+            may_shrink=self._may_divide(request),
         )
 
+    def _may_divide(self, request: Request) -> bool:
+        """A request up to now cannot be divided: all parts would be answered with the newest bars."""
+        is_fixed = self._is_second_look or self._load.series.instrument.ends_now
+        return not is_fixed and self._sizes.may_shrink(self._bars_of(request))
+
     def _divide(self, request: Request) -> list[Request]:
+<<<<<<< HEAD
         """``request`` in parts of the present size; the one that compares price scales first: it decides about the others."""
+=======
+        """``request`` in parts of the present size; first the one that compares price scales: it decides about the others."""
+>>>>>>> exam
         complete = self._load.all_expected.complete_at(self._load.own_now_s)
         parts = self._sizes.divide(request, self._bars_of(request), complete)
         self._planned += len(parts) - 1
@@ -317,10 +326,9 @@ class LoadMachine:
 
     def _shrink_after_time_out(self, episode: Episode) -> bool:
         """Ask for the parts of a request that was too long to be answered in time; False when it cannot be smaller."""
-        bars = self._bars_of(episode.request)
-        if self._is_second_look or len(episode.asked) > 1 or not self._sizes.may_shrink(bars):
+        if len(episode.asked) > 1 or not self._may_divide(episode.request):
             return False
-        self._sizes.note_time_out(len(bars))
+        self._sizes.note_time_out(len(self._bars_of(episode.request)))
         self._waiting.extendleft(reversed(self._divide(episode.request)))
         return True
 

@@ -37,4 +37,4 @@ def prune_records(
                 instance, rules.find_expiry, datetime.now(UTC), earliest=rules.shortest, dry_run=dry_run, log=log
             )
     except DBAPIError as error:
-        raise explain_database(error, settings.dagster_home) from error
+        raise explain_database(str(error.orig), settings.dagster_home) from error

@@ -12,15 +12,16 @@ import pytest
 from ktrdr_pipelines.bars.schema import opens_of
 from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.domain.calls import Call
-from ktrdr_pipelines.domain.instruments import Series, stock
+from ktrdr_pipelines.domain.instruments import Hours, Instrument, Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
 from ktrdr_pipelines.errors import RequestTimeout
 from ktrdr_pipelines.ib.client import RawBars
 from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.loading.sizes import GOOD_ANSWER_S, RequestSizes
+from ktrdr_pipelines.planning.durations import reach_back
 from ktrdr_pipelines.planning.requests import Request, plan_requests
 from ktrdr_pipelines.store.store import Store
-from ktrdr_pipelines_tests.fakes import FakeHistory, run_load, utc, window
+from ktrdr_pipelines_tests.fakes import FakeHistory, raw_bars, run_load, utc, window
 
 AAPL = Series(stock("AAPL"), TIMEFRAMES["1m"])
 
@@ -86,3 +87,40 @@ def test_a_slow_answer_of_few_bars_does_not_make_requests_smaller_than_the_class
     for part in parts:
         covered |= (missing.opens >= part.window.start_s) & (missing.opens < part.window.end_s)
     assert covered.all()
+
+
+class UpToNowHistory(SplitSlowHistory):
+    """Serves a series up to now only, whatever the end of the request, as IB does. Long answers do not come."""
+
+    now_s = int(utc("2024-03-20").timestamp())
+
+    def fetch(self, series: Series, request: Request, call: Call | None = None) -> Any:
+        self.requests.append(request)
+        start_s = reach_back(self.now_s, request.duration)
+        opens = self.truth[(self.truth >= start_s) & (self.truth < self.now_s)]
+        if len(opens) > self.most:
+            raise RequestTimeout("no answer within 120 s")
+        return raw_bars(opens, no_data_text="" if len(opens) else "HMDS query returned no data")
+
+
+@pytest.mark.parametrize(
+    "instrument",
+    [
+        Instrument("ES", "CONTFUT", "CME", "USD", hours=Hours.EXTENDED),
+        replace(stock("AAPL"), what_to_show="ADJUSTED_LAST"),
+    ],
+    ids=["CONTFUT", "adjusted"],
+)
+def test_a_request_up_to_now_is_never_divided(tmp_path: Path, instrument: Instrument) -> None:
+    """Its parts would all be answered with the newest bars."""
+    series, store = Series(instrument, TIMEFRAMES["1h"]), Store(tmp_path)
+    span = window("2023-06-01", "2024-03-20")
+    history = UpToNowHistory(expected_bars(series, span).opens)
+    history.most = 600
+    made = Load(
+        series, span, store=store, history=lambda: history, limits=HistoryLimits.CURRENT, now=lambda: utc("2024-03-20")
+    )
+    list(run_load(made))
+    assert [type(f.error).__name__ for f in made.report.failures] == ["RequestTimeout"]
+    assert len(history.requests) == 1
+    assert store.read_sidecar(series).proven_empty == ()

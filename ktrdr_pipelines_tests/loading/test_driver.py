@@ -275,3 +275,20 @@ def test_the_class_of_a_request_is_that_of_the_work(history: HeldHistory, tmp_pa
     ]
     list(drive(loads, open_requests=2))
     assert Counter(history.classes) == {WorkClass.INTERACTIVE: 10, WorkClass.BACKFILL: 4}
+
+
+def test_a_load_that_is_interrupted_while_it_opens_frees_its_series(history: HeldHistory, tmp_path: Path) -> None:
+    """Also where something still refers to the load, as a notebook's last traceback does."""
+
+    def interrupt(_held: object, _now: object) -> Any:
+        raise KeyboardInterrupt
+
+    (load,) = make_loads(history, tmp_path)
+    broken = Load(
+        load.series, SPAN, store=Store(tmp_path), history=lambda: history, limits=HistoryLimits.CLASSIC,
+        now=lambda: NOW, resolve=interrupt,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        list(drive([broken], open_requests=6))
+    assert load.lock.try_acquire() == ""
+    load.lock.release()
