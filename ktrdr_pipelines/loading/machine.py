@@ -266,11 +266,7 @@ class LoadMachine:
         return not is_fixed and self._sizes.may_shrink(self._bars_of(request))
 
     def _divide(self, request: Request) -> list[Request]:
-<<<<<<< HEAD
         """``request`` in parts of the present size; the one that compares price scales first: it decides about the others."""
-=======
-        """``request`` in parts of the present size; first the one that compares price scales: it decides about the others."""
->>>>>>> exam
         complete = self._load.all_expected.complete_at(self._load.own_now_s)
         parts = self._sizes.divide(request, self._bars_of(request), complete)
         self._planned += len(parts) - 1

@@ -47,13 +47,8 @@ class RequestSizes:
         return True
 
     def divide(self, request: Request, bars: ExpectedBars, expected: ExpectedBars) -> list[Request]:
-<<<<<<< HEAD
         """``request`` for ``bars`` in parts of the present size, oldest first; itself when it is small enough. None is smaller
         than the classic limits allow: an answer of few bars may be slow for other reasons than its size. ``expected``: all bars
-=======
-        """``request`` for ``bars`` in parts of the present size, oldest first; itself when it is small enough. Never more parts
-        than the classic limits need: an answer of few bars may be slow for other reasons than its size. ``expected``: all bars
->>>>>>> exam
         around, of which ``bars`` are a part."""
         if self.most_bars is None or len(bars) <= self.most_bars:
             return [request]
