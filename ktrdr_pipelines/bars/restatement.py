@@ -105,12 +105,12 @@ def _common(held_s: IntArray, answer_s: IntArray) -> tuple[npt.NDArray[np.intp],
 
 
 def list_anchors(expected: ExpectedBars, asked: ExpectedBars, held_opens: IntArray, timeframe: Timeframe) -> list[int]:
-    """Indexes of ``expected``, oldest first: the held bars next to the ``asked`` ones, before the oldest and after each run.
+    """Indexes of ``expected``, oldest first: the held bars next to the ``asked`` ones, before and after each run.
     Requested again, each shows whether the file still has IB's price scale."""
     if not len(asked) or not len(expected):
         return []
     is_held = match_held(expected, held_opens, timeframe)
     at = np.searchsorted(expected.opens, asked.opens)
-    beside = np.unique(np.concatenate([at[:1] - 1, at + 1]))
+    beside = np.unique(np.concatenate([at - 1, at + 1]))
     beside = beside[(beside >= 0) & (beside < len(expected))]
     return [int(i) for i in beside[is_held[beside]]]

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from ktrdr_pipelines.bars.restatement import ScaleChanged
+from ktrdr_pipelines.bars.restatement import RESTATED_KINDS, ScaleChanged
 from ktrdr_pipelines.calendars import ExpectedBars
 from ktrdr_pipelines.domain.instruments import Series
 from ktrdr_pipelines.domain.time import Window
@@ -334,11 +334,19 @@ class LoadMachine:
         self._missing.look_again(request.window)
         if self._is_second_look:
             return [self._fail(request.window, error)]
-        if _concerns_all(error):
+        if _concerns_all(error) or self._is_scale_unknown(episode):
             self._is_stopped = True
             given_up = self._give_up_open(error)
             return [self._fail(_enclose([request, *given_up, *self._waiting, *self._skipped]), error)]
         return [self._fail(request.window, error), *self._missing.report_touched(request, 0)]
+
+    def _is_scale_unknown(self, episode: Episode) -> bool:
+        """True if ``episode`` was to compare price scales and did not: bars of other requests could be on another one."""
+        compared = self._find_compared(episode.request.window)
+        is_restated = self._load.series.instrument.sec_type in RESTATED_KINDS
+        return (
+            is_restated and bool(compared) and not any(np.isin(compared, a.stamps).any() for a in episode.seen.answers)
+        )
 
     def _give_up_open(self, error: KtrdrError) -> list[Request]:
         """The open requests that fail with ``error``; those that are answered go on, unless their bars could not be written."""

@@ -14,8 +14,8 @@ from ktrdr_pipelines.calendars import expected_bars
 from ktrdr_pipelines.domain.calls import Call
 from ktrdr_pipelines.domain.instruments import Hours, Instrument, Series, stock
 from ktrdr_pipelines.domain.timeframes import TIMEFRAMES, HistoryLimits
-from ktrdr_pipelines.errors import RequestTimeout
-from ktrdr_pipelines.ib.client import RawBars
+from ktrdr_pipelines.errors import DataError, KtrdrError, RequestTimeout, TransientError
+from ktrdr_pipelines.ib.wire.decoding import RawBars
 from ktrdr_pipelines.loading.series_load import Load
 from ktrdr_pipelines.loading.sizes import GOOD_ANSWER_S, RequestSizes
 from ktrdr_pipelines.planning.durations import reach_back
@@ -47,7 +47,7 @@ class SplitSlowHistory(FakeHistory):
         return halved(answer) if self.is_split else answer
 
 
-def load(store: Store, history: FakeHistory, start: str, end: str, now: str, **more: Any) -> Load:
+def load(store: Store, history: Any, start: str, end: str, now: str, **more: Any) -> Load:
     made = Load(
         AAPL,
         window(start, end),
@@ -115,7 +115,7 @@ def test_a_request_up_to_now_is_never_divided(tmp_path: Path, instrument: Instru
     """Its parts would all be answered with the newest bars."""
     series, store = Series(instrument, TIMEFRAMES["1h"]), Store(tmp_path)
     span = window("2023-06-01", "2024-03-20")
-    history = UpToNowHistory(expected_bars(series, span).opens)
+    history: Any = UpToNowHistory(expected_bars(series, span).opens)
     history.most = 600
     made = Load(
         series, span, store=store, history=lambda: history, limits=HistoryLimits.CURRENT, now=lambda: utc("2024-03-20")
@@ -124,3 +124,19 @@ def test_a_request_up_to_now_is_never_divided(tmp_path: Path, instrument: Instru
     assert [type(f.error).__name__ for f in made.report.failures] == ["RequestTimeout"]
     assert len(history.requests) == 1
     assert store.read_sidecar(series).proven_empty == ()
+
+
+@pytest.mark.parametrize("error", [TransientError("no answer"), DataError("bad bars")], ids=["transient", "data"])
+def test_nothing_is_written_while_the_price_scale_is_unknown(tmp_path: Path, error: KtrdrError) -> None:
+    """The request that compares price scales has failed: the others could be answered on another scale."""
+    store = Store(tmp_path)
+    history = SplitSlowHistory(expected_bars(AAPL, window("2024-01-02", "2024-04-01")).opens)
+    load(store, history, "2024-01-02", "2024-01-13", "2024-01-13T12:00")
+    held = store.read_bars(AAPL)
+    history.is_split = True
+    history.script[len(history.requests) + 1] = error
+    second = load(store, history, "2024-01-02", "2024-03-20", "2024-03-21")
+    assert second.report.requests_planned > 1
+    assert [f.error for f in second.report.failures] == [error]
+    assert opens_of(store.read_bars(AAPL)).tolist() == opens_of(held).tolist()
+    assert second.report.missing_bars > 10_000
