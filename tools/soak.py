@@ -180,7 +180,8 @@ def soak_classes(minutes: float, tails: int) -> int:
     judge, sent = PacingJudge(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--state", folder, "--tails", str(tails), "--work"]
-        names = ("backfill", "single", "tail") if tails else ("backfill", "single")
+        # Not both: a single series beside twenty would make 62 units due in ten minutes, where a burst delayed the first tails.
+        names = ("backfill", "tail") if tails else ("backfill", "single")
         children = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names]
         time.sleep(minutes * 60)
         for child in children:
