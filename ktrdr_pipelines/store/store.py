@@ -341,7 +341,7 @@ class Store:
 
     def merge_journal(self, series: Series) -> None:
         """The last step of a load: merge the journal of the sidecar into it, so that the sidecar alone has everything. Nothing is
-        done without a journal. What is not merged counts all the same, and is merged by the next load.
+        done without a journal. What is not merged counts too, and is merged by the next load.
 
         Raises:
             StoreError: the disk or the lock refuses.

@@ -1,4 +1,4 @@
-"""Requests that are divided: what the planned one was for beside its missing bars is asked for all the same, in few parts."""
+"""Requests that are divided: what the planned one was for beside its missing bars is asked for too, in few parts."""
 
 from __future__ import annotations
 

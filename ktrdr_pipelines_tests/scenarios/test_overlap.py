@@ -154,7 +154,7 @@ def twice(answers: list[bytes], chance: Random) -> list[bytes]:
 
 
 def with_errors_for_others(answers: list[bytes], chance: Random) -> list[bytes]:
-    """Before and after each answer a false "no data" for an id that nobody asked, or that was answered already."""
+    """Before and after each answer a false "no data" for an id of no request, or of one that was answered already."""
     no_data = f"{_162}HMDS query returned no data: AAPL@SMART Trades"
     mixed = []
     for answer in shuffled(answers, chance):
