@@ -44,6 +44,9 @@ class Costs:
     pacing_wait_s: float = 0.0
     retry_wait_s: float = 0.0
     """Seconds waited before retries, and for the gateway, its link or a farm to come back."""
+    paced: list[tuple[float, float]] = field(default_factory=list)
+    retried: list[tuple[float, float]] = field(default_factory=list)
+    """When these waits were, begin and end on one clock, seconds: those of several calls overlap. Not added up by `add`."""
 
     def add(self, other: Costs) -> None:
         """Count what ``other`` counted too."""
@@ -80,3 +83,19 @@ class Call:
 
 class Interrupted(Exception):
     """A call was ended by its own program: `interrupt` of the history. No error of IB's, and no answer."""
+
+
+class OverlappingWaits:
+    """How long a load waited, when several of its calls waited at once: time counts once."""
+
+    def __init__(self) -> None:
+        self._until_s = 0.0
+
+    def add(self, waits: list[tuple[float, float]]) -> float:
+        """The seconds of ``waits`` that are later than everything added before. Waits that end earlier than one added before add
+        nothing: calls are added as they end."""
+        added_s = 0.0
+        for begin_s, end_s in waits:
+            added_s += max(0.0, end_s - max(begin_s, self._until_s))
+            self._until_s = max(self._until_s, end_s)
+        return added_s

@@ -73,6 +73,7 @@ class Asking:
         grant = history.ledger.acquire(ask, work=self._call.work, sleep=self._pause, on_wait=waiting)
         with grant, self.watch(client):
             costs.pacing_wait_s += grant.waited_s
+            costs.paced.append((grant.granted_at_s - grant.waited_s, grant.granted_at_s))
             try:
                 history.connection.check(client)
             except GatewayUnreachable as error:
@@ -127,7 +128,9 @@ class Asking:
         Raises:
             Interrupted: the program ends.
         """
-        self._call.costs.retry_wait_s += seconds
+        costs, begun_s = self._call.costs, self._history.clock_now_s()
+        costs.retry_wait_s += seconds
+        costs.retried.append((begun_s, begun_s + seconds))
         self._pause(seconds)
 
     def _pause(self, seconds: float) -> None:

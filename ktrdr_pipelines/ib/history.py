@@ -128,6 +128,10 @@ class IBHistory:
 
     # -- life cycle of calls ------------------------------------------------------------------------------------------
 
+    def clock_now_s(self) -> float:
+        """The time by the clock of the ledger, or of this machine: seconds since 1970."""
+        return (self.clock or SystemClock()).now_s()
+
     def interrupt(self) -> None:
         """End all calls that are under way, in other threads: waits end, open requests are cancelled on the wire. Each raises
         `Interrupted`, as later ones do, until `resume`. May be repeated, for a call that was between two waits."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ktrdr_pipelines.bars.restatement import refuse_restatement
-from ktrdr_pipelines.domain.calls import Call, Costs
+from ktrdr_pipelines.domain.calls import Call, Costs, OverlappingWaits
 from ktrdr_pipelines.domain.instruments import Instrument, Series
 from ktrdr_pipelines.domain.time import Window
 from ktrdr_pipelines.domain.timeframes import HistoryLimits
@@ -89,6 +89,7 @@ class Load:
         self._recheck_last, self._resolve = recheck_last, resolve
         self._history: History | None = None
         self._pinned = series
+        self._paced, self._retried = OverlappingWaits(), OverlappingWaits()
         self._machine: LoadMachine | None = None
         self._reach: Window | None = None
         self._file: FileMark | None = None
@@ -220,8 +221,8 @@ class Load:
         """Add ``costs`` to the report."""
         self.report.ib_requests_made += costs.requests
         self.report.retries += costs.retries
-        self.report.pacing_wait_s += costs.pacing_wait_s
-        self.report.retry_wait_s += costs.retry_wait_s
+        self.report.pacing_wait_s += self._paced.add(costs.paced)
+        self.report.retry_wait_s += self._retried.add(costs.retried)
 
     # -- questions: in other threads than the rest --------------------------------------------------------------------
 

@@ -292,3 +292,18 @@ def test_a_load_that_is_interrupted_while_it_opens_frees_its_series(history: Hel
         list(drive([broken], open_requests=6))
     assert load.lock.try_acquire() == ""
     load.lock.release()
+
+
+def test_waits_of_open_requests_that_overlap_count_once(history: HeldHistory, tmp_path: Path) -> None:
+    """Six requests that wait for the same minute are a minute of the load, and so are their retries."""
+
+    def wait(_series: Series, _request: Request, call: Call) -> None:
+        call.costs.paced.append((1000.0, 1060.0))
+        call.costs.retried.append((1060.0, 1075.0))
+
+    history.before = wait
+    history.release()
+    (load,) = loads = make_loads(history, tmp_path)
+    list(drive(loads, open_requests=6))
+    assert load.report.ib_requests_made == 12
+    assert (load.report.pacing_wait_s, load.report.retry_wait_s) == (60.0, 15.0)
