@@ -172,6 +172,8 @@ class _Drive:
             self._unanswered.end(found.question, load)
             if any(load is active for active, _ in self._active):
                 yield from self._step(load, load.answered(found.question, found.result))
+            else:  # given up when its load failed, and sent before
+                load.count(found.question.call.costs)
         for silent, waiting in self._unanswered.silent(_outage_of):
             self._on_wait(silent, waiting)
 

@@ -336,8 +336,10 @@ class LoadMachine:
             return [self._fail(request.window, error)]
         if _concerns_all(error) or self._is_scale_unknown(episode):
             self._is_stopped = True
-            given_up = self._give_up_open(error)
-            return [self._fail(_enclose([request, *given_up, *self._waiting, *self._skipped]), error)]
+            given_up = [request, *self._give_up_open(error), *self._waiting, *self._skipped]
+            self._waiting.clear()
+            self._skipped.clear()
+            return [self._fail(_enclose(given_up), error)]
         return [self._fail(request.window, error), *self._missing.report_touched(request, 0)]
 
     def _is_scale_unknown(self, episode: Episode) -> bool:
